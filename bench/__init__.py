@@ -1,0 +1,1 @@
+"""lissom.bench: training demo, memory profiler, benchmarks."""

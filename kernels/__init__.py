@@ -1,0 +1,1 @@
+"""lissom.kernels: one operation per file, each with its plain torch definition."""

@@ -1,0 +1,50 @@
+"""AdamW, dense: torch.optim.AdamW's equations with this package's state options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import MatrixOptimizer
+
+__all__ = ["AdamW"]
+
+
+class AdamW(MatrixOptimizer):
+    """AdamW with decoupled weight decay, as ``torch.optim.AdamW``.
+
+    p <- (1 - lr wd) p - lr M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps). Arithmetic is fp32
+    whatever the weight's dtype; temporaries are blocks, not copies of the model.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups of either.
+        lr: learning rate, >= 0. Default 1e-3.
+        betas: decay of the two averages, each in [0, 1). Default (0.9, 0.999).
+        eps: added to the root of the bias-corrected second moment, >= 0. Default 1e-8.
+        weight_decay: decoupled, multiplied by lr, before the update, >= 0. Default 0.01.
+        amsgrad: divide by the largest second moment so far. Default False.
+        maximize: climb instead of descend. Default False.
+        state_bits: 32 (fp32, default) or 16 (bf16, rounded stochastically) per moment element.
+        nonfinite: what a NaN or Inf gradient does: ``"propagate"`` as in torch (default),
+            ``"skip"`` the whole step and count it in ``skipped_steps``, or ``"raise"``.
+        seed: of the random bits of 16-bit state, an int >= 0. Default 0.
+        foreach, fused, capturable, differentiable: torch's switches about how a step runs;
+            the first two are accepted and change nothing, the last two must be False.
+
+    Raises:
+        TypeError, ValueError: an option or parameter that breaks its rule, by name and value.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False, *,
+        maximize: bool = False, state_bits: int = 32, nonfinite: str = "propagate",
+        seed: int = 0, foreach: bool | None = None, fused: bool | None = None,
+        capturable: bool = False, differentiable: bool = False,
+    ) -> None:
+        super().__init__(params, {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "amsgrad": amsgrad, "maximize": maximize, "state_bits": state_bits,
+            "nonfinite": nonfinite, "seed": seed, "foreach": foreach, "fused": fused,
+            "capturable": capturable, "differentiable": differentiable})

@@ -1,0 +1,580 @@
+"""MatrixOptimizer: the one loop that every class of this package runs through.
+
+Names, here and in every method file (shapes of one matrix, in PyTorch's layout):
+
+====  =====================================================================================
+p     parameter; as a matrix m x n: m = output features (rows), n = input features
+g     its gradient, of p's shape; read, never written
+s     its state: a flat dict of tensors
+o     its options: the parameter group
+t     1-based count of this parameter's updates
+r     rank; R = P^T G Q is the projected gradient
+u     the update before learning rate: p <- (1 - lr * weight_decay) p - lr * u
+====  =====================================================================================
+
+A method says which parameters it takes (:meth:`MatrixOptimizer.declines`), what it keeps for one
+(:meth:`MatrixOptimizer.slots`) and what its update is (:meth:`MatrixOptimizer.update`). All else
+is here: options, state, checks, decay, application, saving and loading. Parameters that a method
+declines, or whose group says ``algorithm="adamw"``, get AdamW in the same loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from . import codec
+from .codec import Slot
+from .inner import adam
+from .options import Option, boolean, checked, choice, fractions, integer, nearest, real
+from .plan import Plan, Row
+
+__all__ = ["COMMON", "FORMAT", "Lowered", "MatrixOptimizer", "PartialStepError"]
+
+#: Version of the state dict, kept in every group.
+FORMAT = 1
+
+#: Options of every class.
+COMMON: dict[str, Option] = {
+    "lr": real(1e-3),
+    "betas": fractions((0.9, 0.999)),
+    "eps": real(1e-8),
+    "weight_decay": real(1e-2),
+    "maximize": boolean(False),
+    "amsgrad": boolean(False),
+    "state_bits": choice(32, 32, 16),
+    "nonfinite": choice("propagate", "propagate", "skip", "raise"),
+    "seed": integer(0, 0, 2**63 - 1),
+}
+# Kept in the groups by this package, not given by users.
+_BOOKKEEPING = {"format": integer(FORMAT, 1), "skipped_steps": integer(0, 0)}
+# Written into groups by torch's schedulers, or by people for their own use.
+_FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum",
+            "param_names", "name"}
+# Options of torch.optim.AdamW about how it runs, which change no result.
+_TORCH_ONLY = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
+# Elements in one block of an element-wise update: temporaries stay this small, and in cache.
+_BLOCK = 1 << 17
+
+
+class PartialStepError(RuntimeError):
+    """A step failed after some parameters had moved; the message names them."""
+
+
+class Lowered(NamedTuple):
+    """The update u = factor * left @ right, of which no full-size tensor exists."""
+
+    left: Tensor
+    right: Tensor
+    factor: float
+
+
+class _Work(NamedTuple):
+    """One parameter of a step: its name, itself, its gradient, its options."""
+
+    name: str
+    p: Tensor
+    g: Tensor
+    o: dict[str, Any]
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Base of all classes. A subclass gives ``algorithm``, ``options`` and three methods."""
+
+    #: Name of the class's own rule, the default of the ``algorithm`` option.
+    algorithm: ClassVar[str] = "adamw"
+    #: Its options beside :data:`COMMON`.
+    options: ClassVar[Mapping[str, Option]] = {}
+    #: Other spellings of options, as other packages have them: {theirs: ours}.
+    spellings: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, params: Any, given: Mapping[str, Any], *, lr_adamw: float | None = None,
+                 betas_adamw: tuple[float, float] | None = None,
+                 weight_decay_adamw: float | None = None) -> None:
+        table = self.table()
+        known = {k: v for k, v in given.items() if k not in _TORCH_ONLY}
+        _refuse_torch_only(given, f"{type(self).__name__}()")
+        values = checked(known, table, f"{type(self).__name__}()")
+        apart = {"lr": lr_adamw, "betas": betas_adamw, "weight_decay": weight_decay_adamw}
+        self._adamw = {k: table[k].check(f"{k}_adamw", v, f"{type(self).__name__}()")
+                       for k, v in apart.items() if v is not None}
+        defaults = {name: option.default for name, option in table.items()}
+        super().__init__(params, defaults | values)
+
+    # ---------------------------------------------------------------- what a method says
+
+    def declines(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
+        """Why this parameter gets AdamW, or None if the class's own rule takes it."""
+        return "AdamW is this class's rule"
+
+    def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        """State of the class's own rule for p, without ``step``."""
+        raise AssertionError("a class that declines nothing must say what it keeps")
+
+    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
+               ) -> Tensor | Lowered:
+        """The class's own rule: gradient as a matrix (..., m, n) to update.
+
+        Everything that can fail comes before the first write to s.
+        """
+        raise AssertionError("a class that declines nothing must have an update")
+
+    def matrix_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
+        """Shape of p as the rule sees it: (m, n), or (..., m, n) for a batch."""
+        return tuple(p.shape) if p.ndim == 2 else (p.shape[0], p[0].numel())
+
+    def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
+        """Rank, side and reason of a parameter of the own rule, for :meth:`plan`."""
+        return None, "", "matrix"
+
+    def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
+                          where: str) -> None:
+        """Rules about several options or the parameters of a group; raises ValueError."""
+
+    # ---------------------------------------------------------------- options: one door
+
+    @classmethod
+    def table(cls) -> dict[str, Option]:
+        """Every option of a group, by name."""
+        names = ("adamw",) if cls.algorithm == "adamw" else (cls.algorithm, "adamw")
+        own = {"algorithm": choice(cls.algorithm, *names)}
+        return COMMON | own | dict(cls.options) | _BOOKKEEPING
+
+    def _checked_group(self, group: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """A copy of a group with every option present and checked."""
+        foreign = {k: v for k, v in group.items() if k in _FOREIGN or k == "params"}
+        given: dict[str, Any] = {}
+        _refuse_torch_only(group, where)
+        for name, value in group.items():
+            if name in foreign or name in _TORCH_ONLY:
+                continue
+            name = self.spellings.get(name, name)
+            if name in given:
+                raise ValueError(f"{where}: {name!r} is given twice, under two spellings")
+            given[name] = value
+        own = checked(given, self.table(), where)
+        if own.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"{where}: format={own['format']}, but this version of lissom reads "
+                             f"format {FORMAT}")
+        params = group.get("params", [])
+        plain = [p for p in params if isinstance(p, Tensor)]
+        full = {**self.defaults, **own}
+        self.check_combination(full, plain, set(own), where)
+        return {**foreign, **full}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, checked as in the constructor, with their state.
+
+        Args:
+            param_group: ``params`` (a tensor, an iterable of tensors or of (name, tensor)) and
+                any option of the class; what it leaves out has the constructor's value.
+
+        Raises:
+            TypeError, ValueError: names parameter or option, value and rule; nothing is added.
+        """
+        where = f"{type(self).__name__} group {len(self.param_groups)}"
+        if not isinstance(param_group, dict):
+            raise TypeError(f"{where}: must be a dict, but got {type(param_group).__name__}")
+        if "params" not in param_group:
+            raise ValueError(f"{where}: has no 'params'{nearest('params', param_group)}")
+        group = dict(param_group)
+        params = group["params"]
+        if isinstance(params, set):
+            raise TypeError(f"{where}: params is a set, whose order changes between runs; "
+                            "use a list")
+        params = [params] if isinstance(params, Tensor) else list(params)
+        named = [q if isinstance(q, tuple) else (None, q) for q in params]
+        for i, (name, p) in enumerate(named):
+            _check_parameter(p, name or f"parameter {i}", where)
+        group["params"] = [p for _, p in named]
+        group = self._checked_group(group, where)
+        group["params"] = params
+        for part in self._split(group):
+            count = len(self.param_groups)
+            super().add_param_group(part)
+            try:
+                for p in self.param_groups[-1]["params"]:
+                    if p.requires_grad:
+                        self._create_state(p, self.param_groups[-1])
+            except BaseException:
+                for p in chain(*(g["params"] for g in self.param_groups[count:])):
+                    self.state.pop(p, None)
+                del self.param_groups[count:]
+                raise
+
+    def _split(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The group, or its two halves where AdamW's part has options of its own."""
+        if not self._adamw or not group["params"]:
+            yield group
+            return
+        halves: tuple[list[Any], list[Any]] = [], []
+        for entry in group["params"]:
+            p = entry[1] if isinstance(entry, tuple) else entry
+            halves[self._reason(p, group) is not None].append(entry)
+        if halves[0]:
+            yield {**group, "params": halves[0]}
+        if halves[1]:
+            yield {**group, **self._adamw, "params": halves[1]}
+
+    # ---------------------------------------------------------------- state
+
+    def _reason(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
+        """Why p gets AdamW, or None."""
+        if self.algorithm != "adamw" and o["algorithm"] == "adamw":
+            return "algorithm='adamw' in its group"
+        return self.declines(p, o)
+
+    def _slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        """Every state tensor that p has under options o."""
+        slots = {"step": codec.counter()}
+        if self._reason(p, o) is None:
+            slots |= self.slots(p, o)
+        else:
+            slots |= {"exp_avg": codec.moment(p.shape, p, o),
+                      "exp_avg_sq": codec.moment(p.shape, p, o)}
+        if o["amsgrad"]:
+            slots["max_exp_avg_sq"] = slots["exp_avg_sq"]
+        if o["state_bits"] < 32:
+            slots["index"] = codec.counter(torch.int64)
+        return slots
+
+    def _create_state(self, p: Tensor, o: Mapping[str, Any]) -> None:
+        """Zeros for every slot; ``index`` counts the parameters of the same rule before p."""
+        slots = self._slots(p, o)
+        state = {name: slot.empty() for name, slot in slots.items()}
+        if "index" in state:
+            own = self._reason(p, o) is None
+            state["index"].fill_(sum(
+                1 for g in self.param_groups for q in g["params"]
+                if q is not p and q in self.state and (self._reason(q, g) is None) == own))
+        self.state[p] = state
+
+    def _sync_state(self) -> None:
+        """State for parameters that have none, and none for those that are gone.
+
+        Accelerate and FSDP2 put other parameters into the groups after construction.
+        """
+        present = set()
+        for group in self.param_groups:
+            for p in group["params"]:
+                present.add(p)
+                if p not in self.state and p.grad is not None:
+                    self._create_state(p, group)
+        if len(self.state) > len(present) or not all(p in present for p in self.state):
+            for p in [p for p in self.state if p not in present]:
+                del self.state[p]
+
+    def _named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """(name, parameter, group) of everything; a name is made up where none was given."""
+        for i, group in enumerate(self.param_groups):
+            names = group.get("param_names")
+            for j, p in enumerate(group["params"]):
+                yield (names[j] if names else f"group {i} parameter {j}"), p, group
+
+    # ---------------------------------------------------------------- the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again, with gradients enabled, and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            TypeError, ValueError: a gradient that cannot be used, by parameter; nothing was
+                written. ``FloatingPointError``: a NaN or Inf with ``nonfinite="raise"``.
+            PartialStepError: a failure after some parameters had moved.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = self._checked_work()
+        moved: list[str] = []
+        for name, p, g, o in work:
+            try:
+                self._step_one(p, g, o)
+            except Exception as error:
+                if not moved:
+                    raise
+                raise PartialStepError(
+                    f"{type(self).__name__}.step() failed at {name!r} ({error}); "
+                    f"{len(moved)} parameters had been updated: {', '.join(moved)}") from error
+            moved.append(name)
+        return loss
+
+    def _checked_work(self) -> list[_Work]:
+        """All checks of a step, before its first write. Empty if the step is to be skipped."""
+        self._sync_state()
+        work = [_Work(name, p, p.grad, o) for name, p, o in self._named() if p.grad is not None]
+        for name, p, g, _ in work:
+            _check_gradient(p, g, name)
+        skip = False
+        for name, _, g, o in work:
+            if o["nonfinite"] == "propagate" or not g.numel():
+                continue
+            if not all(bool(x.isfinite()) for x in torch.aminmax(g)):
+                if o["nonfinite"] == "raise":
+                    raise FloatingPointError(
+                        f"the gradient of {name!r} has a NaN or Inf (nonfinite='raise'); "
+                        "nothing was written")
+                skip = True
+        if skip:
+            for group in self.param_groups:
+                group["skipped_steps"] += 1
+            return []
+        return work
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because of a NaN or Inf gradient (``nonfinite="skip"``)."""
+        return max(int(group["skipped_steps"]) for group in self.param_groups)
+
+    def _step_one(self, p: Tensor, g: Tensor, o: dict[str, Any]) -> None:
+        """From gradient to parameter, for one parameter."""
+        stored = self.state[p]
+        t = int(stored["step"]) + 1
+        if self._reason(p, o) is not None:
+            self._step_adamw(p, g, stored, o, t)
+        else:
+            shape = self.matrix_shape(p, o)
+            matrix = p.reshape(shape)  # a copy where the memory format allows no view
+            s = codec.decode(stored)
+            u = self.update(_negated(g.reshape(shape), o), s, o, t)
+            _apply(matrix, u, o)
+            if matrix.data_ptr() != p.data_ptr():
+                p.copy_(matrix.view(p.shape))
+            codec.encode(s, stored, o, t)
+        stored["step"] += 1
+
+    @staticmethod
+    def _step_adamw(p: Tensor, g: Tensor, stored: dict[str, Tensor], o: dict[str, Any], t: int
+                    ) -> None:
+        """AdamW on row blocks, so that no temporary is larger than a block.
+
+        Source: Loshchilov and Hutter, arXiv 1711.05101; decay before the update, as in torch.
+        """
+        keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
+        names = [k for k in codec.MOMENTS if k in stored]
+        start = 0
+        for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
+            block = {**stored, **dict(zip(names, moments, strict=True))}
+            s = codec.decode(block)
+            x = p_.float()
+            u = adam(_negated(g_.float(), o), s, o, t)
+            x.mul_(keep).addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
+            if x is not p_:
+                p_.copy_(x)
+            codec.encode(s, block, o, t, start)
+            start += p_.numel()
+
+    # ---------------------------------------------------------------- saving and loading
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from pickle or deepcopy, through the same check as the constructor."""
+        self.__dict__.setdefault("_adamw", {})
+        if "defaults" in state:
+            self.defaults = state["defaults"]
+        groups = [self._checked_group(g, f"{type(self).__name__} group {i}")
+                  for i, g in enumerate(state["param_groups"])]
+        super().__setstate__({**state, "param_groups": groups})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy keep."""
+        return {**super().__getstate__(), "_adamw": self._adamw}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state, bit for bit; dtypes stay as they were saved.
+
+        A state dict of ``torch.optim.AdamW`` is read too, for parameters that get AdamW here.
+
+        Raises:
+            TypeError, ValueError: what is wrong and where; nothing was changed.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        groups, states = self._checked_load(state_dict)
+        self.__setstate__({"state": self.state, "param_groups": groups})
+        self.state.clear()
+        self.state.update(states)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _checked_load(self, state_dict: Mapping[str, Any]
+                      ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Tensor]]]:
+        """Groups and states for this optimizer's parameters, all new, or an error."""
+        where = f"{type(self).__name__}.load_state_dict"
+        for key, kind in (("state", Mapping), ("param_groups", list)):
+            if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
+                raise ValueError(f"{where}: no {key!r} in it, so this is no optimizer state")
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            raise ValueError(f"{where}: {len(saved)} groups saved, "
+                             f"but this optimizer has {len(self.param_groups)}")
+        groups: list[dict[str, Any]] = []
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        known = {k for g in saved if isinstance(g, Mapping) for k in g.get("params", ())}
+        stray = [k for k in state_dict["state"] if k not in known]
+        if stray:
+            raise ValueError(f"{where}: state of {stray[:5]!r}, which no saved group contains")
+        for i, (mine, group) in enumerate(zip(self.param_groups, saved, strict=True)):
+            at = f"{where}, group {i}"
+            if not isinstance(group, Mapping) or "params" not in group:
+                raise ValueError(f"{at}: has no 'params'")
+            if len(group["params"]) != len(mine["params"]):
+                raise ValueError(f"{at}: {len(group['params'])} parameters saved, "
+                                 f"but this optimizer has {len(mine['params'])}")
+            options = {k: v for k, v in group.items() if k != "params"}
+            kept = {k: v for k, v in mine.items() if k in self.table() or k == "param_names"}
+            merged = self._checked_group({**kept, **options, "params": mine["params"]}, at)
+            groups.append(merged)
+            count = len(mine["params"])
+            names = merged.get("param_names") or [f"parameter {j}" for j in range(count)]
+            for name, p, key in zip(names, mine["params"], group["params"], strict=True):
+                entry = state_dict["state"].get(key)
+                if entry:
+                    states[p] = self._checked_state(p, entry, merged, f"{at}, {name!r}")
+                elif "format" in options and p.requires_grad and p in self.state:
+                    raise ValueError(f"{at}, {name!r}: its state is missing")
+        return groups, states
+
+    def _checked_state(self, p: Tensor, entry: Mapping[str, Any], o: Mapping[str, Any], at: str
+                       ) -> dict[str, Tensor]:
+        """A copy of one parameter's saved state in the slots that its options ask for."""
+        slots = self._slots(p, o)
+        if not isinstance(entry, Mapping) or set(entry) != set(slots):
+            found = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
+            raise ValueError(f"{at}: saved state has {found}, but {type(self).__name__} with these "
+                             f"options keeps {sorted(slots)}")
+        state: dict[str, Tensor] = {}
+        for name, slot in slots.items():
+            value = entry[name]
+            if not isinstance(value, Tensor):
+                value = torch.as_tensor(value) if isinstance(value, (int, float)) else value
+            if not isinstance(value, Tensor) or tuple(value.shape) != tuple(slot.shape):
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{at}: {name} saved as {got}, expected {tuple(slot.shape)}")
+            if value.is_floating_point() != slot.dtype.is_floating_point or value.is_complex():
+                raise ValueError(f"{at}: {name} saved as {value.dtype}, expected {slot.dtype}")
+            state[name] = value.detach().to(device=slot.device, dtype=slot.dtype, copy=True)
+        return state
+
+    # ---------------------------------------------------------------- report
+
+    def plan(self) -> Plan:
+        """What happens to each parameter, and the bytes of its state.
+
+        Returns:
+            Rows of name, shape, rule, rank, side, state bytes and reason; it prints as a table,
+            and its totals are the bytes held.
+        """
+        rows = []
+        for name, p, o in self._named():
+            reason = self._reason(p, o)
+            rule, rank, side = "adamw", None, ""
+            if reason is None:
+                rule = self.algorithm
+                rank, side, reason = self.describe(p, o)
+            held = p.requires_grad or p in self.state
+            if not held:
+                reason = "frozen: no state until it has a gradient"
+            size = sum(slot.nbytes for slot in self._slots(p, o).values()) if held else 0
+            rows.append(Row(name, tuple(p.shape), rule, rank, side, size, reason))
+        return Plan(tuple(rows))
+
+
+# -------------------------------------------------------------------- helpers of the loop
+
+
+def _negated(g: Tensor, o: Mapping[str, Any]) -> Tensor:
+    return -g if o["maximize"] else g
+
+
+def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors (of one shape) cut together along their rows; small ones are whole."""
+    first = tensors[0]
+    if first.numel() <= _BLOCK or first.ndim == 0:
+        return [tensors]
+    if all(x.is_contiguous() for x in tensors):
+        tensors = tuple(x.view(-1) for x in tensors)
+        rows = _BLOCK
+    else:
+        rows = max(1, _BLOCK // first[0].numel())
+    return zip(*(torch.split(x, rows) for x in tensors), strict=True)
+
+
+def _apply(p: Tensor, u: Tensor | Lowered, o: Mapping[str, Any]) -> None:
+    """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is a matrix (..., m, n)."""
+    keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
+    if isinstance(u, Tensor):
+        u = Lowered(u, u.new_empty(0), 1.0)
+    if p.dtype == torch.float32 and u.right.numel():
+        # One pass over p: the decay is the product's beta.
+        if p.ndim == 2:
+            p.addmm_(u.left, u.right, beta=keep, alpha=-lr * u.factor)
+        else:
+            batch = p.view(-1, *p.shape[-2:])
+            left, right = (x.expand(*p.shape[:-2], *x.shape[-2:]).flatten(0, -3)
+                           for x in (u.left, u.right))
+            batch.baddbmm_(left, right, beta=keep, alpha=-lr * u.factor)
+        return
+    rows = max(1, _BLOCK // max(1, p[..., :1, :].numel()))
+    for p_, left in zip(torch.split(p, rows, -2), torch.split(u.left, rows, -2), strict=True):
+        full = left @ u.right if u.right.numel() else left
+        x = p_.float()
+        x.mul_(keep).add_(full.float(), alpha=-lr * u.factor)
+        if x is not p_:
+            p_.copy_(x)
+
+
+def _refuse_torch_only(given: Mapping[str, Any], where: str) -> None:
+    """Torch's switches about how a step runs are taken where they ask for nothing else."""
+    for name in ("capturable", "differentiable"):
+        if given.get(name):
+            raise ValueError(f"{where}: {name}={given[name]!r}, but it must be False: "
+                             "this step is neither captured nor differentiated through")
+    if not given.get("decoupled_weight_decay", True):
+        raise ValueError(f"{where}: decoupled_weight_decay=False, but it must be True: "
+                         "decay is decoupled")
+    for name in ("foreach", "fused"):
+        if not isinstance(given.get(name), (bool, type(None))):
+            raise TypeError(f"{where}: {name}={given[name]!r}, but it must be None, True or False")
+
+
+def _check_parameter(p: Any, name: str, where: str) -> None:
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{where}: {name} is a {type(p).__name__}, but it must be a tensor")
+    if not p.is_floating_point():
+        raise TypeError(f"{where}: {name} has dtype {p.dtype}, but it must be a real floating one "
+                        "(integer and complex parameters have no place here)")
+
+
+def _check_gradient(p: Tensor, g: Tensor, name: str) -> None:
+    if g.layout != torch.strided:
+        raise TypeError(f"the gradient of {name!r} is sparse ({g.layout}), but it must be dense "
+                        "(an embedding needs sparse=False)")
+    for what in ("dtype", "shape", "device"):
+        has, needs = getattr(g, what), getattr(p, what)
+        if has != needs:
+            kind = TypeError if what == "dtype" else ValueError
+            raise kind(f"the gradient of {name!r} has {what} {_plain(has)}, "
+                       f"but it must be its parameter's {_plain(needs)}")
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+

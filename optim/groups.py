@@ -1,0 +1,120 @@
+"""param_groups: from a model to the parameter groups of a low-rank or matrix optimizer."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .options import nearest
+
+__all__ = ["param_groups"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
+                 nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Last parts of module names under which models of Hugging Face, timm and nanoGPT keep their head.
+_HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "classifier", "score", "output_projection"}
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """Ids of the weights of output heads."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    tied = {id(m.weight) for m in tables}
+    vocabularies = {m.num_embeddings for m in tables}
+    get_output = getattr(model, "get_output_embeddings", None)
+    declared = get_output() if callable(get_output) else None
+    heads = {id(declared.weight)} if isinstance(declared, nn.Module) else set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (
+            id(module.weight) in tied
+            or module.out_features in vocabularies
+            or name.rpartition(".")[2] in _HEAD_NAMES
+        ):
+            heads.add(id(module.weight))
+    return heads
+
+
+def _rank_of(rank: int | float | None, p: Tensor, name: str) -> int | None:
+    """The rank of one matrix; a fraction is of its shorter side, at least 1."""
+    if rank is None:
+        return None
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise TypeError(f"param_groups: rank={rank!r} for {name!r}, but it must be an int >= 1, "
+                        "a fraction in (0, 1) or None")
+    if isinstance(rank, int) and rank >= 1:
+        return rank
+    if not 0 < rank < 1:
+        raise ValueError(f"param_groups: rank={rank!r} for {name!r}, but it must be an int >= 1, "
+                         "a fraction in (0, 1) or None")
+    return max(1, round(rank * min(p.shape[0], p[0].numel())))
+
+
+def param_groups(
+    model: nn.Module, rank: int | float | None = 128, *, weight_decay: float | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None, **options: Any,
+) -> list[dict[str, Any]]:
+    """Groups with names for any optimizer of this package.
+
+    Weights of ``nn.Linear`` (the output head apart), of convolutions and the packed input
+    projection of ``nn.MultiheadAttention`` go to the matrix rule. Embeddings, the head, norms,
+    biases and parameters that no known module owns get AdamW; those of fewer than two dimensions
+    and all parameters of norms without decay. A weight used twice (a tied head) appears once, as
+    the embedding that it is. Parameters that need no gradient are left out.
+
+    Args:
+        model: any module.
+        rank: rank of every matrix: an int >= 1, a fraction of its shorter side in (0, 1), or None.
+            Default 128.
+        weight_decay: of all but norms and biases. Default: the optimizer's.
+        overrides: {glob on the dotted name: options}, the last match wins. ``{"*.gate": {"rank":
+            None}}`` makes routers dense; a ``rank`` given here also takes in what is AdamW by
+            default: ``{"*.experts": {"rank": 64, "matricize": "batch"}}``.
+        options: further options of the matrix groups, such as ``update_proj_gap``, ``scale``.
+
+    Returns:
+        Groups whose ``params`` are (name, tensor) pairs, in the order of the model.
+
+    Raises:
+        TypeError, ValueError: a rank that breaks its rule; a glob that matches nothing; no
+            parameter at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups: model is a {type(model).__name__}, but it must be a module")
+    overrides = overrides or {}
+    heads = _heads(model)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for pattern in overrides:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"param_groups: overrides has {pattern!r}, which matches no trainable "
+                             f"parameter{nearest(pattern, names)}")
+    groups: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        # named_parameters, not _parameters: a parametrization owns its original under another name.
+        for short, p in module.named_parameters(recurse=False):
+            if id(p) in seen or not p.requires_grad:
+                continue
+            seen.add(id(p))
+            name = f"{prefix}.{short}" if prefix else short
+            is_matrix = p.ndim >= 2 and id(p) not in heads and (
+                (isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and short == "weight")
+                or (isinstance(module, nn.MultiheadAttention) and short.endswith("proj_weight")))
+            is_norm = "norm" in type(module).__name__.lower()
+            chosen: dict[str, Any] = {"rank": rank, **options} if is_matrix else {"rank": None}
+            if p.ndim < 2 or is_norm:
+                chosen["weight_decay"] = 0.0
+            elif weight_decay is not None:
+                chosen["weight_decay"] = weight_decay
+            for pattern, own in overrides.items():
+                if fnmatch.fnmatchcase(name, pattern):
+                    if not is_matrix and own.get("rank") is not None:
+                        chosen = {**options, **chosen}
+                    chosen |= own
+            chosen["rank"] = _rank_of(chosen["rank"], p, name)
+            key = tuple(sorted((k, repr(v)) for k, v in chosen.items()))
+            groups.setdefault(key, {"params": [], **chosen})["params"].append((name, p))
+    if not groups:
+        raise ValueError("param_groups: the model has no parameter that needs a gradient")
+    return list(groups.values())

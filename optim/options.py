@@ -1,0 +1,150 @@
+"""Options: what each may be, and the one function that checks a group of them.
+
+An :class:`Option` couples a default with a rule. Optimizer classes list theirs in a table, and
+:func:`checked` is called wherever options enter: the constructor, ``add_param_group``, loading.
+Values leave it as plain ``str``, ``int``, ``float``, ``bool``, ``tuple`` or ``None``, which is
+what ``torch.load(weights_only=True)`` can read back.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+__all__ = ["Option", "boolean", "checked", "choice", "fractions", "integer", "optional", "real"]
+
+
+class _WrongType(TypeError):
+    """The value is of a kind that the rule does not speak about."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its default, and how a received value becomes a stored one.
+
+    Args:
+        default: the value where neither the group nor the constructor gives one.
+        rule: what is allowed, in the words that an error message shows.
+        convert: returns the plain value to store; raises ``TypeError`` for a value of the wrong
+            kind and ``ValueError`` for one out of range (their texts are not shown).
+    """
+
+    default: Any
+    rule: str
+    convert: Callable[[Any], Any]
+
+    def check(self, name: str, value: Any, where: str) -> Any:
+        """The plain value, or an error that gives place, option, value and rule."""
+        try:
+            return self.convert(value)
+        except TypeError:
+            raise TypeError(f"{where}: {name}={value!r}, but it must be {self.rule}") from None
+        except (ValueError, OverflowError):
+            raise ValueError(f"{where}: {name}={value!r}, but it must be {self.rule}") from None
+
+
+def real(default: float | None, minimum: float = 0.0, *, above: bool = False) -> Option:
+    """A finite number, at least ``minimum`` (or above it); a one-element tensor becomes one."""
+
+    def convert(value: Any) -> float:
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise _WrongType
+        number = float(value)
+        if not math.isfinite(number) or number < minimum or (above and number == minimum):
+            raise ValueError
+        return number
+
+    return Option(default, f"a finite number {'>' if above else '>='} {minimum:g}", convert)
+
+
+def integer(default: int | None, minimum: int, maximum: int | None = None) -> Option:
+    """An int from ``minimum`` to ``maximum``; ``True`` and ``2.0`` are not ints."""
+
+    def convert(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise _WrongType
+        number = int(value)
+        if number < minimum or (maximum is not None and number > maximum):
+            raise ValueError
+        return number
+
+    end = "" if maximum is None else f" and <= {maximum}"
+    return Option(default, f"an int >= {minimum}{end}", convert)
+
+
+def choice(default: Any, *allowed: Any) -> Option:
+    """One of a few strings or ints."""
+    kinds = tuple({type(a) for a in allowed})
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise _WrongType
+        if value not in allowed:
+            raise ValueError
+        return value
+
+    return Option(default, "one of " + ", ".join(repr(a) for a in allowed), convert)
+
+
+def boolean(default: bool) -> Option:
+    """True or False, and not 1 or 0."""
+
+    def convert(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise _WrongType
+        return value
+
+    return Option(default, "True or False", convert)
+
+
+def fractions(default: tuple[float, ...]) -> Option:
+    """A tuple (or list) of as many numbers as the default has, each in [0, 1)."""
+    one = real(0.0)
+
+    def convert(value: Any) -> tuple[float, ...]:
+        if isinstance(value, (str, torch.Tensor)) or not isinstance(value, Iterable):
+            raise _WrongType
+        numbers = tuple(one.convert(v) for v in value)
+        if len(numbers) != len(default) or any(v >= 1 for v in numbers):
+            raise ValueError
+        return numbers
+
+    return Option(default, f"a tuple of {len(default)} numbers, each >= 0 and < 1", convert)
+
+
+def optional(option: Option) -> Option:
+    """The same option with None allowed."""
+
+    def convert(value: Any) -> Any:
+        return None if value is None else option.convert(value)
+
+    return Option(option.default, f"None or {option.rule}", convert)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as `` (did you mean 'rank'?)``, or nothing when no known name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def checked(values: Mapping[str, Any], table: Mapping[str, Option], where: str) -> dict[str, Any]:
+    """The options of ``values`` as plain values; unknown names and bad values raise.
+
+    Raises:
+        TypeError: a value of the wrong kind.
+        ValueError: a value out of range, or a name that is not in ``table``.
+    """
+    for name in values:
+        if not isinstance(name, str) or name not in table:
+            hint = nearest(str(name), table)
+            raise ValueError(f"{where}: unknown option {name!r}={values[name]!r}{hint}; "
+                             f"known are {', '.join(sorted(table))}")
+    return {name: table[name].check(name, value, where) for name, value in values.items()}

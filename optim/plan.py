@@ -1,0 +1,80 @@
+"""The plan of an optimizer: one row per parameter, totals that are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["Plan", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What happens to one parameter.
+
+    Args:
+        name: its dotted name, or its place where none was given.
+        shape: its shape.
+        rule: ``"adamw"`` or the class's own algorithm.
+        rank: rank of the projection, None for dense rules.
+        side: ``"left"``, ``"right"``, ``"full"`` or ``""``.
+        state_bytes: bytes of all its state tensors.
+        reason: why this rule, in words.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rule: str
+    rank: int | None
+    side: str
+    state_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of a plan; ``print(plan)`` shows a table."""
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> Row:
+        """The row of a parameter, by name."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all state."""
+        return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def matrices(self) -> int:
+        """How many parameters the class's own rule takes."""
+        return sum(row.rule != "adamw" for row in self.rows)
+
+    @property
+    def dense(self) -> int:
+        """How many parameters get AdamW."""
+        return len(self.rows) - self.matrices
+
+    def __str__(self) -> str:
+        head = ("parameter", "shape", "rule", "rank", "side", "state bytes", "reason")
+        body = [(row.name, "x".join(map(str, row.shape)) or "scalar", row.rule,
+                 "" if row.rank is None else str(row.rank), row.side, f"{row.state_bytes:,}",
+                 row.reason) for row in self.rows]
+        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+        right = {3, 5}
+        lines = ["  ".join(cell.rjust(w) if i in right else cell.ljust(w)
+                           for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+                 for line in [head, *body]]
+        lines.append(f"{self.matrices} by the class's own rule, {self.dense} by AdamW, "
+                     f"{self.state_bytes:,} bytes of state")
+        return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""Projections: how a basis is found, and how a gradient goes down to it.
+
+G is (..., m, n). A right basis Q is (..., n, r) and the projected gradient R = G Q is (..., m, r);
+a left basis P is (..., m, r) and R = P^T G is (..., r, n). Bases have orthonormal columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["FINDERS", "down", "gaussian", "random_basis", "rotate", "side_of"]
+
+# torch.linalg.LinAlgError, which torch's annotations do not export.
+_NOT_CONVERGED: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009
+#: Extra columns in the range finder (methods of Halko et al. use 5 to 10).
+OVERSAMPLING = 8
+#: Power iterations of a cold start; a warm start from the last basis takes WARM_ITERATIONS.
+COLD_ITERATIONS = 2
+WARM_ITERATIONS = 2
+
+
+def side_of(m: int, n: int, proj_type: str) -> str:
+    """``"left"``, ``"right"`` or ``"full"`` (both), from the full shape alone.
+
+    ``"std"`` projects the shorter side, square matrices on the right as in GaLore's code;
+    ``"reverse_std"`` the other one.
+    """
+    if proj_type == "std":
+        return "right" if m >= n else "left"
+    if proj_type == "reverse_std":
+        return "left" if m >= n else "right"
+    return proj_type
+
+
+def gaussian(shape: tuple[int, ...], key: tuple[int, int], stream: int) -> Tensor:
+    """Standard normal numbers on the CPU, from (seed, parameter) and a stream alone."""
+    # Weyl steps with odd 64-bit constants spread neighbouring keys over the seed space.
+    mixed = key[0] * 0x9E3779B97F4A7C15 + key[1] * 0xC2B2AE3D27D4EB4F + stream * 0x165667B19E3779F9
+    generator = torch.Generator(device="cpu").manual_seed(mixed % 2**63)
+    return torch.randn(shape, generator=generator)
+
+
+def _orthonormal(y: Tensor) -> Tensor:
+    q: Tensor = torch.linalg.qr(y).Q
+    return q
+
+
+def _svd(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
+    """The r leading right singular vectors of g, exactly."""
+    vh: Tensor = torch.linalg.svd(g, full_matrices=False).Vh
+    return vh[..., :r, :].mT
+
+
+def _randomized(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
+    """The r leading right singular vectors of g, by a randomized range finder.
+
+    Y = (G^T G)^q G^T Omega, orthonormalized at each product; then the leading eigenvectors of
+    the small (GY)^T (GY). Source: Halko, Martinsson, Tropp, arXiv 0909.4061; GaLore 2, 2504.20437.
+    """
+    m, n = g.shape[-2:]
+    y = _orthonormal(g.mT @ noise(m, min(r + OVERSAMPLING, m, n)))
+    for _ in range(COLD_ITERATIONS - 1):
+        y = _orthonormal(g.mT @ (g @ y))
+    b = g @ y
+    vectors: Tensor = torch.linalg.eigh(b.mT @ b).eigenvectors  # in ascending order
+    return y @ vectors.flip(-1)[..., :r]
+
+
+def _subspace(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
+    """Block power iterations Q <- orth(G^T G Q), started from the last basis.
+
+    The new basis stays aligned with the old one column by column, so moments that are kept
+    lose little. Without a last basis the start is :func:`_randomized`.
+    """
+    if old is None:
+        return _randomized(g, r, old, noise)
+    q = old
+    for _ in range(WARM_ITERATIONS):
+        q = _orthonormal(g.mT @ (g @ q))
+    # QR leaves the signs of the columns open: take those that agree with the last basis.
+    sign = torch.where((q * old).sum(-2, keepdim=True) < 0, -1.0, 1.0)
+    return q * sign
+
+
+#: How a right basis is found: (g, r, old, noise) -> (..., n, r), all fp32.
+FINDERS: dict[str, Callable[[Tensor, int, Tensor | None, Callable[..., Tensor]], Tensor]] = {
+    "svd": _svd,
+    "randomized": _randomized,
+    "subspace": _subspace,
+}
+
+
+def find(
+    g: Tensor, r: int, side: str, projection: str, old: Tensor | None, key: tuple[int, int],
+    stream: int,
+) -> Tensor | None:
+    """A basis for one side of the gradient, fp32; None where the gradient has none to give.
+
+    Args:
+        g: gradient (..., m, n), any floating dtype. It is scaled to a largest entry of 1, so
+            that 1e-30 and 1e30 neither vanish nor overflow in the products.
+        r: number of columns.
+        side: ``"left"`` or ``"right"``.
+        projection: a key of :data:`FINDERS`.
+        old: the last basis, or None at the first refresh.
+        key: seed and parameter, from which a random start is drawn.
+        stream: a number that differs between steps and sides, for the same purpose.
+
+    Returns:
+        (..., n, r) on the right, (..., m, r) on the left; None when every matrix of g is zero or
+        one entry is not finite, or when the decomposition does not converge: the caller keeps
+        the basis it has. In a batch, zero matrices keep theirs.
+    """
+    if g.numel() == 0:
+        return None
+    largest = g.detach().abs().amax(dim=(-2, -1), keepdim=True).float()
+    if not bool(largest.isfinite().all()) or not bool(largest.any()):
+        return None
+    g = (g if side == "right" else g.mT).float() / torch.where(largest > 0, largest, 1.0)
+
+    def noise(rows: int, columns: int) -> Tensor:
+        return gaussian((*g.shape[:-2], rows, columns), key, stream).to(g.device)
+
+    old = None if old is None else old.float()
+    try:
+        found = FINDERS[projection](g, r, old, noise)
+    except _NOT_CONVERGED:
+        return None
+    return found if old is None else torch.where(largest > 0, found, old)
+
+
+def random_basis(
+    n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int, like: Tensor
+) -> Tensor:
+    """A uniformly distributed orthonormal (..., n, r), the same at every call with the same key."""
+    q = _orthonormal(gaussian((*batch, n, r), key, stream))
+    return q.to(device=like.device, dtype=like.dtype)
+
+
+def down(g: Tensor, bases: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """R = P^T G Q, with the bases that are there."""
+    left, right = bases
+    if left is not None:
+        g = left.mT @ g
+    return g if right is None else g @ right
+
+
+def rotate(
+    m: Tensor, v: Tensor, old: tuple[Tensor | None, Tensor | None],
+    new: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """Moments in the new bases: M <- Rot M, V <- (Rot o Rot) V, with Rot = new^T old.
+
+    V stays positive, and the whole is exact where the bases share columns. (The rule of the
+    DCT's permutation, for any basis.)
+    """
+    for p, q, left in ((old[0], new[0], True), (old[1], new[1], False)):
+        if p is None or q is None:
+            continue
+        rot = q.float().mT @ p.float()
+        m = rot @ m if left else m @ rot.mT
+        v = rot.square() @ v if left else v @ rot.square().mT
+    return m, v
