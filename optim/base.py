@@ -58,7 +58,7 @@ _FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_mo
 # Options of torch.optim.AdamW about how it runs, which change no result.
 _TORCH_ONLY = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
 # Elements in one block of an element-wise update: temporaries stay this small, and in cache.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 18
 
 
 class PartialStepError(RuntimeError):

@@ -40,7 +40,9 @@ def representable(g: Tensor) -> Tensor:
     return torch.where(g.isinf(), g, g.clamp(-_LARGEST, _LARGEST))
 
 
-def adam(g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Quotient:
+def adam(
+    g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int, *, consume: bool = False
+) -> Quotient:
     """Adam's direction, with epsilon placed as in torch.optim.AdamW.
 
     M <- b1 M + (1 - b1) G;  V <- b2 V + (1 - b2) G o G;
@@ -54,10 +56,12 @@ def adam(g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Qu
         s: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``) of g's shape, changed in place.
         o: options ``betas``, ``eps``, ``amsgrad``.
         t: 1-based count of this update.
+        consume: g is a temporary, and its place may hold the denominator.
     """
     beta1, beta2 = o["betas"]
     g = representable(g)
-    denominator = torch.empty_like(g)  # the last allocation: state is written from here on
+    # The last allocation: state is written from here on.
+    denominator = g if consume else torch.empty_like(g)
     m, v = s["exp_avg"], s["exp_avg_sq"]
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)

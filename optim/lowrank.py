@@ -110,7 +110,7 @@ class LowRankOptimizer(MatrixOptimizer):
                     else project.rotate(m, v, refreshed, bases))
         moments = {**s, "exp_avg": m, "exp_avg_sq": v}
         # N = Adam(R), divided out in the denominator's place
-        direction = adam(low, moments, o, t)
+        direction = adam(low, moments, o, t, consume=True)
         torch.div(direction.numerator, direction.denominator, out=direction.denominator)
         if m is not s["exp_avg"]:
             s["exp_avg"].copy_(m)
