@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..optim import AdamW, GaLoreAdamW, param_groups
 from ..optim.base import MatrixOptimizer
 
-__all__ = ["OPTIMIZERS", "add_options", "build", "options_of"]
+__all__ = ["OPTIMIZERS", "PEERS", "add_options", "build", "build_peer", "options_of",
+           "state_bytes"]
 
 #: Command-line name: class, and learning rate that suits the training demo (tuned on it).
 OPTIMIZERS: dict[str, tuple[type[MatrixOptimizer], float]] = {
     "adamw": (AdamW, 3e-3),
     "galore": (GaLoreAdamW, 1e-2),
 }
+
+#: Optimizers of other packages, to compare with where they are installed, and their rates.
+PEERS: dict[str, float] = {"torch-adamw": 3e-3, "galore-torch": 1e-2}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -44,3 +49,40 @@ def build(name: str, model: nn.Module, rank: int | None, lr: float, **options: A
     if cls is AdamW:
         return cls(model.named_parameters(), lr=lr, **known)  # type: ignore[call-arg]
     return cls(param_groups(model, rank), lr=lr, **known)  # type: ignore[call-arg]
+
+
+def build_peer(name: str, model: nn.Module, rank: int | None, lr: float, **options: Any
+               ) -> torch.optim.Optimizer:
+    """An optimizer of another package over the same groups, with the same decay and epsilon."""
+    if name == "torch-adamw":
+        return torch.optim.AdamW(model.parameters(), lr=lr)
+    from galore_torch import GaLoreAdamW as Peer
+
+    groups = param_groups(model, rank)
+    for group in groups:
+        group["params"] = [p for _, p in group["params"]]
+        if group.pop("rank") is not None:
+            group |= {"rank": rank, "update_proj_gap": options.get("update_proj_gap", 200),
+                      "scale": options.get("scale", 0.25), "proj_type": "std"}
+    peer: torch.optim.Optimizer = Peer(groups, lr=lr, eps=1e-8, weight_decay=1e-2,
+                                       no_deprecation_warning=True)
+    return peer
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every tensor in the state, those inside a peer's projector objects included."""
+    storages: dict[int, int] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storages[value.data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (list, tuple)):
+            for x in value:
+                walk(x)
+        elif isinstance(value, dict) or hasattr(value, "__dict__"):
+            for x in (value if isinstance(value, dict) else vars(value)).values():
+                walk(x)
+
+    for entry in optimizer.state.values():
+        walk(entry)
+    return sum(storages.values())

@@ -101,8 +101,10 @@ def train(name: str, data: tuple[Tensor, Tensor], run: Run, report: Callable[[di
     model = Llama(shape, run.tied)
     model.initialize(torch.Generator().manual_seed(run.seed))
     model.to(device=run.device, dtype=_DTYPES[run.dtype])
-    lr = run.lr if run.lr is not None else names.OPTIMIZERS[name][1]
-    optimizer = names.build(name, model, run.rank, lr, **run.options)
+    default = names.PEERS[name] if name in names.PEERS else names.OPTIMIZERS[name][1]
+    lr = run.lr if run.lr is not None else default
+    build = names.build_peer if name in names.PEERS else names.build
+    optimizer = build(name, model, run.rank, lr, **run.options)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _factor(step, run.steps))
     losses: list[float] = []
@@ -115,8 +117,8 @@ def train(name: str, data: tuple[Tensor, Tensor], run: Run, report: Callable[[di
     cuda = run.device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    plan = optimizer.plan()
-    held = sum(p.nbytes for p in model.parameters()) + plan.state_bytes
+    # A peer makes its state in the first step, where LiveBytes sees it.
+    held = sum(p.nbytes for p in model.parameters()) + names.state_bytes(optimizer)
     peak, step_s, run_s = held, [], []
 
     def one(step: int) -> float:
@@ -157,13 +159,13 @@ def train(name: str, data: tuple[Tensor, Tensor], run: Run, report: Callable[[di
     return {
         "optimizer": name, "valid_loss": _validate(model, data[1], run),
         "train_loss": statistics.fmean(tail) if tail else math.nan,
-        "state_bytes": plan.state_bytes, "peak_bytes": peak,
+        "state_bytes": names.state_bytes(optimizer), "peak_bytes": peak,
         "step_ms": 1e3 * statistics.median(timed) if timed else math.nan,
         "step_ms_worst": 1e3 * max(timed) if timed else math.nan,
         "optimizer_share": sum(step_s) / sum(run_s) if run_s else math.nan,
         "model": run.size, "vocabulary": shape.vocabulary, "rank": run.rank, "lr": lr,
         "steps": len(losses), "seed": run.seed, "dtype": run.dtype, "device": run.device,
-        "matrices": plan.matrices, "options": run.options, "losses": losses,
+        "options": run.options, "losses": losses,
     }
 
 
@@ -194,7 +196,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lissom-train", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizers", "--optimizer", default="adamw,galore",
-                        help="comma-separated, of: " + ", ".join(names.OPTIMIZERS))
+                        help="comma-separated, of: " + ", ".join(names.OPTIMIZERS)
+                        + "; of other packages: " + ", ".join(names.PEERS))
     parser.add_argument("--size", choices=[*LLAMA], default="tiny")
     parser.add_argument("--tied", action="store_true", help="the head shares the embedding")
     parser.add_argument("--steps", type=int, default=300, help="steps of the schedule")
@@ -227,9 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     chosen = args.optimizers.split(",")
+    known = [*names.OPTIMIZERS, *names.PEERS]
     for name in chosen:
-        if name not in names.OPTIMIZERS:
-            parser.error(f"--optimizers {name!r} must be of {', '.join(names.OPTIMIZERS)}")
+        if name not in known:
+            parser.error(f"--optimizers {name!r} must be of {', '.join(known)}")
     rates: list[float | None] = [None] * len(chosen)
     if args.lr:
         try:

@@ -80,9 +80,7 @@ def _subspace(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor
     q = old
     for _ in range(WARM_ITERATIONS):
         q = _orthonormal(g.mT @ (g @ q))
-    # QR leaves the signs of the columns open: take those that agree with the last basis.
-    sign = torch.where((q * old).sum(-2, keepdim=True) < 0, -1.0, 1.0)
-    return q * sign
+    return q
 
 
 #: How a right basis is found: (g, r, old, noise) -> (..., n, r), all fp32.
@@ -129,7 +127,12 @@ def find(
         found = FINDERS[projection](g, r, old, noise)
     except _NOT_CONVERGED:
         return None
-    return found if old is None else torch.where(largest > 0, found, old)
+    if old is None:
+        return found
+    # Every decomposition leaves the signs of its columns open, and moments that are kept are
+    # carried column by column: take the signs that agree with the last basis.
+    agree = torch.where((found * old).sum(-2, keepdim=True) < 0, -1.0, 1.0)
+    return torch.where(largest > 0, found * agree, old)
 
 
 def random_basis(

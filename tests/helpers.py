@@ -1,0 +1,66 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors(shapes: Iterable[tuple[int, ...]], seed: int = 0, scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator) * scale for s in shapes]
+
+
+def parameters(shapes: Iterable[tuple[int, ...]], seed: int = 0,
+               dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(x.to(dtype)) for x in tensors(shapes, seed)]
+
+
+def feed(params: list[Any], seed: int, scale: float = 1.0) -> None:
+    for p, g in zip(params, tensors([p.shape for p in params], seed, scale), strict=True):
+        p.grad = g.to(p.dtype)
+
+
+def run(optimizer: Any, params: list[Any], steps: range, scale: float = 1.0) -> None:
+    for i in steps:
+        feed(params, 100 + i, scale)
+        optimizer.step()
+
+
+def snapshot(optimizer: Any) -> dict[str, Any]:
+    """Everything that a refused call must leave as it was, weights included."""
+    state = [{k: v.clone() for k, v in optimizer.state[p].items()} if p in optimizer.state else None
+             for g in optimizer.param_groups for p in g["params"]]
+    weights = [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
+    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    return {"state": state, "weights": weights, "options": options}
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Bitwise equality through dicts and lists (NaN equals NaN)."""
+    if isinstance(a, Tensor):
+        assert isinstance(b, Tensor), where
+        assert a.dtype == b.dtype, (where, a.dtype, b.dtype)
+        assert torch.equal(a.detach().nan_to_num(7.5), b.detach().nan_to_num(7.5)), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            assert_same(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, (where, a, b)
+
+
+def through_disk(value: Any) -> Any:
+    """Saved and read back with the safe loader."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

@@ -1,0 +1,86 @@
+"""AdamW is torch.optim.AdamW, bit for bit in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissom.optim import AdamW
+
+from .helpers import assert_same, feed, parameters
+
+SHAPES = [(7, 5), (3,), (), (0, 3), (600, 500), (2, 3, 4)]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"maximize": True}, {"amsgrad": True}, {"weight_decay": 0.0},
+    {"lr": 0.1, "betas": (0.5, 0.8), "eps": 1e-3, "weight_decay": 0.3},
+    {"betas": (0.0, 0.0)}, {"fused": False, "foreach": True}, {"lr": torch.tensor(1e-2)},
+], ids=str)
+def test_equals_torch_over_100_steps(options):
+    ours, theirs = parameters(SHAPES), parameters(SHAPES)
+    options = {"lr": 1e-2, **options}
+    a = AdamW([{"params": ours[:3], "lr": 3e-3}, {"params": ours[3:]}], **options)
+    b = torch.optim.AdamW([{"params": theirs[:3], "lr": 3e-3}, {"params": theirs[3:]}],
+                          **{**options, "foreach": False, "lr": float(options["lr"])})
+    for i in range(100):
+        feed(ours, i)
+        feed(theirs, i)
+        a.step()
+        b.step()
+    assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
+    assert_same([dict(a.state[p]) for p in ours], [dict(b.state[p]) for p in theirs])
+
+
+@given(shape=st.lists(st.integers(0, 9), max_size=4),
+       betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.999)),
+       eps=st.floats(1e-12, 1e-2), lr=st.floats(0, 1), weight_decay=st.floats(0, 1),
+       amsgrad=st.booleans(), maximize=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_equals_torch_everywhere(shape, **options):
+    ours, theirs = parameters([tuple(shape)]), parameters([tuple(shape)])
+    a, b = AdamW(ours, **options), torch.optim.AdamW(theirs, foreach=False, **options)
+    for i in range(4):
+        feed(ours, i)
+        feed(theirs, i)
+        a.step()
+        b.step()
+    assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
+
+
+def test_reads_a_torch_checkpoint():
+    ours, theirs = parameters(SHAPES), parameters(SHAPES)
+    b = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.2, foreach=False)
+    for i in range(3):
+        feed(theirs, i)
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        p.data.copy_(q.data)
+    a = AdamW(ours)
+    a.load_state_dict(b.state_dict())
+    for i in range(3, 6):
+        for params, optimizer in ((ours, a), (theirs, b)):
+            feed(params, i)
+            optimizer.step()
+    assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
+
+
+@pytest.mark.parametrize("switch", ["capturable", "differentiable"])
+def test_switches_that_cannot_be_honoured_are_refused(switch):
+    with pytest.raises(ValueError, match=f"{switch}=True, but it must be False"):
+        AdamW(parameters([(2,)]), **{switch: True})
+    with pytest.raises(TypeError, match="fused='yes'"):
+        AdamW(parameters([(2,)]), fused="yes")
+
+
+def test_bf16_weights_are_rounded_once():
+    (p,) = parameters([(40, 30)], dtype=torch.bfloat16)
+    q = torch.nn.Parameter(p.detach().float())
+    a, b = AdamW([p], lr=1e-2, weight_decay=0.1), torch.optim.AdamW([q], lr=1e-2, weight_decay=0.1)
+    feed([p], 0)
+    q.grad = p.grad.float()
+    a.step()
+    b.step()
+    assert torch.equal(p, q.to(torch.bfloat16))
