@@ -16,12 +16,12 @@ __all__ = ["OPTIMIZERS", "PEERS", "add_options", "build", "build_peer", "options
 
 #: Command-line name: class, and learning rate that suits the training demo (tuned on it).
 OPTIMIZERS: dict[str, tuple[type[MatrixOptimizer], float]] = {
-    "adamw": (AdamW, 3e-3),
-    "galore": (GaLoreAdamW, 1e-2),
+    "adamw": (AdamW, 1.5e-3),
+    "galore": (GaLoreAdamW, 3e-2),
 }
 
 #: Optimizers of other packages, to compare with where they are installed, and their rates.
-PEERS: dict[str, float] = {"torch-adamw": 3e-3, "galore-torch": 1e-2}
+PEERS: dict[str, float] = {"torch-adamw": 1.5e-3, "galore-torch": 3e-2}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

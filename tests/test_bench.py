@@ -1,0 +1,152 @@
+"""The command-line programs: their figures, resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import lzma
+
+import pytest
+import torch
+from torch import nn
+
+from lissom.bench import memory, names, projections, step, text, train
+from lissom.bench.llama import Llama
+from lissom.bench.shapes import LLAMA, PAPER_RANK, Shape
+
+# Recomputed from the released configurations under the papers' accounting (bf16 weights and
+# states, 1 GB = 1e9 bytes): parameters in millions; weights, Adam states, GaLore states, of these
+# low-rank matrices, GB.
+TABLE = {
+    "llama-60m": (58.1, 0.12, 0.23, 0.16, 0.03),
+    "llama-130m": (134.1, 0.27, 0.54, 0.34, 0.15),
+    "llama-350m": (368.0, 0.74, 1.47, 0.65, 0.39),
+    "llama-1b": (1339.1, 2.68, 5.36, 2.08, 1.56),
+    "llama-7b": (6738.4, 13.48, 26.95, 9.40, 8.36),
+}
+
+
+@pytest.mark.parametrize("model", TABLE)
+def test_memory_gives_the_table(model, tmp_path):
+    figures = {}
+    for optimizer in ("adamw", "galore"):
+        file = tmp_path / f"{optimizer}.json"
+        assert memory.main(["--model", model, "--optimizer", optimizer, "--rank",
+                            str(PAPER_RANK[model]), "--json", str(file)]) == 0
+        figures[optimizer] = json.loads(file.read_text())
+    parameters, weights, adam, galore, low = TABLE[model]
+    got = figures["galore"]
+    assert round(got["parameters"] / 1e6, 1) == parameters
+    assert round(got["weights"] / 1e9, 2) == round(got["gradients"] / 1e9, 2) == weights
+    assert round(figures["adamw"]["optimizer_state"] / 1e9, 2) == adam
+    assert round(got["optimizer_state"] / 1e9, 2) == galore
+    assert round(got["by_kind"]["low-rank matrices"]["optimizer_state"] / 1e9, 2) == low
+    for key in ("weights", "gradients", "optimizer_state"):
+        assert sum(kind[key] for kind in got["by_kind"].values()) == got[key]
+    assert got["options"]["state_bits"] == 16
+
+
+def factory():
+    return nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 40), nn.Linear(40, 16))
+
+
+def test_memory_of_a_module_equals_what_is_held(capsys):
+    assert memory.main(["--module", "tests.test_bench:factory", "--rank", "4", "--dtype", "fp32",
+                        "--state-bits", "32", "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    model = factory()
+    optimizer = names.build("galore", model, 4, 1e-3)
+    assert figures["optimizer_state"] == names.state_bytes(optimizer)
+    assert figures["weights"] == sum(p.nbytes for p in model.parameters())
+    assert memory.main(["--model", "tiny"]) == 0
+    assert "optimizer state" in capsys.readouterr().out
+
+
+def test_memory_refuses(capsys):
+    for argv in (["--projection", "pca"], ["--module", "json"], ["--state-bits", "5"]):
+        with pytest.raises(SystemExit):
+            memory.main(argv)
+        assert "must be" in capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setitem(LLAMA, "tiny", Shape(16, 40, 2, 1))
+
+
+def quick(tmp_path, *argv):
+    file = tmp_path / "out.json"
+    arguments = ["--batch", "2", "--length", "16", "--rank", "4", "--plot", "",
+                 "--device", "cpu", "--json", str(file), *argv]
+    assert train.main(arguments) == 0
+    return json.loads(file.read_text())
+
+
+def test_train_rows_table_and_picture(tmp_path, capsys):
+    picture = tmp_path / "curves.png"
+    rows = quick(tmp_path, "--steps", "6", "--plot", str(picture))
+    out = capsys.readouterr().out
+    assert [row["optimizer"] for row in rows] == ["adamw", "galore"]
+    for row in rows:
+        assert len(row["losses"]) == 6
+        assert row["losses"][0] == pytest.approx(5.545, abs=0.05)  # log 256
+        assert 0 < row["valid_loss"] < 6
+        assert row["peak_bytes"] > row["state_bytes"] > 0
+        assert row["step_ms"] > 0
+        assert row["optimizer"] in out
+    assert rows[0]["losses"][0] == rows[1]["losses"][0]
+    assert rows[1]["state_bytes"] < rows[0]["state_bytes"]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("bits", ["32", "16"])
+def test_train_resumes_exactly(tmp_path, bits):
+    common = ["--optimizers", "galore", "--steps", "8", "--gap", "3", "--state-bits", bits]
+    whole = quick(tmp_path, *common)
+    saved = str(tmp_path / "run.pt")
+    quick(tmp_path, *common, "--until", "4", "--save", saved)
+    resumed = quick(tmp_path, *common, "--resume", saved)
+    assert resumed[0]["losses"] == whole[0]["losses"]
+    assert resumed[0]["valid_loss"] == whole[0]["valid_loss"]
+
+
+def test_train_reads_files_and_refuses(tmp_path, capsys):
+    file = tmp_path / "text.txt.xz"
+    file.write_bytes(lzma.compress(b"the quick brown fox. " * 4000))
+    rows = quick(tmp_path, "--optimizers", "adamw", "--steps", "2", "--data", str(file), "--tied",
+                 "--dtype", "bf16")
+    assert len(rows[0]["losses"]) == 2
+    short = tmp_path / "short.txt"
+    short.write_text("abc")
+    for argv in (["--optimizers", "adam"], ["--data", str(short)], ["--data", "absent"],
+                 ["--lr", "x"], ["--lr", "1,2,3"], ["--steps", "0"], ["--moments", "forget"]):
+        with pytest.raises(SystemExit):
+            train.main([*argv, "--plot", ""])
+        assert "error" in capsys.readouterr().err
+
+
+def test_text_batches_depend_on_the_key_alone():
+    data, valid = text.load(None)
+    assert len(data) > 10 * len(valid) > 0
+    a, b = text.batch(data, 3, 8, 5), text.batch(data, 3, 8, 5)
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[0][:, 1:], a[1][:, :-1])
+
+
+def test_llama_is_causal_and_ties():
+    model = Llama(Shape(16, 40, 2, 2, 30), tied=True)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    tokens = torch.randint(0, 30, (1, 9), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[0, 6] = (changed[0, 6] + 1) % 30
+    a, b = model(tokens), model(changed)
+    assert torch.equal(a[:, :6], b[:, :6])
+    assert not torch.allclose(a[:, 6:], b[:, 6:])
+
+
+def test_benchmarks_run(tmp_path, capsys):
+    step.main(["--size", "tiny", "--rank", "4", "--steps", "3", "--json", str(tmp_path / "s")])
+    projections.main(["--steps", "2", "--gap", "1", "--rank", "4", "--json", str(tmp_path / "p")])
+    assert "GaLoreAdamW" in capsys.readouterr().out
+    rows = {row["projection"]: row for row in json.loads((tmp_path / "p").read_text())}
+    assert rows["svd"]["of_svd_worst"] == 1.0
+    assert rows["random"]["of_svd_median"] < rows["randomized"]["of_svd_median"] < 1.0001

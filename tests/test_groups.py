@@ -1,0 +1,88 @@
+"""param_groups and plan: which parameter goes where, and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lissom.bench.llama import Llama
+from lissom.bench.shapes import Shape
+from lissom.optim import AdamW, GaLoreAdamW, param_groups
+
+from .helpers import feed
+
+SMALL = Shape(16, 40, 4, 2, 50)
+
+
+def rules(model, **options):
+    return {row.name: row for row in GaLoreAdamW(param_groups(model, **options)).plan()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama(tied):
+    model = Llama(SMALL, tied)
+    plan = rules(model, rank=4)
+    assert set(plan) == {name for name, _ in model.named_parameters()}
+    low = {name for name, row in plan.items() if row.rule == "galore"}
+    assert low == {n for n in plan if n.startswith("layers") and "proj" in n}
+    assert all(plan[n].rank == 4 for n in low)
+    groups = param_groups(model, rank=4, weight_decay=0.3)
+    decay = {n: g["weight_decay"] for g in groups for n, _ in g["params"]}
+    assert decay["norm.weight"] == 0.0
+    assert decay["embed_tokens.weight"] == decay["layers.0.gate_proj.weight"] == 0.3
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def test_convolutions_attention_and_unknown_parameters():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 16, 3)
+            self.norm = nn.BatchNorm2d(16)
+            self.attention = nn.MultiheadAttention(16, 2)
+            self.experts = nn.Parameter(torch.randn(4, 16, 8))
+            self.position = nn.Parameter(torch.randn(1, 9, 16))
+            self.frozen = nn.Linear(16, 16).requires_grad_(False)
+            self.classifier = nn.Linear(16, 10)
+
+    plan = rules(Net(), rank=0.25, overrides={"experts": {"rank": 3, "matricize": "batch"},
+                                              "*.out_proj.weight": {"rank": None}})
+    low = {n: (r.rank, r.side) for n, r in plan.items() if r.rule == "galore"}
+    assert low == {"conv.weight": (4, "left"), "attention.in_proj_weight": (4, "right"),
+                   "experts": (3, "right")}
+    assert "4 x 16 x 8" in plan["experts"].reason
+    assert "16 x 72" in plan["conv.weight"].reason
+    assert plan["position"].rule == plan["classifier.weight"].rule == "adamw"
+    assert not any(name.startswith("frozen") for name in plan)
+
+
+def test_groups_work_with_any_optimizer_of_the_package():
+    model = nn.Linear(6, 4)
+    AdamW(model.named_parameters())
+    optimizer = GaLoreAdamW(param_groups(model, rank=2, update_proj_gap=7), lr=1e-2)
+    assert optimizer.param_groups[0]["update_proj_gap"] == 7
+    feed(list(model.parameters()), 0)
+    model.weight.grad = None
+    optimizer.step()
+    text = str(optimizer.plan())
+    assert "1 by the class's own rule, 1 by AdamW" in text
+    assert optimizer.plan()["weight"].rank == 2
+    with pytest.raises(KeyError):
+        optimizer.plan()["absent"]
+
+
+@pytest.mark.parametrize(("rank", "kind"), [(0, ValueError), (-1, ValueError), (1.5, ValueError),
+                                            ("8", TypeError), (True, TypeError)])
+def test_bad_ranks(rank, kind):
+    with pytest.raises(kind, match=rf"rank={rank!r} for 'weight'.*must be"):
+        param_groups(nn.Linear(4, 4), rank)
+
+
+def test_a_pattern_that_matches_nothing():
+    with pytest.raises(ValueError, match=r"'wieght'.*did you mean 'weight'"):
+        param_groups(nn.Linear(4, 4), overrides={"wieght": {"rank": 2}})
+    with pytest.raises(TypeError, match="must be a module"):
+        param_groups([1])
+    with pytest.raises(ValueError, match="no parameter"):
+        param_groups(nn.ReLU())
