@@ -21,7 +21,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch annotates it not
         self.live = 0
         self.peak = 0
         self._seen: dict[int, weakref.ref[Any]] = {}

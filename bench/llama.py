@@ -19,7 +19,7 @@ def _rotary(length: int, width: int, device: torch.device) -> tuple[Tensor, Tens
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (batch, heads, length, width) turned by its position."""
+    """X (batch, heads, length, width) turned by its position."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ def build(name: str, model: nn.Module, rank: int | None, lr: float, **options: A
     """The named optimizer over the model; options of other classes are left out."""
     cls, _ = OPTIMIZERS[name]
     known = {k: v for k, v in options.items() if k in cls.table()}
-    if cls is AdamW:
-        return cls(model.named_parameters(), lr=lr, **known)  # type: ignore[call-arg]
-    return cls(param_groups(model, rank), lr=lr, **known)  # type: ignore[call-arg]
+    make: Callable[..., MatrixOptimizer] = cls
+    params = param_groups(model, rank) if "rank" in cls.table() else model.named_parameters()
+    return make(params, lr=lr, **known)
 
 
 def build_peer(name: str, model: nn.Module, rank: int | None, lr: float, **options: Any

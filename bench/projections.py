@@ -66,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for step in range(args.steps + 1):
         x, y = text.batch(data, 16, 128, step)
         loss = functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if step % args.gap == 0:
             for number, (name, p) in enumerate(matrices.items()):
                 g = p.grad
                 assert g is not None
-                side = project.side_of(*p.shape, "std")
+                side = project.side_of(p.shape[0], p.shape[1], "std")
                 captured: dict[str, float] = {}
                 for projection in _PROJECTIONS:
                     start = time.perf_counter()

@@ -43,7 +43,9 @@ def load(file: str | None) -> tuple[Tensor, Tensor]:
         train, valid = _standard_library()
     else:
         path = Path(file)
-        data = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
+        data = path.read_bytes()
+        if path.suffix == ".xz":
+            data = lzma.decompress(data)
         cut = len(data) - len(data) // 20
         train, valid = data[:cut], data[cut:]
     if len(valid) < 2048:

@@ -79,8 +79,10 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def train(name: str, data: tuple[Tensor, Tensor], run: Run, report: Callable[[dict[str, Any]], None],
-          save: Path | None = None, resume: Path | None = None) -> dict[str, Any]:
+def train(
+    name: str, data: tuple[Tensor, Tensor], run: Run, report: Callable[[dict[str, Any]], None],
+    save: Path | None = None, resume: Path | None = None,
+) -> dict[str, Any]:
     """Train with one optimizer.
 
     Args:
@@ -119,13 +121,15 @@ def train(name: str, data: tuple[Tensor, Tensor], run: Run, report: Callable[[di
         torch.cuda.reset_peak_memory_stats()
     # A peer makes its state in the first step, where LiveBytes sees it.
     held = sum(p.nbytes for p in model.parameters()) + names.state_bytes(optimizer)
-    peak, step_s, run_s = held, [], []
+    peak = held
+    step_s: list[float] = []
+    run_s: list[float] = []
 
     def one(step: int) -> float:
         x, y = (z.to(run.device) for z in
                 text.batch(data[0], run.batch, run.length, (run.seed << 32) + step))
         loss = _loss(model, x, y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         _synchronize(run.device)
         start = time.perf_counter()
@@ -226,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         import rich.progress
         import rich.table
     except ImportError:
-        raise SystemExit("lissom.bench.train needs the extra: pip install 'lissom[bench]'") from None
+        raise SystemExit("lissom.bench.train needs its extra: "
+                         "pip install 'lissom[bench]'") from None
     parser = _parser()
     args = parser.parse_args(argv)
     chosen = args.optimizers.split(",")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
 from lissom.optim import AdamW, GaLoreAdamW
 from lissom.optim.base import MatrixOptimizer
 

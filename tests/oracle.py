@@ -31,7 +31,8 @@ def galore(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
     """arXiv 2403.03507, algorithm 2, with an exact SVD; all refreshes at k mod T == 0."""
     b1, b2 = o.get("betas", (0.9, 0.999))
     lr, wd, eps = o.get("lr", 1e-3), o.get("weight_decay", 1e-2), o.get("eps", 1e-8)
-    gap, scale, kind = o.get("update_proj_gap", 200), o.get("scale", 0.25), o.get("proj_type", "std")
+    gap, scale = o.get("update_proj_gap", 200), o.get("scale", 0.25)
+    kind = o.get("proj_type", "std")
     w = start.double().flatten(1)
     rows, columns = w.shape
     r = min(o["rank"], rows, columns)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lissom.optim import AdamW
 
 from .helpers import assert_same, feed, parameters

@@ -7,11 +7,10 @@ import lzma
 
 import pytest
 import torch
-from torch import nn
-
 from lissom.bench import memory, names, projections, step, text, train
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import LLAMA, PAPER_RANK, Shape
+from torch import nn
 
 # Recomputed from the released configurations under the papers' accounting (bf16 weights and
 # states, 1 GB = 1e9 bytes): parameters in millions; weights, Adam states, GaLore states, of these

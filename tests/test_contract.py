@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-
 from lissom.optim import PartialStepError
 from lissom.optim.base import _check_gradient
 from lissom.optim.options import nearest
@@ -161,8 +160,9 @@ def test_misspelt_options_name_the_nearest(case):
     assert nearest("zzzz", ["rank"]) == ""
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.cfloat)])
-def test_integer_and_complex_parameters(case, bad):
+@pytest.mark.parametrize("dtype", [torch.int64, torch.cfloat])
+def test_integer_and_complex_parameters(case, dtype):
+    bad = torch.zeros(3, 2, dtype=dtype)
     ps = parameters([(6, 4)])
     optimizer = case(ps)
     for params in ([bad], [("embed.codes", bad)]):
@@ -173,7 +173,7 @@ def test_integer_and_complex_parameters(case, bad):
 
 
 def test_bad_gradients_name_the_parameter(case):
-    with pytest.raises(ValueError, match="'w' has device meta, but it must be .*cpu"):
+    with pytest.raises(ValueError, match=r"'w' has device meta, but it must be .*cpu"):
         # torch lets no such pair come about, so the check is asked by itself
         _check_gradient(torch.zeros(2), torch.zeros(2, device="meta"), "w")
     for what in ("sparse", "shape", "dtype"):
@@ -282,7 +282,8 @@ def test_nonfinite(case):
                 optimizer.step()
                 assert optimizer.skipped_steps == 1
                 after = snapshot(optimizer)
-                assert_same([before["state"], before["weights"]], [after["state"], after["weights"]])
+                for part in ("state", "weights"):
+                    assert_same(before[part], after[part])
                 ps[1].grad = torch.ones_like(ps[1])
                 optimizer.step()
                 assert optimizer.skipped_steps == 1
@@ -319,7 +320,8 @@ def test_failure_in_the_middle_names_what_moved(case, monkeypatch):
         optimizer.step()
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
     after = snapshot(optimizer)
-    assert_same([before["state"][1:], before["weights"][1:]], [after["state"][1:], after["weights"][1:]])
+    for part in ("state", "weights"):
+        assert_same(before[part][1:], after[part][1:])
 
 
 def test_nothing_else_is_touched(case, capfd):

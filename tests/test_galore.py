@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from lissom.optim import AdamW, GaLoreAdamW
 
 from . import oracle
@@ -40,7 +39,7 @@ def replay(start, gradients, case):
     return out
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden (recorded official runs) is absent")
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/golden (official runs) is absent")
 @pytest.mark.parametrize("name", [
     "full_20x20_wd0.0", "reverse_std_16x24_wd0.0", "reverse_std_24x16_wd0.0", "std_16x24_wd0.0",
     "std_24x16_wd0.0", "std_24x16_wd0.1"])
@@ -106,7 +105,7 @@ def test_full_rank_identity_basis_is_adamw():
        projection=st.sampled_from(["svd", "subspace", "randomized", "random"]),
        moments=st.sampled_from(["keep", "rotate", "reset"]), gap=st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_any_shape_and_option_moves_within_the_bound(m, n, rank, proj_type, projection, moments, gap):
+def test_first_step_is_within_the_bound(m, n, rank, proj_type, projection, moments, gap):
     """|u| <= scale |N|, and Adam's first entries are at most 1 in size: bases are orthonormal."""
     (p,) = parameters([(m, n)])
     optimizer = GaLoreAdamW([p], lr=0.1, rank=rank, proj_type=proj_type, projection=projection,

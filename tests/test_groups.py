@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import Shape
 from lissom.optim import AdamW, GaLoreAdamW, param_groups
+from torch import nn
 
 from .helpers import feed
 

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from lissom.bench.livebytes import LiveBytes
 from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref
 from lissom.optim import AdamW, GaLoreAdamW, project
