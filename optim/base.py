@@ -373,8 +373,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
             block = {**stored, **dict(zip(names, moments, strict=True))}
             s = codec.decode(block)
-            x = p_.float()
-            u = adam(_negated(g_.float(), o), s, o, t)
+            x = codec.wide(p_)
+            u = adam(_negated(codec.wide(g_), o), s, o, t)
             x.mul_(keep).addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
             if x is not p_:
                 p_.copy_(x)
@@ -521,7 +521,7 @@ def _apply(p: Tensor, u: Tensor | Lowered, o: Mapping[str, Any]) -> None:
     keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
     if isinstance(u, Tensor):
         u = Lowered(u, u.new_empty(0), 1.0)
-    if p.dtype == torch.float32 and u.right.numel():
+    if p.dtype in (torch.float32, torch.float64) and u.right.numel():
         # One pass over p: the decay is the product's beta.
         if p.ndim == 2:
             p.addmm_(u.left, u.right, beta=keep, alpha=-lr * u.factor)
@@ -534,8 +534,8 @@ def _apply(p: Tensor, u: Tensor | Lowered, o: Mapping[str, Any]) -> None:
     rows = max(1, _BLOCK // max(1, p[..., :1, :].numel()))
     for p_, left in zip(torch.split(p, rows, -2), torch.split(u.left, rows, -2), strict=True):
         full = left @ u.right if u.right.numel() else left
-        x = p_.float()
-        x.mul_(keep).add_(full.float(), alpha=-lr * u.factor)
+        x = codec.wide(p_)
+        x.mul_(keep).add_(codec.wide(full), alpha=-lr * u.factor)
         if x is not p_:
             p_.copy_(x)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.philox import stochastic_bf16_ref
 
-__all__ = ["MOMENTS", "Slot", "counter", "decode", "encode", "key_of", "moment"]
+__all__ = ["MOMENTS", "Slot", "counter", "decode", "encode", "key_of", "moment", "wide"]
 
 #: Names of the slots that are averages of gradients; all others are stored as they are.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -44,8 +44,19 @@ class Slot(NamedTuple):
 
 
 def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
-    """A slot for an average of gradients, stored as ``state_bits`` says."""
-    return Slot(tuple(shape), _STORAGE[o["state_bits"]], p.device)
+    """A slot for an average of gradients, stored as ``state_bits`` says.
+
+    The moments of a float64 parameter are float64 at 32 bits, as torch has them.
+    """
+    dtype = _STORAGE[o["state_bits"]]
+    if p.dtype == torch.float64 and dtype == torch.float32:
+        dtype = torch.float64
+    return Slot(tuple(shape), dtype, p.device)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the precision of the arithmetic: fp32, or float64 if it is that already."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def counter(dtype: torch.dtype = torch.float32) -> Slot:
@@ -60,7 +71,7 @@ def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
 
 def decode(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state as the arithmetic sees it: moments in fp32, which is the store itself at 32."""
-    return {k: v.float() if k in MOMENTS else v for k, v in stored.items()}
+    return {k: wide(v) if k in MOMENTS else v for k, v in stored.items()}
 
 
 def encode(
@@ -78,5 +89,5 @@ def encode(
     """
     for stream, name in enumerate(MOMENTS):
         if name in stored and stored[name] is not s[name]:
-            rounded = stochastic_bf16_ref(s[name], start, key_of(stored, o), (step, stream))
+            rounded = stochastic_bf16_ref(s[name].float(), start, key_of(stored, o), (step, stream))
             stored[name].copy_(rounded)

@@ -11,9 +11,6 @@ from torch import Tensor
 
 __all__ = ["Quotient", "adam", "representable"]
 
-# Squares of larger numbers are infinite in fp32.
-_LARGEST = math.sqrt(torch.finfo(torch.float32).max)
-
 
 class Quotient(NamedTuple):
     """The direction factor * numerator / denominator, not yet divided out."""
@@ -30,14 +27,15 @@ def representable(g: Tensor) -> Tensor:
     1e30 that enters as 1.8e19 still moves its weight by the learning rate, where the plain
     formula gets g / inf = 0. Infinities and NaN stay what they are.
     """
+    limit = math.sqrt(torch.finfo(g.dtype).max)  # squares of larger numbers are infinite
     if g.device.type == "cpu" and g.numel():
         low, high = torch.aminmax(g)
         # False for NaN too, which the clamp below would pass on in any case.
-        if low.item() >= -_LARGEST and high.item() <= _LARGEST:
+        if low.item() >= -limit and high.item() <= limit:
             return g
     elif g.device.type == "meta" or not g.numel():
         return g
-    return torch.where(g.isinf(), g, g.clamp(-_LARGEST, _LARGEST))
+    return torch.where(g.isinf(), g, g.clamp(-limit, limit))
 
 
 def adam(

@@ -103,7 +103,7 @@ class LowRankOptimizer(MatrixOptimizer):
     def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int) -> Lowered:
         bases, refreshed = self._bases(g, s, o, t)
         # R = P^T G Q
-        low = project.down(g, bases).float()
+        low = codec.wide(project.down(g, bases))
         m, v = s["exp_avg"], s["exp_avg_sq"]
         if refreshed is not None and o["moments"] != "keep":
             m, v = ((torch.zeros_like(m), torch.zeros_like(v)) if o["moments"] == "reset"

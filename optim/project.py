@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import codec
+
 __all__ = ["FINDERS", "down", "gaussian", "random_basis", "rotate", "side_of"]
 
 # torch.linalg.LinAlgError, which torch's annotations do not export.
@@ -95,7 +97,7 @@ def find(
     g: Tensor, r: int, side: str, projection: str, old: Tensor | None, key: tuple[int, int],
     stream: int,
 ) -> Tensor | None:
-    """A basis for one side of the gradient, fp32; None where the gradient has none to give.
+    """A basis for one side of the gradient, in fp32 (or float64); None where the gradient has none to give.
 
     Args:
         g: gradient (..., m, n), any floating dtype. It is scaled to a largest entry of 1, so
@@ -114,15 +116,15 @@ def find(
     """
     if g.numel() == 0:
         return None
-    largest = g.detach().abs().amax(dim=(-2, -1), keepdim=True).float()
+    largest = codec.wide(g.detach()).abs().amax(dim=(-2, -1), keepdim=True)
     if not bool(largest.isfinite().all()) or not bool(largest.any()):
         return None
-    g = (g if side == "right" else g.mT).float() / torch.where(largest > 0, largest, 1.0)
+    g = codec.wide(g if side == "right" else g.mT) / torch.where(largest > 0, largest, 1.0)
 
     def noise(rows: int, columns: int) -> Tensor:
-        return gaussian((*g.shape[:-2], rows, columns), key, stream).to(g.device)
+        return gaussian((*g.shape[:-2], rows, columns), key, stream).to(g)
 
-    old = None if old is None else old.float()
+    old = None if old is None else codec.wide(old)
     try:
         found = FINDERS[projection](g, r, old, noise)
     except _NOT_CONVERGED:
@@ -163,7 +165,7 @@ def rotate(
     for p, q, left in ((old[0], new[0], True), (old[1], new[1], False)):
         if p is None or q is None:
             continue
-        rot = q.float().mT @ p.float()
+        rot = codec.wide(q).mT @ codec.wide(p)
         m = rot @ m if left else m @ rot.mT
         v = rot.square() @ v if left else v @ rot.square().mT
     return m, v

@@ -49,6 +49,18 @@ def test_equals_torch_everywhere(shape, **options):
     assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
 
 
+def test_float64_weights_stay_float64():
+    ours, theirs = (parameters([(7, 5)], dtype=torch.float64) for _ in range(2))
+    a, b = AdamW(ours, lr=1e-2), torch.optim.AdamW(theirs, lr=1e-2, foreach=False)
+    for i in range(5):
+        feed(ours, i)
+        feed(theirs, i)
+        a.step()
+        b.step()
+    assert torch.equal(ours[0], theirs[0])
+    assert a.state[ours[0]]["exp_avg"].dtype == torch.float64
+
+
 def test_reads_a_torch_checkpoint():
     ours, theirs = parameters(SHAPES), parameters(SHAPES)
     b = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.2, foreach=False)
