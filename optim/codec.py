@@ -55,7 +55,7 @@ def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in the precision of the arithmetic: fp32, or float64 if it is that already."""
+    """Return x in the precision of the arithmetic: fp32, or float64 if it is that already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

@@ -97,7 +97,7 @@ def find(
     g: Tensor, r: int, side: str, projection: str, old: Tensor | None, key: tuple[int, int],
     stream: int,
 ) -> Tensor | None:
-    """A basis for one side of the gradient, in fp32 (or float64); None where the gradient has none to give.
+    """A basis for one side of the gradient, in its arithmetic; None where the gradient has none.
 
     Args:
         g: gradient (..., m, n), any floating dtype. It is scaled to a largest entry of 1, so
