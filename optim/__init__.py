@@ -1,10 +1,16 @@
 """lissom.optim: optimizers for models that do not fit, in place of torch.optim.AdamW."""
 
 from .adamw import AdamW
+from .apollo import APOLLO
 from .base import PartialStepError
+from .dctadamw import DCTAdamW
+from .fira import FiraAdamW
 from .galore import GaLoreAdamW
 from .groups import param_groups
+from .lowrank import LowRankOptimizer
 from .plan import Plan
+from .trion import Trion
 from .version import __version__
 
-__all__ = ["AdamW", "GaLoreAdamW", "PartialStepError", "Plan", "__version__", "param_groups"]
+__all__ = ["APOLLO", "AdamW", "DCTAdamW", "FiraAdamW", "GaLoreAdamW", "LowRankOptimizer",
+           "PartialStepError", "Plan", "Trion", "__version__", "param_groups"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import MatrixOptimizer
+from typing_extensions import Unpack
+
+from .base import CommonOptions, MatrixOptimizer
 
 __all__ = ["AdamW"]
 
@@ -38,13 +40,8 @@ class AdamW(MatrixOptimizer):
 
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False, *,
-        maximize: bool = False, state_bits: int = 32, nonfinite: str = "propagate",
-        seed: int = 0, foreach: bool | None = None, fused: bool | None = None,
-        capturable: bool = False, differentiable: bool = False,
+        eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
+        **options: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(params, {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "amsgrad": amsgrad, "maximize": maximize, "state_bits": state_bits,
-            "nonfinite": nonfinite, "seed": seed, "foreach": foreach, "fused": fused,
-            "capturable": capturable, "differentiable": differentiable})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps,
+                                  "weight_decay": weight_decay, "amsgrad": amsgrad, **options})

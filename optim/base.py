@@ -21,19 +21,19 @@ declines, or whose group says ``algorithm="adamw"``, get AdamW in the same loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
-from typing import Any, ClassVar, NamedTuple, overload
+from itertools import chain, repeat
+from typing import Any, ClassVar, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from . import codec
 from .codec import Slot
-from .inner import adam
+from .inner import adam, adam_slots
 from .options import Option, boolean, checked, choice, fractions, integer, nearest, real
 from .plan import Plan, Row
 
-__all__ = ["COMMON", "FORMAT", "Lowered", "MatrixOptimizer", "PartialStepError"]
+__all__ = ["COMMON", "FORMAT", "AdamWPart", "CommonOptions", "MatrixOptimizer", "PartialStepError", "Update"]
 
 #: Version of the state dict, kept in every group.
 FORMAT = 1
@@ -57,20 +57,55 @@ _FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_mo
             "param_names", "name"}
 # Options of torch.optim.AdamW about how it runs, which change no result.
 _TORCH_ONLY = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
+# Options of the parameters that get AdamW, which then are groups of their own.
+_ADAMW_PART = {"lr_adamw": "lr", "betas_adamw": "betas", "weight_decay_adamw": "weight_decay"}
 # Elements in one block of an element-wise update: temporaries stay this small, and in cache.
 _BLOCK = 1 << 18
+
+
+class CommonOptions(TypedDict, total=False):
+    """Options of every class, for type checkers; see :class:`lissom.optim.AdamW`."""
+
+    maximize: bool
+    state_bits: int
+    nonfinite: str
+    seed: int
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
+
+
+class AdamWPart(CommonOptions, total=False):
+    """Options of the parameters that get AdamW in another class's object."""
+
+    lr_adamw: float | None
+    betas_adamw: tuple[float, float] | None
+    weight_decay_adamw: float | None
 
 
 class PartialStepError(RuntimeError):
     """A step failed after some parameters had moved; the message names them."""
 
 
-class Lowered(NamedTuple):
-    """The update u = factor * left @ right, of which no full-size tensor exists."""
+class Update(NamedTuple):
+    """The update u = factor * left @ right + gain * dense.
 
-    left: Tensor
-    right: Tensor
-    factor: float
+    No full-size tensor of the product exists, and neither of the other term where ``dense`` is
+    the gradient itself.
+
+    Args:
+        left, right: (..., m, r) and (..., r, n), or None for no such term.
+        factor: multiplies their product.
+        dense: (..., m, n), or None for no such term.
+        gain: multiplies it, a number or a tensor that broadcasts to it.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    factor: float = 1.0
+    dense: Tensor | None = None
+    gain: Tensor | float = 1.0
 
 
 class _Work(NamedTuple):
@@ -92,15 +127,24 @@ class MatrixOptimizer(torch.optim.Optimizer):
     #: Other spellings of options, as other packages have them: {theirs: ours}.
     spellings: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, params: Any, given: Mapping[str, Any], *, lr_adamw: float | None = None,
-                 betas_adamw: tuple[float, float] | None = None,
-                 weight_decay_adamw: float | None = None) -> None:
-        table = self.table()
-        known = {k: v for k, v in given.items() if k not in _TORCH_ONLY}
-        _refuse_torch_only(given, f"{type(self).__name__}()")
-        values = checked(known, table, f"{type(self).__name__}()")
-        apart = {"lr": lr_adamw, "betas": betas_adamw, "weight_decay": weight_decay_adamw}
-        self._adamw = {k: table[k].check(f"{k}_adamw", v, f"{type(self).__name__}()")
+    def __init__(self, params: Any, given: Mapping[str, Any]) -> None:
+        """Check every option that was given, then add the groups.
+
+        Args:
+            params: as torch.optim.AdamW takes them.
+            given: options of :meth:`table`, of AdamW's part (``lr_adamw`` and so on) and of
+                torch about how a step runs.
+        """
+        table, where = self.table(), f"{type(self).__name__}()"
+        _refuse_torch_only(given, where)
+        apart = {k: v for k, v in given.items() if k in _ADAMW_PART}
+        known = {k: v for k, v in given.items() if k not in _TORCH_ONLY and k not in apart}
+        for name in known:
+            if name not in table or name in _BOOKKEEPING:
+                raise TypeError(f"{where}: unexpected option {name!r}={known[name]!r}"
+                                f"{nearest(name, [*table, *_ADAMW_PART])}")
+        values = checked(known, table, where)
+        self._adamw = {_ADAMW_PART[k]: table[_ADAMW_PART[k]].check(k, v, where)
                        for k, v in apart.items() if v is not None}
         defaults = {name: option.default for name, option in table.items()}
         super().__init__(params, defaults | values)
@@ -116,15 +160,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         raise AssertionError("a class that declines nothing must say what it keeps")
 
     def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
-               ) -> Tensor | Lowered:
-        """The class's own rule: gradient as a matrix (..., m, n) to update.
+               ) -> Update:
+        """The class's own rule: gradient as a matrix (m, n), or a batch (b, m, n), to update.
 
         Everything that can fail comes before the first write to s.
         """
         raise AssertionError("a class that declines nothing must have an update")
 
     def matrix_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
-        """Shape of p as the rule sees it: (m, n), or (..., m, n) for a batch."""
+        """Shape of p as the rule sees it: (m, n), or (b, m, n) for a batch of matrices."""
         return tuple(p.shape) if p.ndim == 2 else (p.shape[0], p[0].numel())
 
     def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
@@ -234,10 +278,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._reason(p, o) is None:
             slots |= self.slots(p, o)
         else:
-            slots |= {"exp_avg": codec.moment(p.shape, p, o),
-                      "exp_avg_sq": codec.moment(p.shape, p, o)}
-        if o["amsgrad"]:
-            slots["max_exp_avg_sq"] = slots["exp_avg_sq"]
+            slots |= adam_slots(tuple(p.shape), p, o)
         if o["state_bits"] < 32:
             slots["index"] = codec.counter(torch.int64)
         return slots
@@ -516,26 +557,36 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(torch.split(x, rows) for x in tensors), strict=True)
 
 
-def _apply(p: Tensor, u: Tensor | Lowered, o: Mapping[str, Any]) -> None:
-    """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is a matrix (..., m, n)."""
+def _apply(p: Tensor, u: Update, o: Mapping[str, Any]) -> None:
+    """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is (m, n) or (b, m, n)."""
     keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
-    if isinstance(u, Tensor):
-        u = Lowered(u, u.new_empty(0), 1.0)
-    if p.dtype in (torch.float32, torch.float64) and u.right.numel():
+    if u.left is not None and u.right is not None and codec.wide(p) is p:
         # One pass over p: the decay is the product's beta.
         if p.ndim == 2:
             p.addmm_(u.left, u.right, beta=keep, alpha=-lr * u.factor)
         else:
-            batch = p.view(-1, *p.shape[-2:])
-            left, right = (x.expand(*p.shape[:-2], *x.shape[-2:]).flatten(0, -3)
-                           for x in (u.left, u.right))
-            batch.baddbmm_(left, right, beta=keep, alpha=-lr * u.factor)
-        return
+            batch = p.shape[0]
+            left, right = (x.expand(batch, *x.shape[-2:]) for x in (u.left, u.right))
+            p.baddbmm_(left, right, beta=keep, alpha=-lr * u.factor)
+        if u.dense is None:
+            return
+        keep, u = 1.0, Update(dense=u.dense, gain=u.gain)
+    # The rest in blocks of rows, so that temporaries stay small.
     rows = max(1, _BLOCK // max(1, p[..., :1, :].numel()))
-    for p_, left in zip(torch.split(p, rows, -2), torch.split(u.left, rows, -2), strict=True):
-        full = left @ u.right if u.right.numel() else left
+    parts: list[Any] = [p, u.left, u.dense, u.gain]
+    if isinstance(u.gain, Tensor):
+        parts[3] = u.gain.expand(p.shape)
+    cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else repeat(x) for x in parts]
+    for p_, left_, dense_, gain_ in zip(*cut, strict=False):
         x = codec.wide(p_)
-        x.mul_(keep).add_(codec.wide(full), alpha=-lr * u.factor)
+        if keep != 1.0:
+            x.mul_(keep)
+        if left_ is not None:
+            x.add_(codec.wide(left_ @ u.right), alpha=-lr * u.factor)
+        if dense_ is not None and isinstance(gain_, Tensor):
+            x.addcmul_(codec.wide(dense_), gain_, value=-lr)
+        elif dense_ is not None:
+            x.add_(codec.wide(dense_), alpha=-lr * gain_)
         if x is not p_:
             p_.copy_(x)
 

@@ -1,15 +1,26 @@
-"""Inner rules: from a gradient (full or projected) to a direction. Element-wise, in fp32."""
+"""Inner rules: from a gradient (full or projected) to a direction, in fp32.
+
+A :class:`Rule` is what it keeps and how it turns the projected gradient R into the direction N.
+A new rule is two functions and an entry in :data:`RULES`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Quotient", "adam", "representable"]
+from . import codec
+from .codec import Slot
+
+__all__ = ["RULES", "Quotient", "Rule", "adam", "adam_slots", "representable"]
+
+Shape = tuple[int, ...]
+State = Mapping[str, Tensor]
+Options = Mapping[str, Any]
 
 
 class Quotient(NamedTuple):
@@ -38,9 +49,13 @@ def representable(g: Tensor) -> Tensor:
     return torch.where(g.isinf(), g, g.clamp(-limit, limit))
 
 
-def adam(
-    g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int, *, consume: bool = False
-) -> Quotient:
+def adam_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
+    """M and V, and V's maximum with ``amsgrad``."""
+    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if o["amsgrad"] else ()))
+    return {name: codec.moment(shape, p, o) for name in names}
+
+
+def adam(g: Tensor, s: State, o: Options, t: int, *, consume: bool = False) -> Quotient:
     """Adam's direction, with epsilon placed as in torch.optim.AdamW.
 
     M <- b1 M + (1 - b1) G;  V <- b2 V + (1 - b2) G o G;
@@ -68,3 +83,82 @@ def adam(
     torch.sqrt(v, out=denominator)
     denominator.div_(math.sqrt(1 - beta2**t)).add_(o["eps"])
     return Quotient(m, denominator, 1 / (1 - beta1**t))
+
+
+class Rule(NamedTuple):
+    """An inner rule of a low-rank method.
+
+    Args:
+        slots: (shape of R, parameter, options) to what is kept.
+        direction: (R, state, options, t, consume) to (N, factor), the direction being
+            factor * N. Moments in the state change in place. With ``consume`` R may be overwritten.
+        powers: for each moment, what a rotation of the basis does to it: 1 for Rot, 2 for
+            Rot o Rot, which keeps a second moment positive.
+    """
+
+    slots: Callable[[Shape, Tensor, Options], dict[str, Slot]]
+    direction: Callable[[Tensor, State, Options, int, bool], tuple[Tensor, float]]
+    powers: Mapping[str, int]
+
+
+def _adamw(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
+    m, denominator, factor = adam(r, s, o, t, consume=consume)
+    return torch.div(m, denominator, out=denominator), factor
+
+
+def _momentum_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
+    return {"momentum_buffer": codec.moment(shape, p, o)}
+
+
+def _momentum(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
+    """N = M, M <- b1 M + R: torch.optim.SGD(momentum=b1)."""
+    n = r if consume else torch.empty_like(r)
+    m = s["momentum_buffer"].mul_(o["betas"][0]).add_(r)
+    return n.copy_(m), 1.0
+
+
+def _lion(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
+    """N = sign(b1 M + (1 - b1) R), M <- b2 M + (1 - b2) R: Chen et al., arXiv 2302.06675."""
+    beta1, beta2 = o["betas"]
+    m = s["momentum_buffer"]
+    n = torch.lerp(m, r, 1 - beta1).sign_()
+    m.lerp_(r, 1 - beta2)
+    return n, 1.0
+
+
+def _factored_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
+    *batch, rows, columns = shape
+    return {"exp_avg": codec.moment(shape, p, o),
+            "exp_avg_sq_row": codec.moment((*batch, rows, 1), p, o),
+            "exp_avg_sq_col": codec.moment((*batch, 1, columns), p, o)}
+
+
+def _factored(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
+    """Adam with V of rank one: V = row mean x column mean / mean, as Adafactor factors it.
+
+    Source: Shazeer and Stern, arXiv 1804.04235 (averages with a constant beta2 and Adam's bias
+    correction instead of their schedule and clipping).
+    """
+    beta1, beta2 = o["betas"]
+    r = representable(r)
+    square = r.square()
+    row, column = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
+    row = s["exp_avg_sq_row"].lerp_(row, 1 - beta2)
+    column = s["exp_avg_sq_col"].lerp_(column, 1 - beta2)
+    m = s["exp_avg"].lerp_(r, 1 - beta1)
+    # sqrt(V) as a product of roots: V itself would leave fp32's range sooner.
+    correction = math.sqrt(1 - beta2**t)
+    mean = row.mean(-2, keepdim=True).sqrt()
+    part = torch.where(mean > 0, row.sqrt() / mean, row) / correction
+    torch.mul(part, column.sqrt(), out=square)
+    return torch.div(m, square.add_(o["eps"]), out=square), 1 / (1 - beta1**t)
+
+
+#: Values of the option ``inner``.
+RULES: dict[str, Rule] = {
+    "adamw": Rule(adam_slots, _adamw, {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}),
+    "momentum": Rule(_momentum_slots, _momentum, {"momentum_buffer": 1}),
+    "lion": Rule(_momentum_slots, _lion, {"momentum_buffer": 1}),
+    "factored": Rule(_factored_slots, _factored,
+                     {"exp_avg": 1, "exp_avg_sq_row": 2, "exp_avg_sq_col": 2}),
+}

@@ -1,4 +1,4 @@
-"""LowRankOptimizer: project, inner rule, lift. Base of the low-rank methods."""
+"""LowRankOptimizer: project, inner rule, lift, residual. Base of the low-rank methods."""
 
 from __future__ import annotations
 
@@ -6,42 +6,150 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import codec, project
-from .base import Lowered, MatrixOptimizer
+from . import codec, dct, project
+from .base import AdamWPart, MatrixOptimizer, Update
 from .codec import Slot
-from .inner import adam
-from .options import Option, choice, integer, optional, real
+from .inner import RULES, Rule
+from .options import Option, choice, fraction, integer, optional, real
+from .project import Bases, Turn
+from .residual import RESIDUALS, Residual, residual_of
 
-__all__ = ["LowRankOptimizer"]
+__all__ = ["LowRankOptimizer", "LowRankOptions"]
 
 _log = logging.getLogger(__name__)
-Bases = tuple[Tensor | None, Tensor | None]
 
 _FLATTENED = ("a parameter flattened by FSDP1 or ZeRO has lost its matrix shape: use FSDP2 "
               "(torch.distributed.fsdp.fully_shard), which keeps it; for vectors use rank=None")
+_SIDES = ("left", "right")
+
+
+class LowRankOptions(AdamWPart, total=False):
+    """Options of the low-rank classes, for type checkers; see :class:`LowRankOptimizer`."""
+
+    rank: int | None
+    update_proj_gap: int
+    scale: float
+    proj_type: str
+    projection: str
+    inner: str
+    moments: str
+    residual: str
+    refresh: str
+    matricize: str
+    basis_bits: int | None
+    keep_energy: float | None
+    error_feedback_bits: int | None
+    limiter: float | None
+    residual_scale: str
+    dct_basis: int
+    column_norm: int
+    similarity: str
+
+
+class _Subspace(NamedTuple):
+    """Bases of this step, R on them, and where they are new what turns moments and is stored."""
+
+    bases: Bases
+    low: Tensor
+    turns: tuple[Turn | None, Turn | None] | None = None
+    writes: Mapping[str, Tensor] = {}
 
 
 class LowRankOptimizer(MatrixOptimizer):
-    """Adam on R = P^T G Q, lifted back: u = scale * P N Q^T."""
+    """An inner rule on the projected gradient R = P^T G Q, lifted back: u = scale * P N Q^T.
+
+    Projection, inner rule, residual and what happens to the moments at a refresh are free
+    choices of each group. For an m x n weight Adam keeps r (min + 2 max) elements instead of
+    2 m n. Parameters without a rank, and those that are not matrices, get plain AdamW in the same
+    object. ``scale`` may also be spelled ``alpha``.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups of either;
+            :func:`lissom.optim.param_groups` makes suitable groups from a model.
+        lr, betas, eps, weight_decay, amsgrad, maximize, state_bits, nonfinite, seed, foreach,
+            fused, capturable, differentiable: as :class:`lissom.optim.AdamW`.
+        rank: columns of the basis, an int >= 1; None (default) is dense AdamW. Larger than the
+            shorter side it is clamped, which :meth:`plan` reports.
+        update_proj_gap: steps between two refreshes of a basis, >= 1. Default 200.
+        scale: multiplies the lifted update (the papers' alpha), >= 0. Default 0.25.
+        proj_type: ``"std"`` (default) projects the shorter side, square matrices on the right;
+            ``"reverse_std"`` the longer; ``"left"``, ``"right"``; ``"full"`` both.
+        projection: ``"subspace"`` (default): power iterations from the last basis;
+            ``"randomized"``: a randomized SVD; ``"svd"``: the exact one; ``"dct"``: the columns
+            of a cosine basis that the gradient has most of, of which only indices are stored;
+            ``"random"``: a random orthonormal basis, regenerated from a seed and not stored.
+        inner: rule on R: ``"adamw"`` (default); ``"momentum"``, SGD with momentum betas[0];
+            ``"lion"`` (arXiv 2302.06675); ``"factored"``, Adam with a second moment of rank one.
+        moments: at a refresh ``"keep"`` them as they are (default), ``"rotate"`` them into the
+            new basis, or ``"reset"`` them to zero.
+        residual: what is done with the gradient outside the subspace: ``"none"`` (default),
+            ``"fira"`` (scaled columns with a norm-growth limiter), ``"sign"`` (its sign, as
+            FRUGAL), ``"error_feedback"`` (added to the next gradient).
+        refresh: ``"staggered"`` (default): each matrix has its own phase, at most
+            ceil(matrices / gap) are refreshed at one step after the first; ``"synchronous"``:
+            all when 0-based step % gap == 0.
+        matricize: how a tensor of 3 or more dimensions is seen: ``"flatten"`` (default) is
+            out x rest, for convolutions; ``"batch"`` is a stack of matrices in the last two
+            dimensions, for experts, each with a basis of its own.
+        basis_bits: storage of a basis: None (default) is the weight's dtype, 16, or 8 and 4 in
+            blocks of 256 (as Q-GaLore, arXiv 2407.08296).
+        keep_energy: at a refresh keep the basis if it still captures this fraction, in (0, 1], of
+            the gradient energy share that it captured when it was new. Default None: always new.
+        error_feedback_bits: 32, 8 or 4 bits of an error feedback, which asks for it. Default None.
+        limiter: growth per step that Fira's limiter allows, >= 1; None is off. Default 1.01.
+        residual_scale: ``"paper"`` or ``"released"``, the two readings of Fira. See
+            :class:`lissom.optim.FiraAdamW`.
+        dct_basis: 2 or 3, which cosine basis. Default 2.
+        column_norm: 1 or 2, the norm by which its columns are chosen. Default 1.
+        similarity: ``"auto"`` (default), ``"matmul"`` or ``"fft"``: how the transform is computed.
+        lr_adamw, betas_adamw, weight_decay_adamw: these options for the parameters that get
+            AdamW, which then are groups of their own. Default None: the same as above.
+
+    Raises:
+        TypeError, ValueError: an option or parameter that breaks its rule, by name and value.
+    """
 
     options: ClassVar[Mapping[str, Option]] = {
         "rank": optional(integer(None, 1)),
         "update_proj_gap": integer(200, 1),
         "scale": real(0.25),
         "proj_type": choice("std", "std", "reverse_std", "left", "right", "full"),
-        "projection": choice("subspace", "svd", "subspace", "randomized", "random"),
+        "projection": choice("subspace", "svd", "subspace", "randomized", "dct", "random"),
+        "inner": choice("adamw", *RULES),
         "moments": choice("keep", "keep", "rotate", "reset"),
+        "residual": choice("none", *RESIDUALS),
         "refresh": choice("staggered", "staggered", "synchronous"),
         "matricize": choice("flatten", "flatten", "batch"),
+        "basis_bits": optional(choice(None, 16, 8, 4)),
+        "keep_energy": optional(fraction(None)),
+        "error_feedback_bits": optional(choice(None, 32, 8, 4)),
+        "limiter": optional(real(1.01, 1.0)),
+        "residual_scale": choice("paper", "paper", "released"),
+        "dct_basis": choice(2, 2, 3),
+        "column_norm": choice(1, 1, 2),
+        "similarity": choice("auto", "auto", "matmul", "fft"),
     }
+    spellings: ClassVar[Mapping[str, str]] = {"alpha": "scale"}
+    #: 0-based step, modulo the gap, of the refreshes of an unshifted matrix after the first.
+    first_phase: ClassVar[int] = 0
 
-    def __init__(self, params: Any, given: Mapping[str, Any], **adamw: Any) -> None:
-        super().__init__(params, given, **adamw)
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
+        **options: Unpack[LowRankOptions],
+    ) -> None:
+        self._start(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+                             "amsgrad": amsgrad, **options})
+
+    def _start(self, params: Any, given: Mapping[str, Any]) -> None:
+        """Construction, and a warning where nothing is low-rank."""
+        super().__init__(params, given)
         if not self.plan().matrices:
             warnings.warn(
                 f"{type(self).__name__} has no low-rank matrix, so it is AdamW. Give rank= here or "
@@ -61,8 +169,10 @@ class LowRankOptimizer(MatrixOptimizer):
         return None
 
     def matrix_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
-        """(m, n); convolutions are out x rest, ``matricize="batch"`` is (..., m, n)."""
-        return tuple(p.shape) if o["matricize"] == "batch" else super().matrix_shape(p, o)
+        """(m, n); convolutions are out x rest, ``matricize="batch"`` is (b, m, n)."""
+        if o["matricize"] == "flatten" or p.ndim == 2:
+            return super().matrix_shape(p, o)
+        return (math.prod(p.shape[:-2]), *p.shape[-2:])
 
     def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
         *batch, m, n = self.matrix_shape(p, o)
@@ -71,7 +181,7 @@ class LowRankOptimizer(MatrixOptimizer):
         reason = f"{p.ndim}-d seen as {size}" if p.ndim > 2 else "matrix"
         if r < o["rank"]:
             reason += f"; rank {o['rank']} clamped to the shorter side"
-        return r, project.side_of(m, n, o["proj_type"]), reason
+        return r, project.side_of(m, n, o.get("proj_type", "std")), reason
 
     def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
                           where: str) -> None:
@@ -83,73 +193,151 @@ class LowRankOptimizer(MatrixOptimizer):
             shapes = ", ".join(str(tuple(p.shape)) for p in params[:3])
             raise ValueError(f"{where}: rank={o['rank']}, but no parameter of this group is a "
                              f"matrix (shapes {shapes}); {_FLATTENED}")
+        if o["amsgrad"] and o.get("inner", "adamw") != "adamw":
+            raise ValueError(f"{where}: amsgrad=True, but it must be False with "
+                             f"inner={o['inner']!r}, which has no second moment of Adam's")
+        bits = o.get("error_feedback_bits")
+        if bits and o["residual"] not in ("none", "error_feedback"):
+            raise ValueError(f"{where}: error_feedback_bits={bits}, but it must be None with "
+                             f"residual={o['residual']!r}: both want the same part of the gradient")
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        *batch, m, n = self.matrix_shape(p, o)
+        shape = self.matrix_shape(p, o)
+        *batch, m, n = shape
         r, side, _ = self.describe(p, o)
         assert r is not None
         low = (*batch, m if side == "right" else r, n if side == "left" else r)
-        slots = {"index": codec.counter(torch.int64), "basis_step": codec.counter(),
-                 "exp_avg": codec.moment(low, p, o), "exp_avg_sq": codec.moment(low, p, o)}
-        if o["projection"] != "random":
-            if side != "right":
-                slots["basis_left"] = Slot((*batch, m, r), p.dtype, p.device)
-            if side != "left":
-                slots["basis_right"] = Slot((*batch, n, r), p.dtype, p.device)
+        slots = {"index": codec.counter(torch.int64), "basis_step": codec.counter()}
+        slots |= RULES[o["inner"]].slots(low, p, o) | self.residual(o).slots(shape, p, o)
+        for name, length in zip(_SIDES, (m, n), strict=True):
+            if side in (name, "full") and o["projection"] == "dct":
+                slots[f"columns_{name}"] = Slot((*batch, r), torch.int32, p.device)
+            elif side in (name, "full") and o["projection"] != "random":
+                slots |= codec.held(f"basis_{name}", (*batch, length, r), o["basis_bits"], p)
+        if o["keep_energy"] is not None:
+            slots["basis_energy"] = codec.counter()
         return slots
+
+    def residual(self, o: Mapping[str, Any]) -> Residual:
+        """What puts the update together."""
+        return residual_of(o)
 
     # ---------------------------------------------------------------- the update
 
-    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int) -> Lowered:
-        bases, refreshed = self._bases(g, s, o, t)
-        # R = P^T G Q
-        low = codec.wide(project.down(g, bases))
-        m, v = s["exp_avg"], s["exp_avg_sq"]
-        if refreshed is not None and o["moments"] != "keep":
-            m, v = ((torch.zeros_like(m), torch.zeros_like(v)) if o["moments"] == "reset"
-                    else project.rotate(m, v, refreshed, bases))
-        moments = {**s, "exp_avg": m, "exp_avg_sq": v}
-        # N = Adam(R), divided out in the denominator's place
-        direction = adam(low, moments, o, t, consume=True)
-        torch.div(direction.numerator, direction.denominator, out=direction.denominator)
-        if m is not s["exp_avg"]:
-            s["exp_avg"].copy_(m)
-            s["exp_avg_sq"].copy_(v)
-        if refreshed is not None:
-            s["basis_step"].fill_(t)
-            for name, basis in zip(("basis_left", "basis_right"), bases, strict=True):
-                if basis is not None and name in s:
-                    s[name].copy_(basis)
-        # u = scale * P N Q^T
-        left, right = bases
-        n = direction.denominator.to(g.dtype)
-        factor = o["scale"] * direction.factor
-        if left is None:
-            assert right is not None
-            return Lowered(n, right.mT, factor)
-        return Lowered(left, n if right is None else n @ right.mT, factor)
+    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+        residual, rule = self.residual(o), RULES[o["inner"]]
+        side = project.side_of(g.shape[-2], g.shape[-1], o["proj_type"])
+        # G, or A = G + E with error feedback
+        g = residual.gradient(g, s, o)
+        # P, Q and R = P^T G Q
+        space = self._subspace(g, s, o, t)
+        low = codec.wide(space.low)
+        moments = _turned(rule, s, space, o)
+        measured = residual.measure(g, low, space.bases, side, o)
+        # N = inner(R); state is written from here on
+        n, factor = rule.direction(low, {**s, **moments}, o, t, not residual.needs_low)
+        if factor != 1.0:
+            n.mul_(factor)
+        for name, x in moments.items():
+            s[name].copy_(x)
+        for name, x in space.writes.items():
+            codec.write(s, name, x)
+        # u = scale * P N Q^T, and what the residual adds
+        return residual.combine(g, low, n, space.bases, measured, side, s, o, t)
 
-    def _bases(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
-               ) -> tuple[Bases, Bases | None]:
-        """Bases for this step, and the ones before where they were refreshed just now."""
+    def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
+                  ) -> _Subspace:
+        """The bases of this step: the stored ones, or new ones where a refresh is due."""
         born, k = int(s["basis_step"]), t - 1
-        old = self._stored(g, s, o, born)
+        old = self._bases(g, s, o, born)
         if born and (k + self._phase(s, o)) % o["update_proj_gap"]:
-            return old, None
+            return _Subspace(old, old.down(g))
+        if born and o["keep_energy"] is not None:
+            low = old.down(g)
+            if _energy(low, g) >= o["keep_energy"] * s["basis_energy"].item():
+                return _Subspace(old, low)
+        find = self._cosines if o["projection"] == "dct" else self._found
+        new = find(g, old, s, o, t, born)
+        if new is None:  # nothing to be learnt from this gradient: try again when due
+            return _Subspace(old, old.down(g))
+        writes = {**new.writes, "basis_step": torch.tensor(float(t))}
+        if o["keep_energy"] is not None:
+            writes["basis_energy"] = torch.tensor(_energy(new.low, g))
+        return new._replace(writes=writes, turns=new.turns if born else None)
+
+    def _bases(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], born: int) -> Bases:
+        """The bases in the state, or regenerated from what is stored of them."""
+        *batch, m, n = g.shape
+        side, r = project.side_of(m, n, o["proj_type"]), min(o["rank"], m, n)
+        bases: list[Tensor | None] = []
+        for number, (name, length) in enumerate(zip(_SIDES, (m, n), strict=True)):
+            basis = None
+            if side in (name, "full"):
+                if o["projection"] == "random":
+                    basis = self.draw(length, r, tuple(batch), codec.key_of(s, o),
+                                      2 * born + number, g)
+                elif o["projection"] == "dct":
+                    basis = dct.columns(s[f"columns_{name}"], length, o["dct_basis"], g)
+                else:
+                    basis = codec.read(s, f"basis_{name}", r)
+                    assert basis is not None
+                    basis = basis.to(g.dtype)
+            bases.append(basis)
+        return Bases(*bases)
+
+    draw = staticmethod(project.random_basis)
+
+    def _found(self, g: Tensor, old: Bases, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
+               born: int) -> _Subspace | None:
+        """Bases from a decomposition of the gradient, or newly drawn ones."""
+        new: list[Tensor | None] = [None, None]
+        turns: list[Turn | None] = [None, None]
+        writes: dict[str, Tensor] = {}
         if o["projection"] == "random":
-            return self._stored(g, s, o, t), old
+            new = list(self._bases(g, s, o, t))
         r = min(o["rank"], *g.shape[-2:])
-        new: list[Tensor | None] = []
-        for number, (basis, side) in enumerate(zip(old, ("left", "right"), strict=True)):
+        for number, (basis, side) in enumerate(zip(old, _SIDES, strict=True)):
             if basis is None:
-                new.append(None)
                 continue
-            found = project.find(g, r, side, o["projection"], basis if born else None,
-                                 codec.key_of(s, o), 2 * t + number)
-            if found is None:  # nothing to be learnt from this gradient: try again when due
-                return old, None
-            new.append(found.to(basis.dtype))
-        return (new[0], new[1]), old
+            if o["projection"] != "random":
+                found = project.find(g, r, side, o["projection"], basis if born else None,
+                                     codec.key_of(s, o), 2 * t + number)
+                if found is None:
+                    return None
+                writes[f"basis_{side}"] = found
+                # what later steps will read back
+                new[number] = codec.rounded(s, f"basis_{side}", found).to(g.dtype)
+            if o["moments"] == "rotate":
+                latest = new[number]
+                assert latest is not None
+                turns[number] = project.turn(basis, latest, side == "left")
+        bases = Bases(*new)
+        return _Subspace(bases, bases.down(g), (turns[0], turns[1]), writes)
+
+    def _cosines(self, g: Tensor, old: Bases, s: Mapping[str, Tensor], o: Mapping[str, Any],
+                 t: int, born: int) -> _Subspace:
+        """The columns of a cosine basis that the gradient has most of, and R from one transform."""
+        new: list[Tensor | None] = [None, None]
+        turns: list[Turn | None] = [None, None]
+        writes: dict[str, Tensor] = {}
+        low, r, x = None, min(o["rank"], *g.shape[-2:]), codec.wide(g)
+        for number, (basis, side) in enumerate(zip(old, _SIDES, strict=True)):
+            if basis is None:
+                continue
+            left = side == "left"
+            index, part = dct.project(x, r, kind=o["dct_basis"], dim=-2 if left else -1,
+                                      norm=o["column_norm"], similarity=o["similarity"])
+            name = f"columns_{side}"
+            if o["moments"] == "rotate" and born:
+                turns[number] = project.shift(s[name], index, left)
+            new[number] = dct.columns(index, g.shape[-2 if left else -1], o["dct_basis"], g)
+            writes[name] = index
+            low = part if low is None else low
+        bases = Bases(*new)
+        assert low is not None
+        if bases.left is not None and bases.right is not None:
+            low = low @ bases.right.to(low.dtype)
+        return _Subspace(bases, low, (turns[0], turns[1]), writes)
 
     def _phase(self, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> int:
         """How far this matrix's refreshes are shifted.
@@ -160,20 +348,37 @@ class LowRankOptimizer(MatrixOptimizer):
         """
         gap = int(o["update_proj_gap"])
         if o["refresh"] == "synchronous":
-            return 0
+            return self.first_phase
         c = max(1, round(gap * 0.618))
         while math.gcd(c, gap) > 1:
             c += 1
-        return int(s["index"]) * c % gap
+        return int(s["index"]) * c % gap + self.first_phase
 
-    def _stored(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], born: int) -> Bases:
-        """The bases in the state, or regenerated from the step at which they were drawn."""
-        if o["projection"] != "random":
-            return s.get("basis_left"), s.get("basis_right")
-        *batch, m, n = g.shape
-        side, r = project.side_of(m, n, o["proj_type"]), min(o["rank"], m, n)
-        drawn: list[Tensor | None] = [
-            None if side == other else project.random_basis(
-                length, r, tuple(batch), codec.key_of(s, o), 2 * born + number, g)
-            for number, (other, length) in enumerate((("right", m), ("left", n)))]
-        return drawn[0], drawn[1]
+
+def _turned(rule: Rule, s: Mapping[str, Tensor], space: _Subspace, o: Mapping[str, Any]
+            ) -> dict[str, Tensor]:
+    """New moments after a change of basis, as ``moments`` says; none where they stay."""
+    if space.turns is None or o["moments"] == "keep":
+        return {}
+    out: dict[str, Tensor] = {}
+    for name, power in rule.powers.items():
+        x = s.get(name)
+        if x is None:
+            continue
+        if o["moments"] == "reset":
+            out[name] = torch.zeros_like(x)
+            continue
+        for turned, dim in zip(space.turns, (-2, -1), strict=True):
+            # A mean along the projected dimension has length 1 there and stays what it is.
+            if turned is not None and x.shape[dim] == space.low.shape[dim]:
+                x = turned(x, power)
+        out[name] = x
+    return out
+
+
+def _energy(low: Tensor, g: Tensor) -> float:
+    """|R|^2 / |G|^2, the smallest of a batch; 0 for a zero gradient."""
+    dim = (-2, -1)
+    whole = torch.linalg.vector_norm(g, dim=dim, dtype=torch.float64)
+    part = torch.linalg.vector_norm(low, dim=dim, dtype=torch.float64)
+    return float((part / whole).square().nan_to_num(0.0).min())

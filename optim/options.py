@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Option", "boolean", "checked", "choice", "fractions", "integer", "optional", "real"]
+__all__ = ["Option", "boolean", "checked", "choice", "fraction", "fractions", "integer", "optional", "real"]
 
 
 class _WrongType(TypeError):
@@ -118,6 +118,19 @@ def fractions(default: tuple[float, ...]) -> Option:
         return numbers
 
     return Option(default, f"a tuple of {len(default)} numbers, each >= 0 and < 1", convert)
+
+
+def fraction(default: float | None) -> Option:
+    """A number in (0, 1]."""
+    one = real(None, 0.0, above=True)
+
+    def convert(value: Any) -> float:
+        number: float = one.convert(value)
+        if number > 1:
+            raise ValueError
+        return number
+
+    return Option(default, "a number > 0 and <= 1", convert)
 
 
 def optional(option: Option) -> Option:

@@ -7,13 +7,15 @@ a left basis P is (..., m, r) and R = P^T G is (..., r, n). Bases have orthonorm
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import codec
 
-__all__ = ["FINDERS", "down", "gaussian", "random_basis", "rotate", "side_of"]
+__all__ = ["FINDERS", "Bases", "Turn", "find", "gaussian", "gaussian_basis", "random_basis",
+           "shift", "side_of", "turn"]
 
 # torch.linalg.LinAlgError, which torch's annotations do not export.
 _NOT_CONVERGED: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009
@@ -22,6 +24,26 @@ OVERSAMPLING = 8
 #: Power iterations of a cold start; a warm start from the last basis takes WARM_ITERATIONS.
 COLD_ITERATIONS = 2
 WARM_ITERATIONS = 2
+
+
+class Bases(NamedTuple):
+    """The basis P of the left side and Q of the right; a side without one is not projected."""
+
+    left: Tensor | None
+    right: Tensor | None
+
+    def down(self, g: Tensor) -> Tensor:
+        """R = P^T G Q."""
+        if self.left is not None:
+            g = self.left.mT @ g
+        return g if self.right is None else g @ self.right
+
+    def factors(self, n: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors whose product is P N Q^T."""
+        if self.left is None:
+            assert self.right is not None
+            return n, self.right.mT
+        return self.left, n if self.right is None else n @ self.right.mT
 
 
 def side_of(m: int, n: int, proj_type: str) -> str:
@@ -145,27 +167,45 @@ def random_basis(
     return q.to(device=like.device, dtype=like.dtype)
 
 
-def down(g: Tensor, bases: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    """R = P^T G Q, with the bases that are there."""
-    left, right = bases
-    if left is not None:
-        g = left.mT @ g
-    return g if right is None else g @ right
+def gaussian_basis(
+    n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int, like: Tensor
+) -> Tensor:
+    """Independent normal entries of variance 1/r, (..., n, r): E[P P^T] = I."""
+    q = gaussian((*batch, n, r), key, stream) * r**-0.5
+    return q.to(device=like.device, dtype=like.dtype)
 
 
-def rotate(
-    m: Tensor, v: Tensor, old: tuple[Tensor | None, Tensor | None],
-    new: tuple[Tensor | None, Tensor | None],
-) -> tuple[Tensor, Tensor]:
-    """Moments in the new bases: M <- Rot M, V <- (Rot o Rot) V, with Rot = new^T old.
+#: What a change of basis does to a moment along the projected side: (moment, power) to moment,
+#: with power 1 for Rot and 2 for Rot o Rot.
+Turn = Callable[[Tensor, int], Tensor]
 
-    V stays positive, and the whole is exact where the bases share columns. (The rule of the
-    DCT's permutation, for any basis.)
+
+def turn(old: Tensor, new: Tensor, left: bool) -> Turn:
+    """M <- Rot M, V <- (Rot o Rot) V, with Rot = new^T old: V stays positive."""
+    rot = codec.wide(new).mT @ codec.wide(old)
+
+    def turned(x: Tensor, power: int) -> Tensor:
+        by = rot if power == 1 else rot.square()
+        return by @ x if left else x @ by.mT
+
+    return turned
+
+
+def shift(old: Tensor, new: Tensor, left: bool) -> Turn:
+    """The same for columns of one orthonormal basis, given by their indices (..., r).
+
+    Rot is a partial permutation, so no product is needed: columns that stay keep their moments,
+    new ones start at zero. Both lists ascend, so a column is found by bisection.
     """
-    for p, q, left in ((old[0], new[0], True), (old[1], new[1], False)):
-        if p is None or q is None:
-            continue
-        rot = codec.wide(q).mT @ codec.wide(p)
-        m = rot @ m if left else m @ rot.mT
-        v = rot.square() @ v if left else v @ rot.square().mT
-    return m, v
+    place = torch.searchsorted(old, new).clamp_max_(old.shape[-1] - 1)
+    stays = old.gather(-1, place) == new
+    dim = -2 if left else -1
+
+    def turned(x: Tensor, power: int) -> Tensor:
+        if place.ndim == 1:
+            taken = x.index_select(dim, place)
+        else:
+            taken = x.take_along_dim(place.unsqueeze(-1 if left else -2), dim)
+        return taken.masked_fill_(~stays.unsqueeze(-1 if left else -2), 0.0)
+
+    return turned

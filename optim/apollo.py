@@ -1,0 +1,93 @@
+"""APOLLO: the gradient itself, scaled channel by channel as Adam would in a random subspace."""
+
+from __future__ import annotations
+
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import project
+from .base import Update
+from .codec import Slot
+from .lowrank import LowRankOptimizer, LowRankOptions
+from .options import Option, choice, real
+from .project import Bases
+from .residual import Residual, gains, limited, limiter_slot, norms
+
+__all__ = ["APOLLO"]
+
+
+class _Scaling(Residual):
+    """u = scale * G diag(s), s_j = |N_j| / |R_j| along the longer side, or one s for all."""
+
+    needs_low = True
+
+    def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        return limiter_slot(shape, p, o)
+
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
+                ) -> Tensor | None:
+        return norms(g, "full" if o["scale_type"] == "tensor" else side)
+
+    def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
+                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+        assert measured is not None
+        along = "full" if o["scale_type"] == "tensor" else side
+        n_, r_ = norms(n, along), norms(low, along)
+        expected = g.shape[-2] * g.shape[-1] / (low.shape[-2] * low.shape[-1])
+        gain = limited(gains(n_, r_, measured, expected, o["eps"]), measured, n_, s, o, o["eps"])
+        return Update(dense=g, gain=(gain * o["scale"]).to(low.dtype))
+
+
+class APOLLOOptions(LowRankOptions, total=False):
+    """Options of :class:`APOLLO`, for type checkers."""
+
+    scale_type: str
+
+
+class APOLLO(LowRankOptimizer):
+    """AdamW-like training with the state of SGD: the low rank only tells how much to scale G.
+
+    R = P G with a random P of r rows, N = Adam(R), u = scale * G diag(s) with s_j = |N_j| / |R_j|
+    for each channel j of the longer side, held by Fira's limiter. P is drawn anew every
+    ``update_proj_gap`` steps from a seed and never stored. ``APOLLO(rank=1, scale_type="tensor",
+    scale=128 ** 0.5)`` is APOLLO-Mini. Other arguments, defaults and errors are those of
+    :class:`lissom.optim.LowRankOptimizer`.
+
+    Args:
+        rank: the paper takes a quarter of the hidden size.
+        scale: default 1. The authors' code takes the square root of its ``scale``: their 128 is
+            ``128 ** 0.5`` here.
+        scale_type: ``"channel"`` (default), or ``"tensor"``: one factor per matrix.
+        projection: default ``"random"``: independent normal entries of variance 1/r.
+        limiter: default 1.01; None is off.
+
+    Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270.
+    """
+
+    algorithm: ClassVar[str] = "apollo"
+    options: ClassVar[Mapping[str, Option]] = {
+        **{k: v for k, v in LowRankOptimizer.options.items()
+           if k not in ("residual", "residual_scale", "error_feedback_bits")},
+        "projection": choice("random", "svd", "subspace", "randomized", "dct", "random"),
+        "scale": real(1.0),
+        "scale_type": choice("channel", "channel", "tensor"),
+    }
+    draw = staticmethod(project.gaussian_basis)
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
+        **options: Unpack[APOLLOOptions],
+    ) -> None:
+        self._start(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+                             "amsgrad": amsgrad, **options})
+
+    def residual(self, o: Mapping[str, Any]) -> Residual:
+        return _SCALING
+
+
+_SCALING = _Scaling()

@@ -1,0 +1,193 @@
+"""Orthonormal cosine bases, the transforms onto them, and the choice of the best columns.
+
+D is n x n, D[i, j] = sqrt(2 / n) cos(pi i (2 j + 1) / (2 n)), row 0 times sqrt(1/2); D D^T = I.
+Kind 2 (DCT-II) is the basis Q = D^T, whose columns are the rows of D: x Q is the DCT-II of x.
+Kind 3 is Q = D: x Q is the DCT-III, the inverse of the other.
+
+Source: Ahmed, Natarajan, Rao 1974; the N-point algorithm: Makhoul, "A fast cosine transform in
+one and two dimensions", IEEE TASSP 28 (1980); as projections: arXiv 2505.17967.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["by_fft", "columns", "dct", "project", "rows"]
+
+# Where the FFT beats the product: measured with bench.projections on 2 cores (from n = 128 on;
+# lengths with large prime factors too). On CUDA the product holds its own to about 2048
+# (arXiv 2505.17967).
+_FFT_FROM = {"cpu": 129, "cuda": 2049}
+
+
+@functools.lru_cache(maxsize=64)
+def rows(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Q^T for one kind, n x n: row k is the k-th basis vector. Cached; not to be written to."""
+    i = torch.arange(n, dtype=torch.int64)
+    # The phase pi i (2 j + 1) / (2 n), reduced in integers: no accuracy is lost at large n.
+    phase = torch.outer(i, 2 * i + 1) % (4 * n)
+    d = torch.cos(torch.arange(4 * n, dtype=torch.float64) * (math.pi / (2 * n)))[phase]
+    d *= math.sqrt(2 / n)
+    d[0] *= math.sqrt(0.5)
+    return (d if kind == 2 else d.mT).to(device=device, dtype=dtype).contiguous()
+
+
+def columns(index: Tensor, n: int, kind: int, like: Tensor) -> Tensor:
+    """The chosen columns of Q: index (..., r) to (..., n, r), in the dtype and place of ``like``.
+
+    Its transpose is contiguous, which is the factor that a lift multiplies with.
+    """
+    return rows(n, kind, like.dtype, like.device)[index.to(like.device).long()].mT
+
+
+@functools.lru_cache(maxsize=64)
+def _twiddles(n: int, kind: int, dtype: torch.dtype, device: torch.device
+              ) -> tuple[Tensor, Tensor, Tensor]:
+    """Order of the input, complex factors, and sign of each packed coefficient (Makhoul)."""
+    k = torch.arange(n // 2 + 1, dtype=torch.float64)
+    order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
+    scale = torch.full_like(k, math.sqrt(2 / n))
+    scale[0] = math.sqrt(1 / n)
+    phase = math.pi * k / (2 * n)
+    if kind == 3:  # the inverse: conjugate phases, and what torch's irfft divides by
+        scale = 1 / scale
+        phase = -phase
+    turn = torch.polar(scale, -phase)
+    sign = torch.stack([torch.ones_like(k), -torch.ones_like(k)], -1)
+    sign[0, 1] = 0  # k = 0 and, for even n, k = n / 2 come once
+    if n % 2 == 0:
+        sign[-1, 1] = 0
+    complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+    return order.to(device), turn.to(device, complex_dtype), sign.flatten().to(device, dtype)
+
+
+def _forward_fft(x: Tensor, dim: int) -> Tensor:
+    """DCT-II along dim, packed: coefficient k at 2 k, and n - k at 2 k + 1 with its sign turned.
+
+    Returns:
+        x with dim of n replaced by two: n // 2 + 1, and 2 at the very end.
+    """
+    n = x.shape[dim]
+    order, turn, _ = _twiddles(n, 2, x.dtype, x.device)
+    spectrum = torch.fft.rfft(x.index_select(dim, order), dim=dim)
+    spectrum *= turn.view(-1, *[1] * (-dim - 1))
+    return torch.view_as_real(spectrum)
+
+
+def _inverse_fft(x: Tensor, dim: int) -> Tensor:
+    """DCT-III along dim, which undoes :func:`_forward_fft`, in the order of Makhoul's input."""
+    n = x.shape[dim]
+    _, turn, _ = _twiddles(n, 3, x.dtype, x.device)
+    half = n // 2 + 1
+    real = x.narrow(dim, 0, half)
+    # X_n stands for zero, X_{n - k} for the imaginary part
+    imaginary = torch.zeros_like(real)
+    imaginary.narrow(dim, 1, half - 1).copy_(x.flip(dim).narrow(dim, 0, half - 1)).neg_()
+    spectrum = torch.complex(real, imaginary)
+    spectrum *= turn.view(-1, *[1] * (-dim - 1))
+    return torch.fft.irfft(spectrum, n=n, dim=dim)
+
+
+def by_fft(n: int, device: torch.device, similarity: str) -> bool:
+    """Whether the transform of length n is done by FFT; ``"auto"`` follows measurement."""
+    if similarity == "auto":
+        return n >= _FFT_FROM.get(device.type, 2049)
+    return similarity == "fft"
+
+
+def dct(x: Tensor, kind: int = 2, dim: int = -1, similarity: str = "auto") -> Tensor:
+    """X Q along one dimension: the orthonormal DCT-II or DCT-III.
+
+    Args:
+        x: real, fp32 or float64 (half precisions are computed in fp32).
+        kind: 2 or 3; see the module's text.
+        dim: the dimension that is transformed, -1 or -2.
+        similarity: ``"matmul"``, ``"fft"`` or ``"auto"``.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    n = x.shape[dim]
+    if not by_fft(n, x.device, similarity):
+        q = rows(n, kind, x.dtype, x.device)
+        return x @ q.mT if dim == -1 else q @ x
+    order, _, sign = _twiddles(n, 2, x.dtype, x.device)
+    out = torch.empty_like(x)
+    if kind == 3:
+        return out.index_copy_(dim, order, _inverse_fft(x, dim))
+    packed = _forward_fft(x, dim).movedim(-1, dim).flatten(dim - 1, dim)
+    keep = sign.nonzero().squeeze(-1)
+    shape = (-1, *[1] * (-dim - 1))
+    source = packed.index_select(dim, keep) * sign[keep].view(shape)
+    return out.index_copy_(dim, _frequency(keep, n), source)
+
+
+def _frequency(packed: Tensor, n: int) -> Tensor:
+    """Which coefficient a packed position holds."""
+    k = packed // 2
+    return torch.where(packed % 2 == 0, k, n - k)
+
+
+def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: str
+            ) -> tuple[Tensor, Tensor]:
+    """The r basis vectors along dim that x has most of, and x on them, from one transform.
+
+    Args:
+        x: (..., m, n), fp32 or float64.
+        r: how many.
+        kind: 2 or 3.
+        dim: -1 for a right basis, -2 for a left one.
+        norm: 1 or 2, the norm of a column of x Q (a row of Q^T x) that ranks it. With 2 the
+            choice minimizes what is left of x.
+        similarity: as in :func:`dct`.
+
+    Returns:
+        Indices (..., r), int32, in ascending order, and R = x Q or Q^T x on them.
+    """
+    n, other = x.shape[dim], -1 if dim == -2 else -2
+    if not by_fft(n, x.device, similarity):
+        q = rows(n, kind, x.dtype, x.device)
+        full = x @ q.mT if dim == -1 else q @ x
+        index = _best(_scores(full, other, norm), r)
+        return index.int(), _take(full, index, dim)
+    order, _, sign = _twiddles(n, 2, x.dtype, x.device)
+    if kind == 3:
+        full = _inverse_fft(x, dim)
+        place = _best(_scores(full, other, norm), r)
+        index, back = order[place].sort(-1)
+        return index.int(), _take(full, place.gather(-1, back), dim)
+    packed = _forward_fft(x, dim)  # (..., m, n // 2 + 1, 2) or (..., n // 2 + 1, n, 2)
+    across = -3 if dim == -1 else -2
+    place = _best(_scores(packed, across, norm).flatten(-2) * sign.abs(), r)
+    index, back = _frequency(place, n).sort(-1)
+    place = place.gather(-1, back)
+    if dim == -1:
+        low = _take(packed.flatten(-2), place, dim)
+    elif place.ndim == 1:
+        low = packed[place // 2, :, place % 2]
+    else:
+        low = _take(packed.movedim(-1, -2).flatten(-3, -2), place, dim)
+    signs = sign[place]
+    return index.int(), low * (signs.unsqueeze(-2) if dim == -1 else signs.unsqueeze(-1))
+
+
+def _scores(full: Tensor, dim: int, norm: int) -> Tensor:
+    """What ranks as norms along dim do; scaled, so that squares of 1e30 or 1e-30 are in range."""
+    if norm == 1:
+        return full.abs().sum(dim)
+    largest = full.abs().amax().clamp_min(torch.finfo(full.dtype).tiny)
+    return (full / largest).square().sum(dim)
+
+
+def _best(scores: Tensor, r: int) -> Tensor:
+    """Indices of the r largest, ascending."""
+    return scores.topk(r, dim=-1, sorted=False).indices.sort(-1).values
+
+
+def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Columns (dim -1) or rows (dim -2) of x, of each matrix its own."""
+    if index.ndim == 1:
+        return x.index_select(dim, index)
+    return x.take_along_dim(index.unsqueeze(-2 if dim == -1 else -1), dim)

@@ -1,0 +1,239 @@
+"""Residuals: what a low-rank method does with the part of the gradient outside its subspace.
+
+A residual is a small class: what it keeps, what gradient is projected, what it measures before
+the first write, and how the update is put together. A new one is those few lines and an entry
+in :data:`RESIDUALS`. Norms and gains run along the projected dimension: one per column of G for
+a left basis, one per row for a right one, one per matrix for both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import codec
+from .base import Update
+from .codec import Slot
+from .project import Bases
+
+__all__ = ["RESIDUALS", "Fira", "Residual", "gains", "limited", "norms", "residual_of"]
+
+# Along which dimensions of (..., m, n) norms are taken, by side.
+_ALONG = {"left": (-2,), "right": (-1,), "full": (-2, -1)}
+# Elements in one block of a sum of squares.
+_BLOCK = 1 << 18
+# A limiter compares with the last norm only if that was not below this share of |N|.
+_FLOOR = 1e-3
+# A gain is capped where it would make a column this many times as large as expected of it.
+_CAP = 10.0
+
+
+class Residual:
+    """No residual: what is outside the subspace is dropped (GaLore). Base of the others."""
+
+    #: Whether R is read after the inner rule, which otherwise may overwrite it.
+    needs_low = False
+
+    def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        """State for a parameter that the rule sees in this shape."""
+        return {}
+
+    def gradient(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Tensor:
+        """What is projected."""
+        return g
+
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
+                ) -> Tensor | None:
+        """All of matrix size that :meth:`combine` needs, made before the first write.
+
+        Args:
+            g: what :meth:`gradient` returned.
+            low: R, in fp32.
+            bases: the bases of this step.
+            side: ``"left"``, ``"right"`` or ``"full"``.
+            o: options of the group.
+        """
+        return None
+
+    def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
+                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+        """u = scale * P N Q^T, and what the residual adds; n is a temporary."""
+        left, right = bases.factors(n.to(g.dtype))
+        return Update(left, right, o["scale"])
+
+
+class Fira(Residual):
+    """u = scale * (P N + S), S = (G - P R) diag(phi) / c with the factors phi = |N_i| / |R_i|.
+
+    c is the norm-growth limiter: |S| may grow by ``limiter`` - 1 from one step to the next.
+    Nothing of G's size is made: u = scale * P (N - R diag(phi / c)) + scale * G diag(phi / c),
+    and |G_i - P R_i|^2 = |G_i|^2 - |R_i|^2. With ``residual_scale="released"`` the rule of the
+    authors' code: u = scale * P N + (G - scale * P R) diag(phi) / c, the limiter before Adam's
+    bias correction.
+
+    Source: Chen et al., arXiv 2410.01623.
+    """
+
+    needs_low = True
+
+    def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        return limiter_slot(shape, p, o)
+
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
+                ) -> Tensor | None:
+        # At full rank G - P R is rounding, which is not to be scaled up.
+        leak = 1 - o["scale"] if o["residual_scale"] == "released" else 0.0
+        if leak == 0 and all(low.shape[i] >= g.shape[j] for i, j in ((-1, -1), (-2, -2))):
+            return None
+        return norms(g, side)
+
+    def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
+                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+        if measured is None:
+            return super().combine(g, low, n, bases, measured, side, s, o, t)
+        released = o["residual_scale"] == "released"
+        scale, eps = o["scale"], 1e-8 if released else o["eps"]
+        correction = 1.0
+        if released and o["inner"] == "adamw":
+            beta1, beta2 = o["betas"]
+            correction = math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        r_, n_ = norms(low, side), norms(n, side) / correction
+        leak = 1 - scale if released else 0.0
+        rest = ((measured.square() - r_.square()).clamp_min(0) + (leak * r_).square()).sqrt()
+        expected = math.prod(g.shape[i] for i in _ALONG[side])
+        expected /= math.prod(low.shape[i] for i in _ALONG[side])
+        gain = limited(gains(n_, r_, rest, expected, eps), rest, n_, s, o, eps) * correction
+        gain = gain.to(low.dtype)
+        left, right = bases.factors(n.addcmul_(low, gain, value=-1).to(g.dtype))
+        return Update(left, right, scale, g, gain if released else gain * scale)
+
+
+class Sign(Residual):
+    """u = scale * (P N + sign(G - P R)): the rest of the gradient moves by its sign, stateless.
+
+    Source: FRUGAL (Zmushko et al., arXiv 2411.07837), with one rate for both parts.
+    """
+
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
+                ) -> Tensor | None:
+        return _without(codec.wide(g).clone(), low, bases).sign_()
+
+    def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
+                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+        u = super().combine(g, low, n, bases, measured, side, s, o, t)
+        return u._replace(dense=measured, gain=o["scale"])
+
+
+class ErrorFeedback(Residual):
+    """A = G + E is projected; what the projection drops is kept: E <- A - P R.
+
+    Kept in ``error_feedback_bits``. Source: arXiv 2505.17967, as in its DCT-AdamW.
+    """
+
+    def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        return codec.held("error", shape, o["error_feedback_bits"] or 32, p)
+
+    def gradient(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Tensor:
+        error = codec.read(s, "error", g.shape[-1])
+        assert error is not None
+        return codec.wide(g) + error
+
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
+                ) -> Tensor | None:
+        return _without(g, low, bases)  # g is A, a temporary
+
+    def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
+                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+        assert measured is not None
+        codec.write(s, "error", measured)
+        return super().combine(g, low, n, bases, measured, side, s, o, t)
+
+
+#: Values of the option ``residual``.
+RESIDUALS: dict[str, Residual] = {"none": Residual(), "fira": Fira(), "sign": Sign(),
+                                  "error_feedback": ErrorFeedback()}
+
+
+def residual_of(o: Mapping[str, Any]) -> Residual:
+    """The group's residual; bits for error feedback ask for it."""
+    return RESIDUALS["error_feedback" if o["error_feedback_bits"] else o["residual"]]
+
+
+def limiter_slot(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+    """The last norm that a limiter compares with, one per matrix."""
+    if o["limiter"] is None:
+        return {}
+    return {"limiter": Slot((*shape[:-2], 1, 1), torch.float32, p.device)}
+
+
+def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
+    """G - P R Q^T in g's place."""
+    left, right = bases.factors(low.to(g.dtype))
+    left, right = left.to(g.dtype), right.to(g.dtype)
+    return g.addmm_(left, right, alpha=-1) if g.ndim == 2 else g.baddbmm_(left, right, alpha=-1)
+
+
+def norms(x: Tensor, side: str) -> Tensor:
+    """Euclidean norms along the dimensions of a side, kept as 1, in float64.
+
+    Squares of entries near 1e30 overflow in fp32, and the differences of squares that follow
+    cancel. On the CPU, where a sum in float64 takes several times as long, fp32 sums are taken
+    where they are in range.
+    """
+    dim = _ALONG[side]
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+    if side == "left":
+        rows = max(1, _BLOCK // max(1, x[..., :1, :].numel()))
+        square = sum(codec.wide(part).square().sum(-2, keepdim=True, dtype=torch.float32)
+                     for part in torch.split(x, rows, -2))
+        assert isinstance(square, Tensor)
+        norm = square.double().sqrt()
+    else:
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32).double()
+    low, high = torch.aminmax(norm)
+    if 1e-15 < low.item() and high.item() < 1e18:
+        return norm
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+
+
+def gains(n_: Tensor, r_: Tensor, rest: Tensor, expected: float, eps: float) -> Tensor:
+    """phi = |N_i| / (|R_i| + eps), bounded where R_i vanishes and N_i does not.
+
+    A column of the result, phi_i times the norm of what it multiplies, stays within 10 times the
+    root mean square column of N times sqrt(expected).
+
+    Args:
+        n_, r_: norms of the columns of N and R.
+        rest: norms of the columns that the gains are for.
+        expected: how many times more entries those columns have than N's.
+        eps: keeps the quotient finite.
+    """
+    quotient = torch.where(n_ > 0, n_ / (r_ + eps), n_)
+    typical = n_.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    cap = _CAP * math.sqrt(expected) * typical / rest
+    return torch.where(rest > 0, torch.minimum(quotient, cap), 0.0 * quotient.nan_to_num(0, 0, 0))
+
+
+def limited(gain: Tensor, rest: Tensor, n_: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any],
+            eps: float) -> Tensor:
+    """Gains after the norm-growth limiter: |S_t| <= limiter * (|S_{t-1}| + eps).
+
+    A last norm far below |N| (a first gradient of zero, say) limits nothing: growing from there
+    by 1 % a step would take thousands of steps. Nor is such a norm stored.
+
+    Source: Chen et al., arXiv 2410.01623.
+    """
+    if "limiter" not in s:
+        return gain
+    last, gamma = s["limiter"].double(), o["limiter"]
+    size = (gain * rest).square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    floor = _FLOOR * n_.square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    growth = torch.where(last > floor, size / (last + eps) / gamma, 1.0).clamp_min(1.0)
+    size = size / growth
+    s["limiter"].copy_(torch.where(size > floor, size, last).view_as(s["limiter"]))
+    return gain / growth
