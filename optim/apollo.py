@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -36,9 +35,9 @@ class _Scaling(Residual):
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         assert measured is not None
         along = "full" if o["scale_type"] == "tensor" else side
-        n_, r_ = norms(n, along), norms(low, along)
-        expected = g.shape[-2] * g.shape[-1] / (low.shape[-2] * low.shape[-1])
-        gain = limited(gains(n_, r_, measured, expected, o["eps"]), measured, n_, s, o, o["eps"])
+        size_n, eps = norms(n, along), o["eps"]
+        gain = gains(size_n, norms(low, along), measured, g.numel() / low.numel(), eps)
+        gain = limited(gain, measured, size_n, s, o, eps)
         return Update(dense=g, gain=(gain * o["scale"]).to(low.dtype))
 
 

@@ -33,7 +33,8 @@ from .inner import adam, adam_slots
 from .options import Option, boolean, checked, choice, fractions, integer, nearest, real
 from .plan import Plan, Row
 
-__all__ = ["COMMON", "FORMAT", "AdamWPart", "CommonOptions", "MatrixOptimizer", "PartialStepError", "Update"]
+__all__ = ["COMMON", "FORMAT", "AdamWPart", "CommonOptions", "MatrixOptimizer",
+           "PartialStepError", "Update"]
 
 #: Version of the state dict, kept in every group.
 FORMAT = 1

@@ -63,7 +63,10 @@ def held(name: str, shape: tuple[int, ...], bits: int | None, p: Tensor) -> dict
     """Slots for a tensor that is no average: a basis, a residue. See :func:`read`.
 
     Args:
+        name: of the slot; scales are under ``name.scale``.
+        shape: of the tensor.
         bits: 32, 16, 8 or 4 bits per element; None is p's own dtype.
+        p: the parameter.
     """
     if bits in (None, 16, 32):
         dtype = p.dtype if bits is None else _STORAGE[bits]
@@ -78,6 +81,8 @@ def read(s: Mapping[str, Tensor], name: str, columns: int) -> Tensor | None:
     """The tensor that :func:`held` made slots for, or None where there is none.
 
     Args:
+        s: state of a parameter.
+        name: of the slot.
         columns: length of its last dimension, which packed codes do not tell.
 
     Returns:

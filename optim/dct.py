@@ -41,7 +41,8 @@ def columns(index: Tensor, n: int, kind: int, like: Tensor) -> Tensor:
 
     Its transpose is contiguous, which is the factor that a lift multiplies with.
     """
-    return rows(n, kind, like.dtype, like.device)[index.to(like.device).long()].mT
+    chosen: Tensor = rows(n, kind, like.dtype, like.device)[index.to(like.device).long()].mT
+    return chosen
 
 
 @functools.lru_cache(maxsize=64)
@@ -89,7 +90,8 @@ def _inverse_fft(x: Tensor, dim: int) -> Tensor:
     imaginary.narrow(dim, 1, half - 1).copy_(x.flip(dim).narrow(dim, 0, half - 1)).neg_()
     spectrum = torch.complex(real, imaginary)
     spectrum *= turn.view(-1, *[1] * (-dim - 1))
-    return torch.fft.irfft(spectrum, n=n, dim=dim)
+    out: Tensor = torch.fft.irfft(spectrum, n=n, dim=dim)
+    return out
 
 
 def by_fft(n: int, device: torch.device, similarity: str) -> bool:

@@ -31,14 +31,14 @@ class Quotient(NamedTuple):
     factor: float
 
 
-def representable(g: Tensor) -> Tensor:
-    """g, its finite entries brought to where their squares are finite too.
+def representable(g: Tensor, terms: int = 1) -> Tensor:
+    """g, its finite entries brought to where sums of ``terms`` squares are finite too.
 
     Adam's direction depends on the ratio of g to the root of its mean square, so an entry of
     1e30 that enters as 1.8e19 still moves its weight by the learning rate, where the plain
     formula gets g / inf = 0. Infinities and NaN stay what they are.
     """
-    limit = math.sqrt(torch.finfo(g.dtype).max)  # squares of larger numbers are infinite
+    limit = math.sqrt(torch.finfo(g.dtype).max / terms)  # squares of larger numbers are infinite
     if g.device.type == "cpu" and g.numel():
         low, high = torch.aminmax(g)
         # False for NaN too, which the clamp below would pass on in any case.
@@ -121,7 +121,8 @@ def _lion(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tenso
     """N = sign(b1 M + (1 - b1) R), M <- b2 M + (1 - b2) R: Chen et al., arXiv 2302.06675."""
     beta1, beta2 = o["betas"]
     m = s["momentum_buffer"]
-    n = torch.lerp(m, r, 1 - beta1).sign_()
+    mixed = torch.lerp(m, r, 1 - beta1)
+    n = torch.where(mixed.isnan(), mixed, mixed.sign())  # the sign of a NaN would be 0
     m.lerp_(r, 1 - beta2)
     return n, 1.0
 
@@ -140,7 +141,7 @@ def _factored(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[T
     correction instead of their schedule and clipping).
     """
     beta1, beta2 = o["betas"]
-    r = representable(r)
+    r = representable(r, sum(r.shape[-2:]))
     square = r.square()
     row, column = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
     row = s["exp_avg_sq_row"].lerp_(row, 1 - beta2)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["Option", "boolean", "checked", "choice", "fraction", "fractions", "integer", "optional", "real"]
+__all__ = ["Option", "boolean", "checked", "choice", "fraction", "fractions", "integer",
+           "nearest", "optional", "real"]
 
 
 class _WrongType(TypeError):

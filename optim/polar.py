@@ -40,4 +40,5 @@ def newton_schulz(a: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     for _ in range(steps):
         s = x @ x.mT
         x = first * x + (second * s + third * s @ s) @ x
-    return x.mT if tall else x
+    out: Tensor = x.mT if tall else x
+    return out

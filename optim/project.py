@@ -171,7 +171,7 @@ def gaussian_basis(
     n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int, like: Tensor
 ) -> Tensor:
     """Independent normal entries of variance 1/r, (..., n, r): E[P P^T] = I."""
-    q = gaussian((*batch, n, r), key, stream) * r**-0.5
+    q: Tensor = gaussian((*batch, n, r), key, stream) * r**-0.5
     return q.to(device=like.device, dtype=like.dtype)
 
 

@@ -61,7 +61,7 @@ class Residual:
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
-        """u = scale * P N Q^T, and what the residual adds; n is a temporary."""
+        """U = scale * P N Q^T, and what the residual adds; n is a temporary."""
         left, right = bases.factors(n.to(g.dtype))
         return Update(left, right, o["scale"])
 
@@ -96,7 +96,7 @@ class Fira(Residual):
         if measured is None:
             return super().combine(g, low, n, bases, measured, side, s, o, t)
         released = o["residual_scale"] == "released"
-        scale, eps = o["scale"], 1e-8 if released else o["eps"]
+        scale, eps = o["scale"], o["eps"]
         correction = 1.0
         if released and o["inner"] == "adamw":
             beta1, beta2 = o["betas"]
@@ -104,9 +104,8 @@ class Fira(Residual):
         r_, n_ = norms(low, side), norms(n, side) / correction
         leak = 1 - scale if released else 0.0
         rest = ((measured.square() - r_.square()).clamp_min(0) + (leak * r_).square()).sqrt()
-        expected = math.prod(g.shape[i] for i in _ALONG[side])
-        expected /= math.prod(low.shape[i] for i in _ALONG[side])
-        gain = limited(gains(n_, r_, rest, expected, eps), rest, n_, s, o, eps) * correction
+        more = math.prod(g.shape[i] / low.shape[i] for i in _ALONG[side])
+        gain = limited(gains(n_, r_, rest, more, eps), rest, n_, s, o, eps) * correction
         gain = gain.to(low.dtype)
         left, right = bases.factors(n.addcmul_(low, gain, value=-1).to(g.dtype))
         return Update(left, right, scale, g, gain if released else gain * scale)
@@ -185,8 +184,10 @@ def norms(x: Tensor, side: str) -> Tensor:
     where they are in range.
     """
     dim = _ALONG[side]
+    norm: Tensor
     if x.device.type != "cpu" or x.dtype == torch.float64:
-        return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+        return norm
     if side == "left":
         rows = max(1, _BLOCK // max(1, x[..., :1, :].numel()))
         square = sum(codec.wide(part).square().sum(-2, keepdim=True, dtype=torch.float32)
@@ -196,32 +197,34 @@ def norms(x: Tensor, side: str) -> Tensor:
     else:
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32).double()
     low, high = torch.aminmax(norm)
-    if 1e-15 < low.item() and high.item() < 1e18:
-        return norm
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+    if low.item() < 1e-15 or not high.item() < 1e18:
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+    return norm
 
 
-def gains(n_: Tensor, r_: Tensor, rest: Tensor, expected: float, eps: float) -> Tensor:
-    """phi = |N_i| / (|R_i| + eps), bounded where R_i vanishes and N_i does not.
+def gains(size_n: Tensor, size_r: Tensor, rest: Tensor, more: float, eps: float) -> Tensor:
+    """Factors |N_i| / (|R_i| + eps), bounded where R_i vanishes and N_i does not.
 
-    A column of the result, phi_i times the norm of what it multiplies, stays within 10 times the
-    root mean square column of N times sqrt(expected).
+    A column of the result, the factor times the norm of what it multiplies, stays within 10 times
+    the root mean square column of N times sqrt(more).
 
     Args:
-        n_, r_: norms of the columns of N and R.
-        rest: norms of the columns that the gains are for.
-        expected: how many times more entries those columns have than N's.
+        size_n: norms of the columns of N.
+        size_r: norms of the columns of R.
+        rest: norms of the columns that the factors are for.
+        more: how many times more entries those columns have than N's.
         eps: keeps the quotient finite.
     """
-    quotient = torch.where(n_ > 0, n_ / (r_ + eps), n_)
-    typical = n_.square().mean(dim=(-2, -1), keepdim=True).sqrt()
-    cap = _CAP * math.sqrt(expected) * typical / rest
-    return torch.where(rest > 0, torch.minimum(quotient, cap), 0.0 * quotient.nan_to_num(0, 0, 0))
+    quotient = torch.where(size_n > 0, size_n / (size_r + eps), size_n)
+    typical = size_n.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    cap = _CAP * math.sqrt(more) * typical / rest
+    # Where there is nothing to multiply, nothing is lost; a NaN of the gradient stays one.
+    return torch.where(rest == 0, 0.0, torch.minimum(quotient, cap))
 
 
-def limited(gain: Tensor, rest: Tensor, n_: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any],
-            eps: float) -> Tensor:
-    """Gains after the norm-growth limiter: |S_t| <= limiter * (|S_{t-1}| + eps).
+def limited(gain: Tensor, rest: Tensor, size_n: Tensor, s: Mapping[str, Tensor],
+            o: Mapping[str, Any], eps: float) -> Tensor:
+    """Factors after the norm-growth limiter: |S_t| <= limiter * (|S_{t-1}| + eps).
 
     A last norm far below |N| (a first gradient of zero, say) limits nothing: growing from there
     by 1 % a step would take thousands of steps. Nor is such a norm stored.
@@ -232,7 +235,7 @@ def limited(gain: Tensor, rest: Tensor, n_: Tensor, s: Mapping[str, Tensor], o: 
         return gain
     last, gamma = s["limiter"].double(), o["limiter"]
     size = (gain * rest).square().sum(dim=(-2, -1), keepdim=True).sqrt()
-    floor = _FLOOR * n_.square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    floor = _FLOOR * size_n.square().sum(dim=(-2, -1), keepdim=True).sqrt()
     growth = torch.where(last > floor, size / (last + eps) / gamma, 1.0).clamp_min(1.0)
     size = size / growth
     s["limiter"].copy_(torch.where(size > floor, size, last).view_as(s["limiter"]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lissom.optim import AdamW, GaLoreAdamW
+from lissom.optim import APOLLO, AdamW, DCTAdamW, FiraAdamW, GaLoreAdamW, Trion
 from lissom.optim.base import MatrixOptimizer
 
 from . import oracle
@@ -22,6 +22,20 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     oracle: Callable[..., list[torch.Tensor]] = oracle.adamw
     bad: Mapping[str, Any] = field(default_factory=dict)
+    #: What a scaled gradient does to the update: nothing down to epsilon ("adam"), nothing at all
+    #: ("sign"), or the same ("linear").
+    scaling: str = "adam"
+
+    def option(self, name: str) -> Any:
+        """An option, given or by default."""
+        return self.options.get(name, self.make.table()[name].default
+                                if name in self.make.table() else None)
+
+    def same_arithmetic(self) -> bool:
+        """Neither random nor quantized, so that an oracle can follow it."""
+        return (self.option("state_bits") == 32 and self.option("projection") != "random"
+                and self.option("basis_bits") is None
+                and self.option("error_feedback_bits") in (None, 32))
 
     def __call__(self, params: Any, **more: Any) -> MatrixOptimizer:
         return self.make(params, **{**self.options, **more})
@@ -45,16 +59,57 @@ LOW_RANK_BAD = {
     "scale": [-0.25, "x"],
     "proj_type": ["sideways", 1],
     "projection": ["pca"],
+    "inner": ["sgd", None],
     "moments": ["forget"],
+    "residual": ["galore", None],
     "refresh": ["never"],
     "matricize": ["auto"],
+    "basis_bits": [32, 3, "8"],
+    "keep_energy": [0.0, 1.1, "most"],
+    "error_feedback_bits": [16, "8"],
+    "limiter": [0.99, "off"],
+    "residual_scale": ["half"],
+    "dct_basis": [1, 4, "2"],
+    "column_norm": [0, 3, 1.0],
+    "similarity": ["cosine"],
+}
+TRION_BAD = {
+    "rank": [0, 2.0], "momentum": [0.0, 1.5], "ns_steps": [0, 2.5], "adjust_lr_fn": ["kj"],
+    "polar_dtype": ["float16", torch.float32], "dct_basis": [1], "column_norm": [3],
 }
 
 
-def galore(**options: Any) -> Case:
+def low_rank(cls: type[MatrixOptimizer], rule: Callable[..., list[torch.Tensor]],
+             **options: Any) -> Case:
     given = {"rank": 3, "update_proj_gap": 4, **options}
-    name = "galore-" + "-".join(str(v) for v in options.values())
-    return Case(name.rstrip("-"), GaLoreAdamW, given, oracle.galore, COMMON_BAD | LOW_RANK_BAD)
+    name = "-".join([cls.algorithm, *(str(v) for v in options.values())])
+    bad = {k: v for k, v in LOW_RANK_BAD.items() if k in cls.options}
+    scaling = {"momentum": "linear", "lion": "sign"}.get(options.get("inner", ""), "adam")
+    if options.get("residual") == "sign":
+        scaling = "sign"
+    return Case(name, cls, given, rule, COMMON_BAD | bad, scaling)
+
+
+def galore(**options: Any) -> Case:
+    return low_rank(GaLoreAdamW, oracle.lowrank, **options)
+
+
+def dctadamw(**options: Any) -> Case:
+    return low_rank(DCTAdamW, oracle.dctadamw, **options)
+
+
+def fira(**options: Any) -> Case:
+    return low_rank(FiraAdamW, oracle.fira, **options)
+
+
+def apollo(**options: Any) -> Case:
+    return low_rank(APOLLO, oracle.apollo, **options)
+
+
+def trion(**options: Any) -> Case:
+    given = {"rank": 3, "polar_dtype": "float32", "lr_adamw": None, **options}
+    name = "-".join(["trion", *(str(v) for v in options.values())])
+    return Case(name, Trion, given, oracle.trion, COMMON_BAD | TRION_BAD, "sign")
 
 
 CASES = [
@@ -65,7 +120,27 @@ CASES = [
     *(galore(projection=x) for x in ("svd", "randomized", "random")),
     *(galore(proj_type=x, projection="svd") for x in ("reverse_std", "left", "right", "full")),
     *(galore(moments=x) for x in ("rotate", "reset")),
+    *(galore(inner=x, moments="rotate") for x in ("momentum", "lion", "factored")),
+    galore(residual="sign", projection="svd"),
+    galore(residual="error_feedback"),
     galore(refresh="synchronous"),
+    galore(basis_bits=4, error_feedback_bits=8),
+    galore(keep_energy=0.9),
     galore(state_bits=16),
+    dctadamw(),
+    dctadamw(update_proj_gap=1, error_feedback_bits=32),
+    dctadamw(error_feedback_bits=4, state_bits=16),
+    dctadamw(dct_basis=3, column_norm=2, proj_type="full", similarity="fft"),
+    dctadamw(inner="factored"),
+    fira(projection="svd"),
+    fira(residual_scale="released", projection="svd"),
+    fira(projection="dct", inner="lion", proj_type="full"),
+    fira(limiter=None, state_bits=16),
+    apollo(),
+    apollo(scale_type="channel", projection="svd"),
+    apollo(scale_type="tensor", projection="svd"),
+    trion(),
+    trion(adjust_lr_fn="match_rms_adamw", dct_basis=3),
+    trion(state_bits=16, polar_dtype="bfloat16"),
 ]
 SHAPES = [(), (5,), (0, 3), (7, 5), (5, 7), (6, 6), (1, 4), (4, 1), (2, 3), (4, 3, 2), (3, 2, 2, 2)]

@@ -27,39 +27,175 @@ def adamw(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
     return out
 
 
-def galore(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
-    """arXiv 2403.03507, algorithm 2, with an exact SVD; all refreshes at k mod T == 0."""
-    b1, b2 = o.get("betas", (0.9, 0.999))
-    lr, wd, eps = o.get("lr", 1e-3), o.get("weight_decay", 1e-2), o.get("eps", 1e-8)
-    gap, scale = o.get("update_proj_gap", 200), o.get("scale", 0.25)
-    kind = o.get("proj_type", "std")
-    w = start.double().flatten(1)
-    rows, columns = w.shape
-    r = min(o["rank"], rows, columns)
-    side = {"std": "right" if rows >= columns else "left",
+def cosines(n: int, kind: int) -> Tensor:
+    """Q of arXiv 2505.17967: D[i, j] = sqrt(2 / n) cos(pi i (2 j + 1) / (2 n)), row 0 / sqrt 2."""
+    i = torch.arange(n, dtype=torch.float64)
+    d = (2 / n) ** 0.5 * torch.cos(torch.pi * torch.outer(i, 2 * i + 1) / (2 * n))
+    d[0] /= 2**0.5
+    return d.mT if kind == 2 else d
+
+
+def _side(rows: int, columns: int, kind: str) -> str:
+    return {"std": "right" if rows >= columns else "left",
             "reverse_std": "left" if rows >= columns else "right"}.get(kind, kind)
-    p, q = torch.eye(rows, dtype=w.dtype), torch.eye(columns, dtype=w.dtype)
-    m = v = None
-    out = []
+
+
+def _bases(g: Tensor, before: tuple[Tensor, Tensor] | None, r: int, side: str, o: dict[str, Any]
+           ) -> tuple[Tensor, Tensor]:
+    """P and Q, an identity where a side is not projected."""
+    p, q = (torch.eye(k, dtype=g.dtype) for k in g.shape)
+    if o.get("projection") == "dct":
+        norm, kind = o.get("column_norm", 1), o.get("dct_basis", 2)
+        if side in ("left", "full"):
+            full = cosines(len(p), kind)
+            p = full[:, (full.mT @ g).norm(norm, 1).topk(r).indices.sort().values]
+        if side in ("right", "full"):
+            full = cosines(len(q), kind)
+            q = full[:, (g @ full).norm(norm, 0).topk(r).indices.sort().values]
+        return p, q
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    p = u[:, :r] if side in ("left", "full") else p
+    q = vh[:r].mT if side in ("right", "full") else q
+    if before is not None:  # signs are free: those that agree with the last basis
+        p = p * torch.where((p * before[0]).sum(0) < 0, -1.0, 1.0)
+        q = q * torch.where((q * before[1]).sum(0) < 0, -1.0, 1.0)
+    return p, q
+
+
+def _inner(low: Tensor, s: dict[str, Tensor], t: int, o: dict[str, Any]) -> Tensor:
+    """Direction N, and the moments in s brought up to date."""
+    b1, b2 = o.get("betas", (0.9, 0.999))
+    eps, inner = o.get("eps", 1e-8), o.get("inner", "adamw")
+    m = s.setdefault("m", torch.zeros_like(low))
+    if inner == "momentum":  # torch.optim.SGD
+        s["m"] = b1 * m + low
+        return s["m"]
+    if inner == "lion":  # arXiv 2302.06675
+        s["m"] = b2 * m + (1 - b2) * low
+        return (b1 * m + (1 - b1) * low).sign()
+    s["m"] = b1 * m + (1 - b1) * low
+    square = low * low
+    if inner == "factored":  # arXiv 1804.04235
+        for name, mean in (("row", square.mean(1, True)), ("column", square.mean(0, True))):
+            s[name] = b2 * s.get(name, 0) + (1 - b2) * mean
+        v = s["row"] @ s["column"] / s["row"].mean()
+    else:
+        v = s["v"] = b2 * s.get("v", 0) + (1 - b2) * square
+    return (s["m"] / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
+
+
+def _turn(s: dict[str, Tensor], left: Tensor, right: Tensor, r: int) -> dict[str, Tensor]:
+    """M <- Rot M, V <- (Rot o Rot) V from each side; a row mean has no right side to turn."""
+    out = {}
+    for name, x in s.items():
+        a, b = (left, right) if name == "m" else (left**2, right**2)
+        x = x if len(a) != x.shape[0] else a @ x
+        out[name] = x if len(b) != x.shape[1] else x @ b
+    return out
+
+
+def _columns(x: Tensor, side: str) -> Tensor:
+    """Norms of the columns (left), rows (right), or of the matrix (full)."""
+    return {"left": lambda: x.norm(dim=0, keepdim=True), "right": lambda: x.norm(dim=1, keepdim=True),
+            "full": lambda: x.norm().view(1, 1)}[side]()
+
+
+def lowrank(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
+    """GaLore (arXiv 2403.03507, algorithm 2) with exact SVDs, and what others made of it.
+
+    DCT-AdamW (2505.17967): projection="dct", moments="rotate", error feedback. Fira (2410.01623):
+    residual="fira". APOLLO (2412.05270): scale_type. Refreshes are synchronous.
+    """
+    lr, wd, eps = o.get("lr", 1e-3), o.get("weight_decay", 1e-2), o.get("eps", 1e-8)
+    gap, scale, gamma = o["update_proj_gap"], o.get("scale", 0.25), o.get("limiter", 1.01)
+    dct_adamw = o.get("phase", 0)
+    w = start.double().flatten(1)
+    r = min(o["rank"], *w.shape)
+    side = _side(*w.shape, o.get("proj_type", "std"))
+    residual = "error_feedback" if o.get("error_feedback_bits") else o.get("residual", "none")
+    bases, s, error, last, out = None, {}, torch.zeros_like(w), None, []
     for t, g in enumerate(gradients, 1):
         g = g.double().flatten(1) * (-1 if o.get("maximize") else 1)
-        if (t - 1) % gap == 0:
-            before = p, q
-            u, _, vh = torch.linalg.svd(g, full_matrices=False)
-            p = u[:, :r] if side in ("left", "full") else p
-            q = vh[:r].mT if side in ("right", "full") else q
-            if m is not None:  # signs are free: those that agree with the last basis
-                p = p * torch.where((p * before[0]).sum(0) < 0, -1.0, 1.0)
-                q = q * torch.where((q * before[1]).sum(0) < 0, -1.0, 1.0)
-            if m is not None and o.get("moments") == "reset":
-                m, v = torch.zeros_like(m), torch.zeros_like(v)
-            if m is not None and o.get("moments") == "rotate":
-                left, right = p.mT @ before[0], before[1].mT @ q
-                m, v = left @ m @ right, left**2 @ v @ right**2
-        low = p.mT @ g @ q
-        m = (1 - b1) * low + (0 if m is None else b1 * m)
-        v = (1 - b2) * low * low + (0 if v is None else b2 * v)
-        n = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
-        w = (1 - lr * wd) * w - lr * scale * p @ n @ q.mT
+        a = g + error if residual == "error_feedback" else g
+        if t == 1 or (t - 1 + dct_adamw) % gap == 0:
+            before, bases = bases, _bases(a, bases, r, side, o)
+            if before and o.get("moments", "keep") == "reset":
+                s = {}
+            elif before and o.get("moments", "keep") == "rotate":
+                s = _turn(s, bases[0].mT @ before[0], before[1].mT @ bases[1], r)
+        p, q = bases
+        low = p.mT @ a @ q
+        n = _inner(low, s, t, o)
+        lifted = p @ n @ q.mT
+        rest = g - p @ low @ q.mT
+        if residual == "error_feedback":
+            error = a - p @ low @ q.mT
+        u = scale * lifted
+        if residual == "sign":
+            u = u + scale * rest.sign()
+        if residual == "fira" or "scale_type" in o:
+            released = o.get("residual_scale") == "released"
+            b1, b2 = o.get("betas", (0.9, 0.999))
+            late = (1 - b2**t) ** 0.5 / (1 - b1**t) if released else 1.0
+            along = "full" if o.get("scale_type") == "tensor" else side
+            phi = _columns(n / late, along) / (_columns(low, along) + eps)
+            if "scale_type" in o:
+                rest = g
+            elif released:
+                rest = g - scale * p @ low @ q.mT
+            residue = rest * phi
+            if gamma is not None:
+                if last is not None:
+                    residue = residue / max(residue.norm() / (last + eps) / gamma, 1)
+                last = residue.norm()
+            residue = residue * late
+            if "scale_type" in o:
+                u = scale * residue
+            else:
+                u = u + residue * (1 if released else scale)
+        w = (1 - lr * wd) * w - lr * u
+        out.append(w.view(start.shape))
+    return out
+
+
+def dctadamw(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
+    """Refreshes at the 1-based steps 1 and t mod gap == 0."""
+    defaults = {"projection": "dct", "moments": "rotate", "scale": 1.0, "phase": 1}
+    return lowrank(start, gradients, **{**defaults, **o})
+
+
+def fira(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
+    return lowrank(start, gradients, **{"residual": "fira", **o})
+
+
+def apollo(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
+    return lowrank(start, gradients, **{"scale": 1.0, "scale_type": "channel", **o})
+
+
+def quintic(x: Tensor, steps: int) -> Tensor:
+    """Muon's Newton-Schulz iteration."""
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = 3.4445 * x - 4.7750 * s @ x + 2.0315 * s @ s @ x
+    return x
+
+
+def trion(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
+    """arXiv 2505.17967: B = M + G; b = B Q_r; M = B - (1 - mu) b Q_r^T; u = s NS(b) Q_r^T."""
+    lr, wd, mu = o.get("lr", 0.02), o.get("weight_decay", 1e-2), o.get("momentum", 0.95)
+    w = start.double().flatten(1)
+    m, out = torch.zeros_like(w), []
+    rows, columns = w.shape
+    side, r = _side(rows, columns, "std"), min(o["rank"], rows, columns)
+    s = {"original": max(1, rows / columns) ** 0.5, "spectral": (rows / columns) ** 0.5,
+         "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5, "unscaled": 1.0,
+         }[o.get("adjust_lr_fn", "original")]
+    for g in gradients:
+        b = m + g.double().flatten(1) * (-1 if o.get("maximize") else 1)
+        p, q = _bases(b, None, r, side, {**o, "projection": "dct"})
+        low = p.mT @ b @ q
+        m = b - (1 - mu) * p @ low @ q.mT
+        w = (1 - lr * wd) * w - lr * s * p @ quintic(low, o.get("ns_steps", 5)) @ q.mT
         out.append(w.view(start.shape))
     return out
