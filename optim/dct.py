@@ -47,23 +47,29 @@ def columns(index: Tensor, n: int, kind: int, like: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _twiddles(n: int, kind: int, dtype: torch.dtype, device: torch.device
-              ) -> tuple[Tensor, Tensor, Tensor]:
-    """Order of the input, complex factors, and sign of each packed coefficient (Makhoul)."""
+              ) -> tuple[Tensor, Tensor]:
+    """Order in which the algorithm reads its input, and its complex factors (Makhoul)."""
     k = torch.arange(n // 2 + 1, dtype=torch.float64)
     order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
     scale = torch.full_like(k, math.sqrt(2 / n))
     scale[0] = math.sqrt(1 / n)
     phase = math.pi * k / (2 * n)
-    if kind == 3:  # the inverse: conjugate phases, and what torch's irfft divides by
-        scale = 1 / scale
-        phase = -phase
-    turn = torch.polar(scale, -phase)
-    sign = torch.stack([torch.ones_like(k), -torch.ones_like(k)], -1)
-    sign[0, 1] = 0  # k = 0 and, for even n, k = n / 2 come once
-    if n % 2 == 0:
-        sign[-1, 1] = 0
+    # Kind 3 is the inverse: conjugate phases, and what torch's irfft divides by.
+    turn = torch.polar(scale, -phase) if kind == 2 else torch.polar(1 / scale, phase)
     complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
-    return order.to(device), turn.to(device, complex_dtype), sign.flatten().to(device, dtype)
+    return order.to(device), turn.to(device, complex_dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _packing(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where coefficient k stands in what the FFT left, and the sign that it has there."""
+    k = torch.arange(n)
+    if kind == 3:
+        order, _ = _twiddles(n, kind, dtype, torch.device("cpu"))
+        return order.argsort().to(device), torch.ones(n, dtype=dtype, device=device)
+    upper = k > n // 2
+    place = torch.where(upper, 2 * (n - k) + 1, 2 * k)
+    return place.to(device), (1 - 2 * upper.to(dtype)).to(device)
 
 
 def _forward_fft(x: Tensor, dim: int) -> Tensor:
@@ -73,7 +79,7 @@ def _forward_fft(x: Tensor, dim: int) -> Tensor:
         x with dim of n replaced by two: n // 2 + 1, and 2 at the very end.
     """
     n = x.shape[dim]
-    order, turn, _ = _twiddles(n, 2, x.dtype, x.device)
+    order, turn = _twiddles(n, 2, x.dtype, x.device)
     spectrum = torch.fft.rfft(x.index_select(dim, order), dim=dim)
     spectrum *= turn.view(-1, *[1] * (-dim - 1))
     return torch.view_as_real(spectrum)
@@ -82,7 +88,7 @@ def _forward_fft(x: Tensor, dim: int) -> Tensor:
 def _inverse_fft(x: Tensor, dim: int) -> Tensor:
     """DCT-III along dim, which undoes :func:`_forward_fft`, in the order of Makhoul's input."""
     n = x.shape[dim]
-    _, turn, _ = _twiddles(n, 3, x.dtype, x.device)
+    _, turn = _twiddles(n, 3, x.dtype, x.device)
     half = n // 2 + 1
     real = x.narrow(dim, 0, half)
     # X_n stands for zero, X_{n - k} for the imaginary part
@@ -115,25 +121,19 @@ def dct(x: Tensor, kind: int = 2, dim: int = -1, similarity: str = "auto") -> Te
     if not by_fft(n, x.device, similarity):
         q = rows(n, kind, x.dtype, x.device)
         return x @ q.mT if dim == -1 else q @ x
-    order, _, sign = _twiddles(n, 2, x.dtype, x.device)
-    out = torch.empty_like(x)
+    place, sign = _packing(n, kind, x.dtype, x.device)
+    return _take(_unpacked(x, kind, dim), place, dim) * (sign if dim == -1 else sign.unsqueeze(-1))
+
+
+def _unpacked(x: Tensor, kind: int, dim: int) -> Tensor:
+    """The transform by FFT with its coefficients in one dimension, in the order of packing."""
     if kind == 3:
-        return out.index_copy_(dim, order, _inverse_fft(x, dim))
-    packed = _forward_fft(x, dim).movedim(-1, dim).flatten(dim - 1, dim)
-    keep = sign.nonzero().squeeze(-1)
-    shape = (-1, *[1] * (-dim - 1))
-    source = packed.index_select(dim, keep) * sign[keep].view(shape)
-    return out.index_copy_(dim, _frequency(keep, n), source)
+        return _inverse_fft(x, dim)
+    return _forward_fft(x, dim).movedim(-1, dim).flatten(dim - 1, dim)
 
 
-def _frequency(packed: Tensor, n: int) -> Tensor:
-    """Which coefficient a packed position holds."""
-    k = packed // 2
-    return torch.where(packed % 2 == 0, k, n - k)
-
-
-def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: str
-            ) -> tuple[Tensor, Tensor]:
+def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: str,
+            old: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The r basis vectors along dim that x has most of, and x on them, from one transform.
 
     Args:
@@ -144,6 +144,7 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
         norm: 1 or 2, the norm of a column of x Q (a row of Q^T x) that ranks it. With 2 the
             choice minimizes what is left of x.
         similarity: as in :func:`dct`.
+        old: the last choice, which stays where x is zero or not finite.
 
     Returns:
         Indices (..., r), int32, in ascending order, and R = x Q or Q^T x on them.
@@ -152,27 +153,19 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
     if not by_fft(n, x.device, similarity):
         q = rows(n, kind, x.dtype, x.device)
         full = x @ q.mT if dim == -1 else q @ x
-        index = _best(_scores(full, other, norm), r)
+        index = _best(_scores(full, other, norm), r, old)
         return index.int(), _take(full, index, dim)
-    order, _, sign = _twiddles(n, 2, x.dtype, x.device)
-    if kind == 3:
-        full = _inverse_fft(x, dim)
-        place = _best(_scores(full, other, norm), r)
-        index, back = order[place].sort(-1)
-        return index.int(), _take(full, place.gather(-1, back), dim)
-    packed = _forward_fft(x, dim)  # (..., m, n // 2 + 1, 2) or (..., n // 2 + 1, n, 2)
-    across = -3 if dim == -1 else -2
-    place = _best(_scores(packed, across, norm).flatten(-2) * sign.abs(), r)
-    index, back = _frequency(place, n).sort(-1)
-    place = place.gather(-1, back)
-    if dim == -1:
-        low = _take(packed.flatten(-2), place, dim)
-    elif place.ndim == 1:
-        low = packed[place // 2, :, place % 2]
+    place, sign = _packing(n, kind, x.dtype, x.device)
+    if kind == 2 and dim == -2 and x.ndim == 2:  # without a copy of what the FFT left
+        packed = _forward_fft(x, dim)
+        index = _best(_scores(packed, -2, norm).flatten(-2)[place], r, old)
+        low = packed[place[index] // 2, :, place[index] % 2]
     else:
-        low = _take(packed.movedim(-1, -2).flatten(-3, -2), place, dim)
-    signs = sign[place]
-    return index.int(), low * (signs.unsqueeze(-2) if dim == -1 else signs.unsqueeze(-1))
+        full = _unpacked(x, kind, dim)
+        index = _best(_scores(full, other, norm)[..., place], r, old)
+        low = _take(full, place[index], dim)
+    signs = sign[index]
+    return index.int(), low.mul_(signs.unsqueeze(-2) if dim == -1 else signs.unsqueeze(-1))
 
 
 def _scores(full: Tensor, dim: int, norm: int) -> Tensor:
@@ -183,9 +176,13 @@ def _scores(full: Tensor, dim: int, norm: int) -> Tensor:
     return (full / largest).square().sum(dim)
 
 
-def _best(scores: Tensor, r: int) -> Tensor:
-    """Indices of the r largest, ascending."""
-    return scores.topk(r, dim=-1, sorted=False).indices.sort(-1).values
+def _best(scores: Tensor, r: int, old: Tensor | None) -> Tensor:
+    """Indices of the r largest, ascending; the old ones where nothing or no number is scored."""
+    best = scores.topk(r, dim=-1, sorted=False).indices.sort(-1).values
+    if old is None:
+        return best
+    largest = scores.amax(-1, keepdim=True)
+    return torch.where((largest > 0) & largest.isfinite(), best, old)
 
 
 def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -324,10 +324,10 @@ class LowRankOptimizer(MatrixOptimizer):
         for number, (basis, side) in enumerate(zip(old, _SIDES, strict=True)):
             if basis is None:
                 continue
-            left = side == "left"
+            left, name = side == "left", f"columns_{side}"
             index, part = dct.project(x, r, kind=o["dct_basis"], dim=-2 if left else -1,
-                                      norm=o["column_norm"], similarity=o["similarity"])
-            name = f"columns_{side}"
+                                      norm=o["column_norm"], similarity=o["similarity"],
+                                      old=s[name] if born else None)
             if o["moments"] == "rotate" and born:
                 turns[number] = project.shift(s[name], index, left)
             new[number] = dct.columns(index, g.shape[-2 if left else -1], o["dct_basis"], g)

@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 from lissom.bench.livebytes import LiveBytes
 from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref
-from lissom.optim import AdamW, GaLoreAdamW, project
+from lissom.kernels.linear import dequantize_linear_ref, linear_shapes, quantize_linear_ref
+from lissom.optim import AdamW, GaLoreAdamW, dct, inner, project
 
 from .helpers import feed, parameters, run, tensors
 
@@ -93,17 +95,24 @@ def test_bases_are_orthonormal_and_near_the_best(side, projection, scale):
     assert rest.norm() < 1.05 * s[16:].norm()
 
 
-def test_rotation_is_exact_where_columns_are_shared():
+@pytest.mark.parametrize("left", [False, True])
+def test_rotation_is_exact_where_columns_are_shared(left):
+    """The permutation of indices and the general product agree; V stays positive."""
     (m,) = tensors([(5, 3)])
-    v = m.square()
     basis = torch.eye(6)
-    old, new = basis[:, [0, 2, 4]], basis[:, [4, 1, 0]]
-    a, b = project.rotate(m, v, (None, old), (None, new))
+    old, new = torch.tensor([0, 2, 4]), torch.tensor([1, 2, 4])
     zero = torch.zeros(5)
-    assert torch.equal(a, torch.stack([m[:, 2], zero, m[:, 0]], -1))
-    assert torch.equal(b, torch.stack([v[:, 2], zero, v[:, 0]], -1))
-    a, _ = project.rotate(m.mT, v.mT, (old, None), (new, None))
-    assert torch.equal(a, torch.stack([m[:, 2], zero, m[:, 0]]))
+    expected = torch.stack([zero, m[:, 1], m[:, 2]], -1)
+    for turned in (project.turn(basis[:, old], basis[:, new], left),
+                   project.shift(old.int(), new.int(), left)):
+        for power, x, y in ((1, m, expected), (2, m.square(), expected.square())):
+            moved = turned(x.mT if left else x, power)
+            assert torch.equal(moved.mT if left else moved, y)
+    batch = project.shift(torch.stack([old, new]).int(), torch.stack([new, old]).int(), left)
+    moved = batch(torch.stack([m.mT, m.mT] if left else [m, m]), 1)
+    back = torch.stack([zero, m[:, 1], m[:, 2]], -1)
+    for x, y in zip(moved, (expected, back), strict=True):
+        assert torch.equal(x.mT if left else x, y)
 
 
 def test_random_bases_come_from_the_seed_alone():
@@ -159,3 +168,96 @@ def test_uninitialized_memory_is_never_read(monkeypatch):
         ps = parameters([(7, 5), (5, 7), (4,)])
         run(make(ps), ps, range(3))
         assert all(np.isfinite(p.detach().numpy()).all() for p in ps)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 64, 65, 200])
+@pytest.mark.parametrize("kind", [2, 3])
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_transforms_are_scipys(n, kind, dim):
+    """In float64 to 1e-12, by product and by FFT, and so is what is selected from them."""
+    x = tensors([(7, n) if dim == -1 else (n, 7)], n)[0].double()
+    expected = torch.from_numpy(scipy.fft.dct(x.numpy(), type=kind, norm="ortho", axis=dim))
+    r = max(1, n // 3)
+    other = -1 if dim == -2 else -2
+    for similarity in ("matmul", "fft"):
+        full = dct.dct(x, kind, dim, similarity)
+        torch.testing.assert_close(full, expected, rtol=0, atol=1e-12)
+        for norm in (1, 2):
+            for batch in (x, torch.stack([x, x.flip(dim), x * x])):
+                index, low = dct.project(batch, r, kind=kind, dim=dim, norm=norm,
+                                         similarity=similarity)
+                assert index.dtype == torch.int32
+                for one, i, part in zip(batch.view(-1, *x.shape), index.view(-1, r),
+                                        low.view(-1, *low.shape[-2:]), strict=True):
+                    scipys = torch.from_numpy(
+                        scipy.fft.dct(one.numpy(), type=kind, norm="ortho", axis=dim))
+                    best = scipys.norm(norm, other).topk(r).indices.sort().values
+                    assert i.tolist() == best.tolist()
+                    torch.testing.assert_close(part, scipys.index_select(dim, best), rtol=0,
+                                               atol=1e-12)
+
+
+def test_cosine_bases_are_orthonormal_in_fp32():
+    for kind in (2, 3):
+        q = dct.rows(1024, kind, torch.float32, torch.device("cpu")).double()
+        assert (q @ q.mT - torch.eye(1024, dtype=torch.float64)).abs().max() < 5e-7
+    index = torch.tensor([0, 3, 5], dtype=torch.int32)
+    q = dct.columns(index, 8, 2, torch.empty(0, dtype=torch.bfloat16))
+    assert q.shape == (8, 3)
+    assert q.dtype == torch.bfloat16
+    assert dct.columns(index, 8, 2, torch.empty(0)).dtype == torch.float32  # no stale cache
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(3, 256), (5, 257), (4, 7), (1, 1), (2, 3, 300), (0, 5), (3, 0)])
+def test_linear_quantizer_errs_by_half_a_step(bits, shape):
+    for scale in (1e-30, 1.0, 1e30):
+        (x,) = tensors([shape], 3, scale)
+        codes, scales = quantize_linear_ref(x, bits)
+        assert (tuple(codes.shape), tuple(scales.shape)) == linear_shapes(shape, bits)
+        back = dequantize_linear_ref(codes, scales, shape[-1], bits)
+        levels = 127 if bits == 8 else 7
+        for part, other in zip(x.split(256, -1), back.split(256, -1), strict=True):
+            if part.numel():
+                step = part.abs().amax(-1, keepdim=True) / levels
+                assert ((part - other).abs() <= 0.5001 * step).all()
+                assert torch.equal(part.abs().amax(-1), other.abs().amax(-1)) or bits == 8 or (
+                    other.abs().amax(-1) / part.abs().amax(-1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_linear_quantizer_on_constants_zeros_and_outliers(bits):
+    x = torch.zeros(4, 300)
+    x[1] = -2.5
+    x[2, 7] = 1e4
+    x[3, ::2] = 3.0
+    back = dequantize_linear_ref(*quantize_linear_ref(x, bits), 300, bits)
+    torch.testing.assert_close(back, x, rtol=1e-6, atol=0)
+    odd = torch.tensor([[float("nan"), 1.0, *[0.0] * 254, 2.0]])
+    back = dequantize_linear_ref(*quantize_linear_ref(odd, bits), 257, bits)
+    assert back[0, 256] == 2.0
+    assert back[0, :256].isnan().all()
+
+
+def test_inner_rules_in_their_limits():
+    """Momentum is torch's SGD; a factored second moment is exact where it has rank one."""
+    (r,) = tensors([(4, 3)])
+    o = {"betas": (0.9, 0.99), "eps": 0.0, "amsgrad": False}
+    p = torch.nn.Parameter(torch.zeros(4, 3))
+    sgd = torch.optim.SGD([p], lr=1.0, momentum=0.9)
+    s = {"momentum_buffer": torch.zeros(4, 3)}
+    moved = torch.zeros(4, 3)
+    for _ in range(3):
+        p.grad = r.clone()
+        sgd.step()
+        n, factor = inner.RULES["momentum"].direction(r, s, o, 1, False)
+        moved -= factor * n
+    torch.testing.assert_close(moved, p.detach())
+    outer = torch.outer(torch.rand(4) + 0.1, torch.rand(3) + 0.1)
+    slots = {"exp_avg": (4, 3), "exp_avg_sq_row": (4, 1), "exp_avg_sq_col": (1, 3)}
+    a = {k: torch.zeros(x) for k, x in slots.items()}
+    b = {"exp_avg": torch.zeros(4, 3), "exp_avg_sq": torch.zeros(4, 3)}
+    for t in (1, 2, 3):
+        x, f = inner.RULES["factored"].direction(outer.clone(), a, o, t, False)
+        y, h = inner.RULES["adamw"].direction(outer.clone(), b, o, t, False)
+        torch.testing.assert_close(f * x, h * y, rtol=1e-5, atol=0)

@@ -1,0 +1,386 @@
+"""DCT-AdamW, Fira, APOLLO, Trion: official trajectories, limits, and the traps of each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lissom.optim import APOLLO, DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, project
+from lissom.optim.inner import RULES
+from lissom.optim.residual import RESIDUALS
+
+from .golden import load, needs_golden, worst
+from .helpers import assert_same, feed, parameters, run, snapshot, tensors, through_disk
+
+
+def follow(optimizer, p, gradients, before=lambda t: None):
+    out = []
+    for t, g in enumerate(gradients, 1):
+        before(t)
+        p.grad = g.clone()
+        optimizer.step()
+        out.append(p.detach().clone())
+    return out
+
+
+# ---- official trajectories
+
+
+@needs_golden
+@pytest.mark.parametrize("name", [
+    "16x24_gap1_rot_l1_matmul_noef", "20x20_gap1_rot_l1_matmul_ef",
+    "24x16_gap1_rot_l1_makhoul_noef", "24x16_gap1_rot_l1_matmul_noef",
+    "24x16_gap4_rot_l2_matmul_ef"])
+@pytest.mark.parametrize("similarity", ["matmul", "fft"])
+def test_official_dctadamw(name, similarity):
+    """The authors' in-place rotation returns zero on the CPU: in effect their moments reset.
+
+    (``torch.matmul(w, R, out=w)`` clears its output before it reads it, methods.md 3.7.)
+    """
+    case, start, gradients, weights = load(f"dctadamw_{name}")
+    p = torch.nn.Parameter(start.clone())
+    optimizer = DCTAdamW(
+        [p], lr=case["lr"], betas=tuple(case["betas"]), eps=case["eps"],
+        weight_decay=case["weight_decay"], rank=case["rank"], column_norm=case["ell_norm"],
+        update_proj_gap=case["update_proj_gap"], moments="reset", similarity=similarity,
+        dct_basis=3 if case["similarity"] == "matmul" else 2,
+        error_feedback_bits=32 if case["error_feedback"] else None)
+    assert worst(follow(optimizer, p, gradients), weights, start) < 2e-5
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["16x24_spike6", "24x16_spike6", "24x16_spikeNone"])
+def test_official_fira(name):
+    case, start, gradients, weights = load(f"fira_std_{name}")
+    p = torch.nn.Parameter(start.clone())
+    optimizer = FiraAdamW(
+        [{"params": [p], "alpha": case["alpha"]}], lr=case["lr"], betas=tuple(case["betas"]),
+        weight_decay=case["weight_decay"], rank=case["rank"], limiter=case["gamma"],
+        update_proj_gap=case["update_proj_gap"], projection="svd", residual_scale="released")
+
+    def epsilon(t):  # the authors' stands before the bias correction
+        optimizer.param_groups[0]["eps"] = case["eps"] / (1 - case["betas"][1] ** t) ** 0.5
+
+    assert worst(follow(optimizer, p, gradients, epsilon), weights, start) < 1e-4
+
+
+@needs_golden
+@pytest.mark.parametrize("shape", ["16x24", "24x16"])
+def test_official_trion(shape):
+    case, start, gradients, weights = load(f"trion_{shape}_kj")
+    p = torch.nn.Parameter(start.clone())
+    optimizer = Trion([p], lr=case["lr"], rank=case["rank"], weight_decay=case["weight_decay"],
+                      momentum=case["momentum"], ns_steps=case["ns_steps"],
+                      dct_basis=3 if start.shape[0] >= start.shape[1] else 2)
+    assert worst(follow(optimizer, p, gradients), weights, start) < 2e-2
+
+
+# ---- the free product
+
+
+@given(m=st.integers(1, 9), n=st.integers(1, 9), rank=st.integers(1, 10), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_every_combination_trains_and_resumes(m, n, rank, data):
+    """projection x inner x residual x moments x side x storage: finite, resumed bit for bit."""
+    pick = {k: data.draw(st.sampled_from(v), label=k) for k, v in {
+        "projection": ["svd", "subspace", "randomized", "dct", "random"],
+        "inner": list(RULES), "residual": list(RESIDUALS), "moments": ["keep", "rotate", "reset"],
+        "proj_type": ["std", "reverse_std", "left", "right", "full"],
+        "basis_bits": [None, 16, 8, 4], "keep_energy": [None, 0.5], "state_bits": [32, 16],
+        "residual_scale": ["paper", "released"], "similarity": ["auto", "fft"],
+        "dct_basis": [2, 3]}.items()}
+    if pick["residual"] == "error_feedback":
+        pick["error_feedback_bits"] = data.draw(st.sampled_from([None, 32, 8, 4]))
+    (p,) = parameters([(m, n)])
+    optimizer = GaLoreAdamW([p], lr=1e-2, rank=rank, update_proj_gap=2, **pick)
+    run(optimizer, [p], range(3))
+    q = torch.nn.Parameter(p.detach().clone())
+    twin = GaLoreAdamW([q], lr=1e-2, rank=rank, update_proj_gap=2, **pick)
+    twin.load_state_dict(through_disk(optimizer.state_dict()))
+    run(optimizer, [p], range(3, 6))
+    run(twin, [q], range(3, 6))
+    assert_same(snapshot(optimizer), snapshot(twin))
+    assert p.isfinite().all()
+    held = sum(v.nbytes for v in optimizer.state[p].values())
+    assert optimizer.plan().state_bytes == held
+
+
+@pytest.mark.parametrize("options", [
+    {"projection": "dct"}, {"residual": "fira"}, {"residual": "error_feedback"},
+    {"projection": "dct", "residual": "fira", "proj_type": "full", "moments": "rotate"},
+    {"residual": "sign", "inner": "factored"}], ids=str)
+@pytest.mark.parametrize("shape", [(3, 6, 4), (2, 4, 6)])
+def test_a_batch_equals_its_matrices(options, shape):
+    (stack,) = parameters([shape])
+    single = [torch.nn.Parameter(x.clone()) for x in stack.detach()]
+    given = {"lr": 1e-2, "rank": 2, "projection": "svd", "update_proj_gap": 3,
+             "refresh": "synchronous", **options}
+    a = GaLoreAdamW([{"params": [stack], "matricize": "batch"}], **given)
+    b = GaLoreAdamW(single, **given)
+    for i in range(7):
+        feed([stack], i)
+        for p, g in zip(single, stack.grad, strict=True):
+            p.grad = g.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in single]),
+                               rtol=0, atol=1e-5)
+
+
+def test_combinations_that_cannot_be_are_refused():
+    (p,) = parameters([(6, 4)])
+    with pytest.raises(ValueError, match=r"amsgrad=True.*inner='lion'"):
+        GaLoreAdamW([p], rank=2, inner="lion", amsgrad=True)
+    with pytest.raises(ValueError, match=r"error_feedback_bits=8.*residual='fira'"):
+        FiraAdamW([p], rank=2, error_feedback_bits=8)
+
+
+# ---- DCT-AdamW
+
+
+def test_dct_state_is_indices_only():
+    ps = parameters([(8, 6), (6, 8)])
+    optimizer = DCTAdamW(ps, rank=3)
+    for p in ps:
+        state = optimizer.state[p]
+        assert not [k for k in state if k.startswith("basis_") and k != "basis_step"]
+        (index,) = (v for k, v in state.items() if k.startswith("columns_"))
+        assert index.dtype == torch.int32
+        assert index.shape == (3,)
+
+
+def test_dct_of_full_rank_is_a_rotated_adam():
+    """With all columns, W Q follows Adam on G Q."""
+    from lissom.optim import AdamW, dct
+
+    (p,) = parameters([(6, 5)])
+    q = torch.nn.Parameter(dct.dct(p.detach()))
+    a, b = DCTAdamW([p], lr=1e-2, rank=5), AdamW([q], lr=1e-2)
+    for i in range(5):
+        g = tensors([(6, 5)], i)[0]
+        p.grad, q.grad = g, dct.dct(g)
+        a.step()
+        b.step()
+    torch.testing.assert_close(dct.dct(p.detach()), q.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 32, 8, 4])
+def test_error_feedback_recovers_what_was_dropped(bits):
+    """A constant gradient of equal columns: rank 1 with feedback reaches all of them."""
+    (p,) = parameters([(16, 4)])
+    start = p.detach().clone()
+    optimizer = DCTAdamW([p], lr=1e-2, rank=1, inner="momentum", betas=(0.0, 0.0), scale=1.0,
+                         weight_decay=0.0, error_feedback_bits=bits)
+    g = torch.ones(16, 4) * torch.tensor([1.0, 0.9, 1.1, 0.8])
+    for _ in range(64):
+        p.grad = g.clone()
+        optimizer.step()
+    moved = (start - p.detach()) / (64 * 1e-2)
+    error = ((moved - g).norm() / g.norm()).item()
+    assert error < {None: 1, 32: 0.05, 8: 0.05, 4: 0.15}[bits]
+    assert bits or error > 0.05
+
+
+def test_old_basis_is_kept_for_gradients_without_news():
+    for value in (0.0, float("nan")):
+        (p,) = parameters([(6, 4)])
+        optimizer = DCTAdamW([p], rank=2)
+        feed([p], 1)
+        optimizer.step()
+        before = optimizer.state[p]["columns_right"].clone()
+        p.grad = torch.full((6, 4), value)
+        optimizer.step()
+        assert torch.equal(optimizer.state[p]["columns_right"], before)
+
+
+# ---- lazy refresh, stored bases
+
+
+def test_lazy_refresh_keeps_what_still_captures():
+    (p,) = parameters([(12, 8)])
+    gradient = tensors([(12, 2)], 1)[0] @ tensors([(2, 8)], 2)[0]
+    other = tensors([(12, 2)], 3)[0] @ tensors([(2, 8)], 4)[0]
+    optimizer = GaLoreAdamW([p], rank=2, update_proj_gap=2, keep_energy=0.8, projection="svd",
+                            refresh="synchronous")
+    born = []
+    for g in [gradient] * 4 + [other] * 4:
+        p.grad = g.clone()
+        optimizer.step()
+        born.append(int(optimizer.state[p]["basis_step"]))
+    assert born == [1, 1, 1, 1, 5, 5, 5, 5]
+
+
+@pytest.mark.parametrize(("bits", "error"), [(16, 4e-3), (8, 4e-3), (4, 0.08)])
+def test_stored_bases_are_near_the_exact(bits, error):
+    (p,), (q,) = parameters([(40, 30)]), parameters([(40, 30)])
+    a = GaLoreAdamW([p], rank=4, basis_bits=bits, projection="svd")
+    b = GaLoreAdamW([q], rank=4, projection="svd")
+    run(a, [p], range(1))
+    run(b, [q], range(1))
+    from lissom.optim import codec
+    basis = codec.read(a.state[p], "basis_right", 4).float()
+    exact = b.state[q]["basis_right"]
+    assert 0 < (basis - exact).abs().max() < error
+    sizes = {16: 30 * 4 * 2, 8: 30 * 4 + 30 * 4, 4: 30 * 2 + 30 * 4}
+    assert sum(v.nbytes for k, v in a.state[p].items() if k.startswith("basis_right")) == sizes[bits]
+
+
+# ---- Fira
+
+
+def test_fira_after_a_first_gradient_of_nothing_is_not_stuck():
+    """The released limiter stores 0 and then lets the residual grow by 1 % a step."""
+    for first in (0.0, 1e-12, 1e-30):
+        moved = []
+        for begin in (first, 1.0):
+            (p,) = parameters([(20, 12)])
+            optimizer = FiraAdamW([p], lr=1e-2, rank=3, weight_decay=0.0, projection="svd",
+                                  update_proj_gap=1, betas=(0.0, 0.0))
+            p.grad = tensors([(20, 12)], 1)[0] * begin
+            optimizer.step()
+            start = p.detach().clone()
+            p.grad = tensors([(20, 12)], 2)[0]
+            optimizer.step()
+            moved.append((p.detach() - start).norm().item())
+        assert 0.8 < moved[0] / moved[1] < 1.25, first
+
+
+def test_fira_zero_gradient_does_not_empty_the_limiter():
+    (p,) = parameters([(20, 12)])
+    optimizer = FiraAdamW([p], rank=3)
+    run(optimizer, [p], range(2))
+    last = optimizer.state[p]["limiter"].clone()
+    p.grad = torch.zeros(20, 12)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["limiter"], last)
+
+
+def test_fira_exploding_column_is_capped():
+    """R of one row vanishes, N does not: its factor must not shrink the rest of the matrix."""
+    (p,) = parameters([(20, 12)])
+    optimizer = FiraAdamW([p], lr=1.0, rank=3, weight_decay=0.0, projection="svd", eps=1e-8)
+    g = tensors([(20, 12)], 1)[0]
+    p.grad = g.clone()
+    optimizer.step()
+    start = p.detach().clone()
+    basis = optimizer.state[p]["basis_right"]
+    g[4] -= basis @ (basis.mT @ g[4])
+    p.grad = g.clone()
+    optimizer.step()
+    moved = (p.detach() - start).norm(dim=1)
+    others = moved[torch.arange(20) != 4]
+    assert moved[4] < 15 * others.median()
+    first = (start - parameters([(20, 12)])[0].detach()).norm(dim=1)
+    assert others.median() > 0.2 * first.median()
+
+
+def test_fira_limiter_allows_one_percent():
+    (p,) = parameters([(20, 12)])
+    optimizer = FiraAdamW([p], rank=3, projection="svd", betas=(0.0, 0.0))
+    sizes = []
+    for i in range(6):
+        p.grad = tensors([(20, 12)], 1)[0] + (tensors([(20, 12)], 9)[0] * 50 if i == 3 else 0)
+        optimizer.step()
+        sizes.append(optimizer.state[p]["limiter"].item())
+    growth = [b / a for a, b in itertools.pairwise(sizes)]
+    assert max(growth) <= 1.01 * (1 + 1e-5)
+    assert growth[2] == pytest.approx(1.01, rel=1e-4)
+
+
+def test_fira_of_full_rank_is_galore():
+    ours, theirs = parameters([(6, 4), (4, 6)]), parameters([(6, 4), (4, 6)])
+    a, b = FiraAdamW(ours, rank=4), GaLoreAdamW(theirs, rank=4)
+    run(a, ours, range(5))
+    run(b, theirs, range(5))
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+
+
+# ---- APOLLO
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 1, "scale_type": "tensor", "scale": 128**0.5}])
+def test_apollo_moves_along_the_gradient(options):
+    """Each channel is a multiple of the gradient's; its state has no basis."""
+    for shape in ((9, 6), (6, 9)):
+        (p,) = parameters([shape])
+        optimizer = APOLLO([p], **{"lr": 1e-2, "rank": 2, "weight_decay": 0.0, **options})
+        assert not any(k.startswith("basis_") and k != "basis_step" for k in optimizer.state[p])
+        for i in range(3):
+            start = p.detach().clone()
+            feed([p], i)
+            g = p.grad.clone()
+            optimizer.step()
+            ratio = (start - p.detach()) / g
+            across = 0 if shape[0] < shape[1] else 1
+            if options:
+                ratio = ratio.flatten()
+                across = 0
+            assert (ratio > 0).all()
+            spread = ratio.std(across) / ratio.mean(across)
+            assert spread.max() < 1e-3
+
+
+def test_apollo_scales_like_its_equation():
+    """s_j = |N_j| / |R_j| with the P that the seed gives."""
+    (p,) = parameters([(5, 8)])
+    start = p.detach().clone()
+    optimizer = APOLLO([p], lr=1.0, rank=2, weight_decay=0.0, seed=11)
+    feed([p], 3)
+    optimizer.step()
+    basis = project.gaussian_basis(5, 2, (), (11, 0), 2, p.grad)
+    low = basis.mT @ p.grad
+    # At the first step N is the sign of R.
+    s = math.sqrt(2) / low.norm(dim=0)
+    torch.testing.assert_close(p.detach(), start - p.grad * s, rtol=1e-5, atol=1e-6)
+    norms = torch.stack([project.gaussian_basis(400, 5, (), (i, 0), 2, p.grad).square().sum(1)
+                         for i in range(20)])
+    assert abs(norms.mean() - 1) < 0.03
+
+
+# ---- Trion
+
+
+@pytest.mark.parametrize("dct_basis", [2, 3])
+def test_trion_transposes_with_its_matrix(dct_basis):
+    """The released code projects wide matrices on another basis than tall ones."""
+    tall = torch.nn.Parameter(tensors([(9, 5)])[0])
+    wide = torch.nn.Parameter(tall.detach().mT.clone())
+    options = {"rank": 3, "dct_basis": dct_basis, "adjust_lr_fn": "unscaled",
+               "polar_dtype": "float32"}
+    a, b = Trion([tall], **options), Trion([wide], **options)
+    for i in range(4):
+        g = tensors([(9, 5)], i)[0]
+        tall.grad, wide.grad = g, g.mT.clone()
+        a.step()
+        b.step()
+        torch.testing.assert_close(tall.detach(), wide.detach().mT, rtol=0, atol=1e-5)
+
+
+def test_trion_momentum_keeps_what_was_not_taken():
+    (p,) = parameters([(9, 5)])
+    optimizer = Trion([p], rank=2, momentum=0.9)
+    feed([p], 1)
+    g = p.grad.clone()
+    optimizer.step()
+    from lissom.optim import dct
+    b, m = dct.dct(g), dct.dct(optimizer.state[p]["momentum_buffer"])
+    ratio = (m / b).mean(0)
+    taken = b.abs().sum(0).topk(2).indices
+    expected = torch.ones(5)
+    expected[taken] = 0.9
+    torch.testing.assert_close(ratio, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_trion_dense_part_has_its_own_rate():
+    ps = parameters([(6, 4), (4,)])
+    optimizer = Trion(ps, rank=2)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.02, 3e-4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.plan()
