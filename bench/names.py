@@ -3,50 +3,77 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..optim import AdamW, GaLoreAdamW, param_groups
-from ..optim.base import MatrixOptimizer
+from ..optim import APOLLO, AdamW, DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, param_groups
+from ..optim.base import COMMON, MatrixOptimizer
+from ..optim.options import Option
 
-__all__ = ["OPTIMIZERS", "PEERS", "add_options", "build", "build_peer", "options_of",
+__all__ = ["OPTIMIZERS", "PEERS", "Entry", "add_options", "build", "build_peer", "options_of",
            "state_bytes"]
 
-#: Command-line name: class, and learning rate that suits the training demo (tuned on it).
-OPTIMIZERS: dict[str, tuple[type[MatrixOptimizer], float]] = {
-    "adamw": (AdamW, 1.5e-3),
-    "galore": (GaLoreAdamW, 3e-2),
+class Entry(NamedTuple):
+    """An optimizer on the command line.
+
+    Args:
+        make: its class.
+        lr: learning rate that suits the training demo (tuned on it).
+        options: options that differ from the class's defaults there.
+    """
+
+    make: type[MatrixOptimizer]
+    lr: float
+    options: Mapping[str, Any] = {}
+
+
+#: Optimizers by command-line name.
+OPTIMIZERS: dict[str, Entry] = {
+    "adamw": Entry(AdamW, 1.5e-3),
+    "galore": Entry(GaLoreAdamW, 3e-2),
+    "dct-adamw": Entry(DCTAdamW, 1e-2),
+    "fira": Entry(FiraAdamW, 2e-2),
+    "apollo": Entry(APOLLO, 1e-2),
+    # one rate for all parameters
+    "trion": Entry(Trion, 3e-3, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),
 }
 
 #: Optimizers of other packages, to compare with where they are installed, and their rates.
-PEERS: dict[str, float] = {"torch-adamw": 1.5e-3, "galore-torch": 3e-2}
+PEERS: dict[str, float] = {"torch-adamw": 1.5e-3, "galore-torch": 3e-2, "fira-package": 2e-2}
+
+#: Command-line spelling of an option, where it is not the option's own.
+_SPELLED = {"update_proj_gap": "gap"}
+
+
+def _table() -> dict[str, Option]:
+    """Every option that some class's groups take beyond the common ones, and state_bits."""
+    table = {k: v for entry in OPTIMIZERS.values() for k, v in entry.make.table().items()}
+    own = {k for k in table if k not in COMMON and k not in ("algorithm", "format",
+                                                             "skipped_steps", "rank")}
+    return {k: table[k] for k in sorted(own | {"state_bits"})}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of optimizers, spelled the same in every script."""
     parser.add_argument("--rank", type=int, help="rank of projections; default: the paper's")
-    parser.add_argument("--gap", type=int, help="steps between two refreshes of a basis")
-    parser.add_argument("--scale", type=float, help="multiplies the lifted update")
-    parser.add_argument("--projection", help="svd, subspace, randomized, random")
-    parser.add_argument("--moments", help="keep, rotate, reset")
-    parser.add_argument("--state-bits", type=int, help="32 or 16 bits per moment element")
+    for name, option in _table().items():
+        parser.add_argument("--" + _SPELLED.get(name, name).replace("_", "-"), dest=name,
+                            type=option.kind, help=option.rule)
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """The optimizer options that were given, by the names of the classes."""
-    given = {"update_proj_gap": args.gap, "scale": args.scale, "projection": args.projection,
-             "moments": args.moments, "state_bits": args.state_bits}
-    return {k: v for k, v in given.items() if v is not None}
+    return {k: getattr(args, k) for k in _table() if getattr(args, k) is not None}
 
 
 def build(name: str, model: nn.Module, rank: int | None, lr: float, **options: Any
           ) -> MatrixOptimizer:
     """The named optimizer over the model; options of other classes are left out."""
-    cls, _ = OPTIMIZERS[name]
-    known = {k: v for k, v in options.items() if k in cls.table()}
+    cls, _, own = OPTIMIZERS[name]
+    known = {**own, **{k: v for k, v in options.items() if k in cls.table()}}
     make: Callable[..., MatrixOptimizer] = cls
     params = param_groups(model, rank) if "rank" in cls.table() else model.named_parameters()
     return make(params, lr=lr, **known)
@@ -57,17 +84,19 @@ def build_peer(name: str, model: nn.Module, rank: int | None, lr: float, **optio
     """An optimizer of another package over the same groups, with the same decay and epsilon."""
     if name == "torch-adamw":
         return torch.optim.AdamW(model.parameters(), lr=lr)
-    from galore_torch import GaLoreAdamW as Peer
-
+    Peer: Callable[..., torch.optim.Optimizer]
+    if name == "fira-package":
+        from fira import FiraAdamW as Peer
+    else:
+        from galore_torch import GaLoreAdamW as Peer
+    kind = "alpha" if name == "fira-package" else "scale"
     groups = param_groups(model, rank)
     for group in groups:
         group["params"] = [p for _, p in group["params"]]
         if group.pop("rank") is not None:
             group |= {"rank": rank, "update_proj_gap": options.get("update_proj_gap", 200),
-                      "scale": options.get("scale", 0.25), "proj_type": "std"}
-    peer: torch.optim.Optimizer = Peer(groups, lr=lr, eps=1e-8, weight_decay=1e-2,
-                                       no_deprecation_warning=True)
-    return peer
+                      kind: options.get("scale", 0.25), "proj_type": "std"}
+    return Peer(groups, lr=lr, eps=1e-8, weight_decay=1e-2, no_deprecation_warning=True)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -22,20 +22,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..optim import AdamW, project
+from ..optim import AdamW, dct, project
 from . import text
 from .llama import Llama
 from .shapes import LLAMA, PAPER_RANK
 
 __all__ = ["main"]
 
-_PROJECTIONS = ("svd", "randomized", "subspace", "random")
+_PROJECTIONS = ("svd", "randomized", "subspace", "dct", "dct, l2", "dct3", "random")
 
 
 def _basis(projection: str, g: Tensor, r: int, side: str, old: Tensor | None, key: int) -> Tensor:
     if projection == "random":
         n = g.shape[1] if side == "right" else g.shape[0]
         return project.random_basis(n, r, (), (0, key), key, g)
+    if projection.startswith("dct"):
+        kind = 3 if projection == "dct3" else 2
+        index, _ = dct.project(g, r, kind=kind, dim=-1 if side == "right" else -2,
+                               norm=2 if "l2" in projection else 1, similarity="auto")
+        return dct.columns(index, g.shape[1] if side == "right" else g.shape[0], kind, g)
     found = project.find(g, r, side, projection, old, (0, key), key)
     assert found is not None
     return found

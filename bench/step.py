@@ -21,11 +21,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optim import AdamW, GaLoreAdamW
+from ..optim import AdamW, DCTAdamW, FiraAdamW, GaLoreAdamW
 from .livebytes import LiveBytes
 from .shapes import LLAMA, PAPER_RANK
 
 __all__ = ["main"]
+
+
+#: Whose step each contestant's is compared with; the others' with galore-torch's.
+_AGAINST = {"AdamW": "torch.optim.AdamW foreach", "FiraAdamW": "fira",
+            "DCTAdamW, every step": "GaLoreAdamW", "DCTAdamW, gap 200": "GaLoreAdamW",
+            "DCTAdamW, every step, by product": "DCTAdamW, every step"}
+_OURS = {"AdamW", "GaLoreAdamW", "FiraAdamW", "DCTAdamW, every step"}
 
 
 def _weights(size: str, whole: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -65,14 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--only", metavar="NAMES", help="contestants, separated by semicolons")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
     rank = args.rank or PAPER_RANK[args.size]
 
-    def low_rank(cls: Any, **options: Any) -> Callable[[], Any]:
+    def low_rank(cls: Any, gap: int = 200, alpha: str = "scale", **options: Any
+                 ) -> Callable[[], Any]:
         matrices, rest = _weights(args.size, args.whole)
-        groups: list[dict[str, Any]] = [{"params": matrices, "rank": rank, "scale": 0.25,
-                                         "update_proj_gap": 200, "proj_type": "std"}]
+        groups: list[dict[str, Any]] = [{"params": matrices, "rank": rank, alpha: 0.25,
+                                         "update_proj_gap": gap, "proj_type": "std"}]
         step: Callable[[], Any] = cls(groups + ([{"params": rest}] if rest else []), lr=1e-3,
                                       weight_decay=0.01, **options).step
         return step
@@ -84,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     contestants = {
         "GaLoreAdamW": low_rank(GaLoreAdamW),
+        "FiraAdamW": low_rank(FiraAdamW),
+        "DCTAdamW, every step": low_rank(DCTAdamW, gap=1),
+        "DCTAdamW, every step, by product": low_rank(DCTAdamW, gap=1, similarity="matmul"),
+        "DCTAdamW, gap 200": low_rank(DCTAdamW),
         "products alone": _products(_weights(args.size, False)[0], rank),
         "AdamW": dense(AdamW),
         "torch.optim.AdamW foreach": dense(torch.optim.AdamW, foreach=True),
@@ -94,6 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         pass
     else:
         contestants["galore-torch"] = low_rank(Peer, no_deprecation_warning=True)
+    try:
+        from fira import FiraAdamW as FiraPackage
+    except ImportError:
+        pass
+    else:
+        contestants["fira"] = low_rank(FiraPackage, alpha="alpha", no_deprecation_warning=True)
+    if args.only:
+        contestants = {k: v for k, v in contestants.items() if k in args.only.split(";")}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(args.steps):
         for name, step in contestants.items():
@@ -101,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             step()
             seconds[name].append(time.perf_counter() - start)
     peaks = {}
-    for name in ("GaLoreAdamW", "AdamW"):
+    for name in contestants.keys() & _OURS:
         with LiveBytes() as live:
             contestants[name]()
         peaks[name] = live.peak
@@ -109,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for name, times in seconds.items():
         rest = sorted(times[1:])
-        against = {"AdamW": "torch.optim.AdamW foreach"}.get(name, "galore-torch")
+        against = _AGAINST.get(name, "galore-torch")
         rows.append({
             "optimizer": name, "step_ms": 1e3 * statistics.median(rest),
             "quartiles_ms": [1e3 * rest[len(rest) // 4], 1e3 * rest[3 * len(rest) // 4]],

@@ -103,7 +103,7 @@ def train(
     model = Llama(shape, run.tied)
     model.initialize(torch.Generator().manual_seed(run.seed))
     model.to(device=run.device, dtype=_DTYPES[run.dtype])
-    default = names.PEERS[name] if name in names.PEERS else names.OPTIMIZERS[name][1]
+    default = names.PEERS[name] if name in names.PEERS else names.OPTIMIZERS[name].lr
     lr = run.lr if run.lr is not None else default
     build = names.build_peer if name in names.PEERS else names.build
     optimizer = build(name, model, run.rank, lr, **run.options)

@@ -561,33 +561,30 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 def _apply(p: Tensor, u: Update, o: Mapping[str, Any]) -> None:
     """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is (m, n) or (b, m, n)."""
     keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
-    if u.left is not None and u.right is not None and codec.wide(p) is p:
-        # One pass over p: the decay is the product's beta.
-        if p.ndim == 2:
-            p.addmm_(u.left, u.right, beta=keep, alpha=-lr * u.factor)
-        else:
-            batch = p.shape[0]
-            left, right = (x.expand(batch, *x.shape[-2:]) for x in (u.left, u.right))
-            p.baddbmm_(left, right, beta=keep, alpha=-lr * u.factor)
-        if u.dense is None:
-            return
-        keep, u = 1.0, Update(dense=u.dense, gain=u.gain)
-    # The rest in blocks of rows, so that temporaries stay small.
-    rows = max(1, _BLOCK // max(1, p[..., :1, :].numel()))
-    parts: list[Any] = [p, u.left, u.dense, u.gain]
-    if isinstance(u.gain, Tensor):
-        parts[3] = u.gain.expand(p.shape)
-    cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else repeat(x) for x in parts]
-    for p_, left_, dense_, gain_ in zip(*cut, strict=False):
+    rows = p.shape[-2]
+    if u.dense is not None or codec.wide(p) is not p:
+        # In blocks, so that temporaries stay small and a second pass finds p in the cache.
+        rows = max(1, _BLOCK // max(1, p[..., :1, :].numel()))
+    gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
+    cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else repeat(x)
+           for x in (p, u.left, u.dense, gain)]
+    for p_, left, dense, gain_ in zip(*cut, strict=False):
         x = codec.wide(p_)
-        if keep != 1.0:
+        if left is None or u.right is None:
             x.mul_(keep)
-        if left_ is not None:
-            x.add_(codec.wide(left_ @ u.right), alpha=-lr * u.factor)
-        if dense_ is not None and isinstance(gain_, Tensor):
-            x.addcmul_(codec.wide(dense_), gain_, value=-lr)
-        elif dense_ is not None:
-            x.add_(codec.wide(dense_), alpha=-lr * gain_)
+        elif x is p_ and p.ndim == 2:
+            # The decay is the product's beta: one pass over p.
+            x.addmm_(left, u.right, beta=keep, alpha=-lr * u.factor)
+        elif x is p_:
+            right = u.right.expand(len(p), *u.right.shape[-2:])
+            x.baddbmm_(left.expand(len(p), *left.shape[-2:]), right, beta=keep,
+                       alpha=-lr * u.factor)
+        else:
+            x.mul_(keep).add_(codec.wide(left @ u.right), alpha=-lr * u.factor)
+        if dense is not None and isinstance(gain_, Tensor):
+            x.addcmul_(codec.wide(dense), gain_, value=-lr)
+        elif dense is not None:
+            x.add_(codec.wide(dense), alpha=-lr * gain_)
         if x is not p_:
             p_.copy_(x)
 

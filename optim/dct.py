@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ __all__ = ["by_fft", "columns", "dct", "project", "rows"]
 # lengths with large prime factors too). On CUDA the product holds its own to about 2048
 # (arXiv 2505.17967).
 _FFT_FROM = {"cpu": 129, "cuda": 2049}
+# Elements of a piece that is transformed at once on the CPU: 512 KiB in fp32.
+_PIECE = 1 << 17
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,14 +125,9 @@ def dct(x: Tensor, kind: int = 2, dim: int = -1, similarity: str = "auto") -> Te
         q = rows(n, kind, x.dtype, x.device)
         return x @ q.mT if dim == -1 else q @ x
     place, sign = _packing(n, kind, x.dtype, x.device)
-    return _take(_unpacked(x, kind, dim), place, dim) * (sign if dim == -1 else sign.unsqueeze(-1))
-
-
-def _unpacked(x: Tensor, kind: int, dim: int) -> Tensor:
-    """The transform by FFT with its coefficients in one dimension, in the order of packing."""
-    if kind == 3:
-        return _inverse_fft(x, dim)
-    return _forward_fft(x, dim).movedim(-1, dim).flatten(dim - 1, dim)
+    full = _forward_fft(x, dim) if kind == 2 else _inverse_fft(x, dim).unsqueeze(-1)
+    place = place.expand(*x.shape[:-2], n)
+    return _take(full, place, dim) * (sign if dim == -1 else sign.unsqueeze(-1))
 
 
 def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: str,
@@ -150,30 +148,42 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
         Indices (..., r), int32, in ascending order, and R = x Q or Q^T x on them.
     """
     n, other = x.shape[dim], -1 if dim == -2 else -2
-    if not by_fft(n, x.device, similarity):
-        q = rows(n, kind, x.dtype, x.device)
-        full = x @ q.mT if dim == -1 else q @ x
-        index = _best(_scores(full, other, norm), r, old)
-        return index.int(), _take(full, index, dim)
-    place, sign = _packing(n, kind, x.dtype, x.device)
-    if kind == 2 and dim == -2 and x.ndim == 2:  # without a copy of what the FFT left
-        packed = _forward_fft(x, dim)
-        index = _best(_scores(packed, -2, norm).flatten(-2)[place], r, old)
-        low = packed[place[index] // 2, :, place[index] % 2]
-    else:
-        full = _unpacked(x, kind, dim)
-        index = _best(_scores(full, other, norm)[..., place], r, old)
-        low = _take(full, place[index], dim)
-    signs = sign[index]
-    return index.int(), low.mul_(signs.unsqueeze(-2) if dim == -1 else signs.unsqueeze(-1))
+    kept: list[Tensor] = []
+    scores: Tensor | float = 0.0
+    largest = _largest(x) if norm == 2 else 1.0
+    fast = by_fft(n, x.device, similarity)
+    place, sign = _packing(n, kind, x.dtype, x.device) if fast else (None, None)
+    for part in _parts(x, other, fast):
+        if fast:
+            full = _forward_fft(part, dim) if kind == 2 else _inverse_fft(part, dim).unsqueeze(-1)
+        else:
+            q = rows(n, kind, x.dtype, x.device)
+            full = (part @ q.mT if dim == -1 else q @ part).unsqueeze(-1)
+        # (..., m, n) with a last dimension of what is packed together
+        sizes = full.abs() if norm == 1 else (full / largest).square_()
+        scores = scores + sizes.sum(other - 1).flatten(-2)
+        kept.append(full)
+    assert isinstance(scores, Tensor)
+    index = _best(scores if place is None else scores[..., place], r, old)
+    at = index if place is None else place[index]
+    low = torch.cat([_take(full, at, dim) for full in kept], other)
+    if sign is not None:
+        low *= sign[index].unsqueeze(-2 if dim == -1 else -1)
+    return index.int(), low
 
 
-def _scores(full: Tensor, dim: int, norm: int) -> Tensor:
-    """What ranks as norms along dim do; scaled, so that squares of 1e30 or 1e-30 are in range."""
-    if norm == 1:
-        return full.abs().sum(dim)
-    largest = full.abs().amax().clamp_min(torch.finfo(full.dtype).tiny)
-    return (full / largest).square().sum(dim)
+def _parts(x: Tensor, other: int, fast: bool) -> Sequence[Tensor]:
+    """Pieces that stay in a CPU's cache through all passes of an FFT; the whole elsewhere."""
+    if x.device.type != "cpu" or not fast:
+        return [x]
+    each = x.numel() // max(1, x.shape[other])
+    return x.split(max(1, _PIECE // max(1, each)), other)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest entry, by which squares of 1e30 or 1e-30 come into range."""
+    low, high = torch.aminmax(x)
+    return torch.maximum(-low, high).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _best(scores: Tensor, r: int, old: Tensor | None) -> Tensor:
@@ -185,8 +195,14 @@ def _best(scores: Tensor, r: int, old: Tensor | None) -> Tensor:
     return torch.where((largest > 0) & largest.isfinite(), best, old)
 
 
-def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Columns (dim -1) or rows (dim -2) of x, of each matrix its own."""
+def _take(full: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Columns (dim -1) or rows (dim -2), of each matrix its own, with packed ones unpacked."""
+    packed = full.shape[-1]
+    if dim == -1:
+        x = full.flatten(-2)
+        return x.index_select(-1, index) if index.ndim == 1 else (
+            x.take_along_dim(index.unsqueeze(-2), -1))
     if index.ndim == 1:
-        return x.index_select(dim, index)
-    return x.take_along_dim(index.unsqueeze(-2 if dim == -1 else -1), dim)
+        chosen: Tensor = full[index // packed, :, index % packed]
+        return chosen
+    return full.movedim(-1, -2).flatten(-3, -2).take_along_dim(index.unsqueeze(-1), -2)

@@ -34,11 +34,13 @@ class Option:
         rule: what is allowed, in the words that an error message shows.
         convert: returns the plain value to store; raises ``TypeError`` for a value of the wrong
             kind and ``ValueError`` for one out of range (their texts are not shown).
+        kind: what a value other than None is, for command lines.
     """
 
     default: Any
     rule: str
     convert: Callable[[Any], Any]
+    kind: type = float
 
     def check(self, name: str, value: Any, where: str) -> Any:
         """The plain value, or an error that gives place, option, value and rule."""
@@ -78,7 +80,7 @@ def integer(default: int | None, minimum: int, maximum: int | None = None) -> Op
         return number
 
     end = "" if maximum is None else f" and <= {maximum}"
-    return Option(default, f"an int >= {minimum}{end}", convert)
+    return Option(default, f"an int >= {minimum}{end}", convert, int)
 
 
 def choice(default: Any, *allowed: Any) -> Option:
@@ -92,7 +94,7 @@ def choice(default: Any, *allowed: Any) -> Option:
             raise ValueError
         return value
 
-    return Option(default, "one of " + ", ".join(repr(a) for a in allowed), convert)
+    return Option(default, "one of " + ", ".join(repr(a) for a in allowed), convert, kinds[0])
 
 
 def boolean(default: bool) -> Option:
@@ -103,7 +105,7 @@ def boolean(default: bool) -> Option:
             raise _WrongType
         return value
 
-    return Option(default, "True or False", convert)
+    return Option(default, "True or False", convert, bool)
 
 
 def fractions(default: tuple[float, ...]) -> Option:
@@ -118,7 +120,7 @@ def fractions(default: tuple[float, ...]) -> Option:
             raise ValueError
         return numbers
 
-    return Option(default, f"a tuple of {len(default)} numbers, each >= 0 and < 1", convert)
+    return Option(default, f"a tuple of {len(default)} numbers, each >= 0 and < 1", convert, tuple)
 
 
 def fraction(default: float | None) -> Option:
@@ -140,7 +142,7 @@ def optional(option: Option) -> Option:
     def convert(value: Any) -> Any:
         return None if value is None else option.convert(value)
 
-    return Option(option.default, f"None or {option.rule}", convert)
+    return Option(option.default, f"None or {option.rule}", convert, option.kind)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
