@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -84,11 +85,8 @@ def build_peer(name: str, model: nn.Module, rank: int | None, lr: float, **optio
     """An optimizer of another package over the same groups, with the same decay and epsilon."""
     if name == "torch-adamw":
         return torch.optim.AdamW(model.parameters(), lr=lr)
-    Peer: Callable[..., torch.optim.Optimizer]
-    if name == "fira-package":
-        from fira import FiraAdamW as Peer
-    else:
-        from galore_torch import GaLoreAdamW as Peer
+    module = importlib.import_module("fira" if name == "fira-package" else "galore_torch")
+    make = getattr(module, "FiraAdamW" if name == "fira-package" else "GaLoreAdamW")
     kind = "alpha" if name == "fira-package" else "scale"
     groups = param_groups(model, rank)
     for group in groups:
@@ -96,7 +94,9 @@ def build_peer(name: str, model: nn.Module, rank: int | None, lr: float, **optio
         if group.pop("rank") is not None:
             group |= {"rank": rank, "update_proj_gap": options.get("update_proj_gap", 200),
                       kind: options.get("scale", 0.25), "proj_type": "std"}
-    return Peer(groups, lr=lr, eps=1e-8, weight_decay=1e-2, no_deprecation_warning=True)
+    peer: torch.optim.Optimizer = make(groups, lr=lr, eps=1e-8, weight_decay=1e-2,
+                                       no_deprecation_warning=True)
+    return peer
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

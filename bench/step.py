@@ -10,6 +10,7 @@ embedding, head and norms to the matrices.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
@@ -101,18 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "AdamW": dense(AdamW),
         "torch.optim.AdamW foreach": dense(torch.optim.AdamW, foreach=True),
     }
-    try:
-        from galore_torch import GaLoreAdamW as Peer
-    except ImportError:
-        pass
-    else:
-        contestants["galore-torch"] = low_rank(Peer, no_deprecation_warning=True)
-    try:
-        from fira import FiraAdamW as FiraPackage
-    except ImportError:
-        pass
-    else:
-        contestants["fira"] = low_rank(FiraPackage, alpha="alpha", no_deprecation_warning=True)
+    for peer, module, cls, alpha in (("galore-torch", "galore_torch", "GaLoreAdamW", "scale"),
+                                     ("fira", "fira", "FiraAdamW", "alpha")):
+        if importlib.util.find_spec(module) is not None:
+            make = getattr(importlib.import_module(module), cls)
+            contestants[peer] = low_rank(make, alpha=alpha, no_deprecation_warning=True)
     if args.only:
         contestants = {k: v for k, v in contestants.items() if k in args.only.split(";")}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}

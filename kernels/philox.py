@@ -83,6 +83,8 @@ def stochastic_bf16_ref(
         stream: two more words of the counter, such as (step, slot).
     """
     random = random_bits16_ref(start, x.numel(), key, stream, x.device).view(x.shape)
-    bits = x.contiguous().view(torch.int32)
+    # Rounded up, a number above the largest of bf16 would be infinite.
+    largest = torch.finfo(torch.bfloat16).max
+    bits = x.clamp(-largest, largest).contiguous().view(torch.int32)
     rounded = ((bits + random) & -65536).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)

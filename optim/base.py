@@ -60,6 +60,8 @@ _FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_mo
 _TORCH_ONLY = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
 # Options of the parameters that get AdamW, which then are groups of their own.
 _ADAMW_PART = {"lr_adamw": "lr", "betas_adamw": "betas", "weight_decay_adamw": "weight_decay"}
+# Values of ``index`` from here on are of parameters that get AdamW.
+_DENSE = 1 << 31
 # Elements in one block of an element-wise update: temporaries stay this small, and in cache.
 _BLOCK = 1 << 18
 
@@ -148,6 +150,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._adamw = {_ADAMW_PART[k]: table[_ADAMW_PART[k]].check(k, v, where)
                        for k, v in apart.items() if v is not None}
         defaults = {name: option.default for name, option in table.items()}
+        # What each parameter and its options looked like when its state was last checked.
+        self._forms: dict[Tensor, tuple[Any, ...]] = {}
+        # Next value of ``index``, of the own rule and of AdamW; None is to be counted.
+        self._next_index: list[int] | None = None
         super().__init__(params, defaults | values)
 
     # ---------------------------------------------------------------- what a method says
@@ -178,7 +184,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
                           where: str) -> None:
-        """Rules about several options or the parameters of a group; raises ValueError."""
+        """Rules about several options or the parameters of a group; raises ValueError.
+
+        Args:
+            o: all options of the group.
+            params: its parameters.
+            explicit: options that the group itself states; none where it comes from a saved state.
+            where: beginning of a message.
+        """
 
     # ---------------------------------------------------------------- options: one door
 
@@ -189,13 +202,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
         own = {"algorithm": choice(cls.algorithm, *names)}
         return COMMON | own | dict(cls.options) | _BOOKKEEPING
 
-    def _checked_group(self, group: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """A copy of a group with every option present and checked."""
-        foreign = {k: v for k, v in group.items() if k in _FOREIGN or k == "params"}
+    def _checked_group(self, group: Mapping[str, Any], where: str, *, entering: bool = True,
+                       foreign: Iterable[str] = ()) -> dict[str, Any]:
+        """A copy of a group with every option present and checked.
+
+        Args:
+            group: options, ``params`` and what others keep in it.
+            where: beginning of a message.
+            entering: the group is new, not saved.
+            foreign: keys beside the known foreign ones that are passed on as they are.
+        """
+        apart = {"params", *_FOREIGN, *foreign} - self.table().keys()
         given: dict[str, Any] = {}
-        _refuse_torch_only(group, where)
+        if entering:
+            _refuse_torch_only(group, where)
         for name, value in group.items():
-            if name in foreign or name in _TORCH_ONLY:
+            if name in apart or name in _TORCH_ONLY:
                 continue
             name = self.spellings.get(name, name)
             if name in given:
@@ -205,11 +227,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if own.get("format", FORMAT) != FORMAT:
             raise ValueError(f"{where}: format={own['format']}, but this version of lissom reads "
                              f"format {FORMAT}")
-        params = group.get("params", [])
-        plain = [p for p in params if isinstance(p, Tensor)]
-        full = {**self.defaults, **own}
-        self.check_combination(full, plain, set(own), where)
-        return {**foreign, **full}
+        # torch adds names of its own to the defaults
+        full = {k: v for k, v in self.defaults.items() if k in self.table()} | own
+        plain = [p for p in group.get("params", []) if isinstance(p, Tensor)]
+        self.check_combination(full, plain, set(own) if entering else set(), where)
+        return {**{k: v for k, v in group.items() if k in apart}, **full}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, checked as in the constructor, with their state.
@@ -236,24 +258,26 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for i, (name, p) in enumerate(named):
             _check_parameter(p, name or f"parameter {i}", where)
         group["params"] = [p for _, p in named]
+        explicit = {self.spellings.get(k, k) for k in group}
         group = self._checked_group(group, where)
         group["params"] = params
-        for part in self._split(group):
-            count = len(self.param_groups)
-            super().add_param_group(part)
-            try:
-                for p in self.param_groups[-1]["params"]:
-                    if p.requires_grad:
-                        self._create_state(p, self.param_groups[-1])
-            except BaseException:
-                for p in chain(*(g["params"] for g in self.param_groups[count:])):
+        count = len(self.param_groups)
+        try:
+            for part in self._split(group, explicit):
+                super().add_param_group(part)
+            self._sync_state()
+        except BaseException:
+            old = {p for g in self.param_groups[:count] for p in g["params"]}
+            for p in chain(*(g["params"] for g in self.param_groups[count:])):
+                if p not in old:
                     self.state.pop(p, None)
-                del self.param_groups[count:]
-                raise
+            del self.param_groups[count:]
+            raise
 
-    def _split(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The group, or its two halves where AdamW's part has options of its own."""
-        if not self._adamw or not group["params"]:
+    def _split(self, group: dict[str, Any], explicit: set[str]) -> Iterator[dict[str, Any]]:
+        """The group, or its two halves where AdamW's part has options that it does not state."""
+        apart = {k: v for k, v in self._adamw.items() if k not in explicit}
+        if not apart or not group["params"]:
             yield group
             return
         halves: tuple[list[Any], list[Any]] = [], []
@@ -263,7 +287,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if halves[0]:
             yield {**group, "params": halves[0]}
         if halves[1]:
-            yield {**group, **self._adamw, "params": halves[1]}
+            yield {**group, **apart, "params": halves[1]}
 
     # ---------------------------------------------------------------- state
 
@@ -286,29 +310,68 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _create_state(self, p: Tensor, o: Mapping[str, Any]) -> None:
         """Zeros for every slot; ``index`` counts the parameters of the same rule before p."""
-        slots = self._slots(p, o)
-        state = {name: slot.empty() for name, slot in slots.items()}
+        state = {name: slot.empty() for name, slot in self._slots(p, o).items()}
         if "index" in state:
-            own = self._reason(p, o) is None
-            state["index"].fill_(sum(
-                1 for g in self.param_groups for q in g["params"]
-                if q is not p and q in self.state and (self._reason(q, g) is None) == own))
+            if self._next_index is None:
+                used = [int(s["index"]) for s in self.state.values() if "index" in s]
+                self._next_index = [1 + max((i for i in used if i < _DENSE), default=-1),
+                                    1 + max((i for i in used if i >= _DENSE), default=_DENSE - 1)]
+            dense = self._reason(p, o) is not None
+            state["index"].fill_(self._next_index[dense])
+            self._next_index[dense] += 1
         self.state[p] = state
 
     def _sync_state(self) -> None:
-        """State for parameters that have none, and none for those that are gone.
+        """State for trainable parameters that have none, and none for those that are gone.
 
-        Accelerate and FSDP2 put other parameters into the groups after construction.
+        Accelerate and FSDP2 put other parameters into the groups after construction, and
+        ``model.to`` changes them in place: their state follows.
         """
-        present = set()
-        for group in self.param_groups:
-            for p in group["params"]:
-                present.add(p)
-                if p not in self.state and p.grad is not None:
-                    self._create_state(p, group)
-        if len(self.state) > len(present) or not all(p in present for p in self.state):
-            for p in [p for p in self.state if p not in present]:
-                del self.state[p]
+        present = {p: g for g in self.param_groups for p in g["params"]}
+        gone = [p for p in self.state if p not in present]
+        for p in gone:
+            del self.state[p]
+            self._next_index = None
+        self._forms = {p: form for p, form in self._forms.items() if p in self.state}
+        for name, p, group in self._named():
+            form = (p.shape, p.dtype, p.device, *(group[k] for k in self._discrete()))
+            if p not in self.state:
+                if not p.requires_grad and p.grad is None:
+                    continue
+                self._create_state(p, group)
+            elif self._forms.get(p) != form:
+                last = self._forms.get(p, form)[0]
+                if last != p.shape and int(self.state[p]["step"]):
+                    raise ValueError(f"{name!r} has changed its shape from {tuple(last)} to "
+                                     f"{tuple(p.shape)} since its state was made")
+                self.state[p] = self._followed(p, self.state[p], group, name)
+            self._forms[p] = form
+
+    def _followed(self, p: Tensor, state: dict[str, Tensor], o: Mapping[str, Any], name: str
+                  ) -> dict[str, Tensor]:
+        """The state of a parameter that may have changed under it."""
+        slots = self._slots(p, o)
+        if state.keys() == slots.keys() and all(
+                (*state[k].shape, state[k].dtype, state[k].device) == (*x.shape, x.dtype, x.device)
+                for k, x in slots.items()):
+            return state
+        if not int(state["step"]):
+            fresh = {k: x.empty() for k, x in slots.items()}
+            if "index" in fresh and "index" in state:
+                fresh["index"].copy_(state["index"])
+            return fresh
+        return self._checked_state(p, state, o, f"{name!r} or its options have changed, its "
+                                               "state has not")
+
+    @classmethod
+    def _discrete(cls) -> tuple[str, ...]:
+        """Options on which the slots may depend: all that are not real numbers."""
+        return tuple(k for k, x in cls.table().items() if x.kind not in (float, tuple))
+
+    def state_dict(self) -> dict[str, Any]:
+        """State by parameter number, and groups, as torch has them; plain tensors and values."""
+        self._sync_state()
+        return super().state_dict()
 
     def _named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """(name, parameter, group) of everything; a name is made up where none was given."""
@@ -347,23 +410,27 @@ class MatrixOptimizer(torch.optim.Optimizer):
         work = self._checked_work()
         moved: list[str] = []
         for name, p, g, o in work:
+            touched = [p, *self.state[p].values()]
+            before = [x._version for x in touched]
             try:
                 self._step_one(p, g, o)
             except Exception as error:
-                if not moved:
+                partly = before != [x._version for x in touched]
+                if not moved and not partly:
                     raise
                 raise PartialStepError(
-                    f"{type(self).__name__}.step() failed at {name!r} ({error}); "
-                    f"{len(moved)} parameters had been updated: {', '.join(moved)}") from error
+                    f"{type(self).__name__}.step() failed at {name!r} ({error}), which is "
+                    f"{'partly' if partly else 'not'} updated; {len(moved)} parameters had been "
+                    f"updated: {', '.join(moved)}") from error
             moved.append(name)
         return loss
 
     def _checked_work(self) -> list[_Work]:
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
-        self._sync_state()
         work = [_Work(name, p, p.grad, o) for name, p, o in self._named() if p.grad is not None]
         for name, p, g, _ in work:
             _check_gradient(p, g, name)
+        self._sync_state()
         skip = False
         for name, _, g, o in work:
             if o["nonfinite"] == "propagate" or not g.numel():
@@ -394,7 +461,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         else:
             shape = self.matrix_shape(p, o)
             matrix = p.reshape(shape)  # a copy where the memory format allows no view
-            s = codec.decode(stored)
+            s = codec.decode(stored, p)
             u = self.update(_negated(g.reshape(shape), o), s, o, t)
             _apply(matrix, u, o)
             if matrix.data_ptr() != p.data_ptr():
@@ -414,7 +481,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         start = 0
         for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
             block = {**stored, **dict(zip(names, moments, strict=True))}
-            s = codec.decode(block)
+            s = codec.decode(block, p)
             x = codec.wide(p_)
             u = adam(_negated(codec.wide(g_), o), s, o, t)
             x.mul_(keep).addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
@@ -430,24 +497,31 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_adamw", {})
         if "defaults" in state:
             self.defaults = state["defaults"]
-        groups = [self._checked_group(g, f"{type(self).__name__} group {i}")
+        groups = [self._checked_group(g, f"{type(self).__name__} group {i}", entering=False,
+                                      foreign=g)
                   for i, g in enumerate(state["param_groups"])]
         super().__setstate__({**state, "param_groups": groups})
+        self._forms = {}
+        self._next_index = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep."""
+        self._sync_state()
         return {**super().__getstate__(), "_adamw": self._adamw}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state, bit for bit; dtypes stay as they were saved.
+        """Continue from a saved state, bit for bit; moments stay in the dtypes they were saved in.
 
         A state dict of ``torch.optim.AdamW`` is read too, for parameters that get AdamW here.
 
         Raises:
             TypeError, ValueError: what is wrong and where; nothing was changed.
         """
+        if isinstance(state_dict, dict):
+            state_dict = dict(state_dict)  # hooks may change it, and it is the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        self._sync_state()
         groups, states = self._checked_load(state_dict)
         self.__setstate__({"state": self.state, "param_groups": groups})
         self.state.clear()
@@ -466,30 +540,47 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if len(saved) != len(self.param_groups):
             raise ValueError(f"{where}: {len(saved)} groups saved, "
                              f"but this optimizer has {len(self.param_groups)}")
-        groups: list[dict[str, Any]] = []
-        states: dict[Tensor, dict[str, Tensor]] = {}
-        known = {k for g in saved if isinstance(g, Mapping) for k in g.get("params", ())}
+        known: set[Any] = set()
+        for i, (mine, group) in enumerate(zip(self.param_groups, saved, strict=True)):
+            at = f"{where}, group {i}"
+            keys = group.get("params") if isinstance(group, Mapping) else None
+            if not isinstance(keys, (list, tuple)) or not all(
+                    isinstance(k, (int, str)) for k in keys):
+                raise ValueError(f"{at}: has no list of 'params'")
+            if len(keys) != len(mine["params"]):
+                raise ValueError(f"{at}: {len(keys)} parameters saved, "
+                                 f"but this optimizer has {len(mine['params'])}")
+            names = group.get("param_names")
+            if names is not None and (not isinstance(names, (list, tuple))
+                                      or len(names) != len(keys)):
+                raise ValueError(f"{at}: param_names={names!r}, but it must be {len(keys)} names")
+            twice = known.intersection(keys) or {k for k in keys if keys.count(k) > 1}
+            if twice:
+                raise ValueError(f"{at}: parameters {sorted(twice, key=str)!r} are saved twice")
+            known.update(keys)
         stray = [k for k in state_dict["state"] if k not in known]
         if stray:
             raise ValueError(f"{where}: state of {stray[:5]!r}, which no saved group contains")
+        groups: list[dict[str, Any]] = []
+        states: dict[Tensor, dict[str, Tensor]] = {}
         for i, (mine, group) in enumerate(zip(self.param_groups, saved, strict=True)):
             at = f"{where}, group {i}"
-            if not isinstance(group, Mapping) or "params" not in group:
-                raise ValueError(f"{at}: has no 'params'")
-            if len(group["params"]) != len(mine["params"]):
-                raise ValueError(f"{at}: {len(group['params'])} parameters saved, "
-                                 f"but this optimizer has {len(mine['params'])}")
             options = {k: v for k, v in group.items() if k != "params"}
-            kept = {k: v for k, v in mine.items() if k in self.table() or k == "param_names"}
-            merged = self._checked_group({**kept, **options, "params": mine["params"]}, at)
+            ours = "format" in options
+            if not ours and "nonfinite" in options:
+                raise ValueError(f"{at}: has options of lissom's but no format")
+            merged = self._checked_group({**mine, **options, "params": mine["params"]}, at,
+                                         entering=False, foreign=mine)
             groups.append(merged)
-            count = len(mine["params"])
-            names = merged.get("param_names") or [f"parameter {j}" for j in range(count)]
+            names = merged.get("param_names") or [
+                f"parameter {j}" for j in range(len(mine["params"]))]
             for name, p, key in zip(names, mine["params"], group["params"], strict=True):
                 entry = state_dict["state"].get(key)
-                if entry:
+                if isinstance(entry, Mapping) and entry:
                     states[p] = self._checked_state(p, entry, merged, f"{at}, {name!r}")
-                elif "format" in options and p.requires_grad and p in self.state:
+                elif entry is not None and not isinstance(entry, Mapping):
+                    raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
+                elif ours and p.requires_grad and p in self.state:
                     raise ValueError(f"{at}, {name!r}: its state is missing")
         return groups, states
 
@@ -497,21 +588,35 @@ class MatrixOptimizer(torch.optim.Optimizer):
                        ) -> dict[str, Tensor]:
         """A copy of one parameter's saved state in the slots that its options ask for."""
         slots = self._slots(p, o)
-        if not isinstance(entry, Mapping) or set(entry) != set(slots):
-            found = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
-            raise ValueError(f"{at}: saved state has {found}, but {type(self).__name__} with these "
-                             f"options keeps {sorted(slots)}")
+        if set(entry) != set(slots):
+            raise ValueError(f"{at}: saved state has {sorted(entry, key=str)}, but "
+                             f"{type(self).__name__} with these options keeps {sorted(slots)}")
         state: dict[str, Tensor] = {}
         for name, slot in slots.items():
             value = entry[name]
-            if not isinstance(value, Tensor):
-                value = torch.as_tensor(value) if isinstance(value, (int, float)) else value
+            if slot.shape == () and isinstance(value, (int, float)):
+                value = torch.tensor(value, dtype=slot.dtype)
             if not isinstance(value, Tensor) or tuple(value.shape) != tuple(slot.shape):
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{at}: {name} saved as {got}, expected {tuple(slot.shape)}")
-            if value.is_floating_point() != slot.dtype.is_floating_point or value.is_complex():
+            if value.is_floating_point() != slot.dtype.is_floating_point or value.is_complex() or (
+                    not slot.dtype.is_floating_point and value.dtype != slot.dtype):
                 raise ValueError(f"{at}: {name} saved as {value.dtype}, expected {slot.dtype}")
+            if value.layout != torch.strided or value.is_meta != (slot.device.type == "meta"):
+                raise ValueError(f"{at}: {name} saved as a {value.layout} tensor on "
+                                 f"{value.device}, expected a dense one with values")
             state[name] = value.detach().to(device=slot.device, dtype=slot.dtype, copy=True)
+        for name, value in state.items():
+            if name.endswith("step") and not (0 <= value.item() < 2**53
+                                              and value.item() <= state["step"].item()
+                                              and value.item() == int(value)):
+                raise ValueError(f"{at}: {name}={value.item()}, but it must be an integer >= 0 "
+                                 "and not above step")
+            if name == "index" and value.item() < 0:
+                raise ValueError(f"{at}: index={value.item()}, but it must be >= 0")
+            if name.endswith("_sq") and not value.is_meta and bool((value < 0).any()):
+                raise ValueError(f"{at}: {name} has a negative entry, but it is an average of "
+                                 "squares")
         return state
 
     # ---------------------------------------------------------------- report
@@ -523,6 +628,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             Rows of name, shape, rule, rank, side, state bytes and reason; it prints as a table,
             and its totals are the bytes held.
         """
+        self._sync_state()
         rows = []
         for name, p, o in self._named():
             reason = self._reason(p, o)
@@ -530,7 +636,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if reason is None:
                 rule = self.algorithm
                 rank, side, reason = self.describe(p, o)
-            held = p.requires_grad or p in self.state
+            held = p in self.state
             if not held:
                 reason = "frozen: no state until it has a gradient"
             size = sum(slot.nbytes for slot in self._slots(p, o).values()) if held else 0

@@ -129,9 +129,15 @@ def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
     return int(o["seed"]), int(s["index"])
 
 
-def decode(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state as the arithmetic sees it: moments in fp32, which is the store itself at 32."""
-    return {k: wide(v) if k in MOMENTS else v for k, v in stored.items()}
+def decode(stored: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+    """The state as the arithmetic sees it: moments in fp32, which is the store itself at 32.
+
+    Args:
+        stored: state of a parameter.
+        p: the parameter; a float64 one has float64 arithmetic.
+    """
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    return {k: v.to(dtype) if k in MOMENTS else v for k, v in stored.items()}
 
 
 def encode(

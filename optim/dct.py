@@ -177,7 +177,8 @@ def _parts(x: Tensor, other: int, fast: bool) -> Sequence[Tensor]:
     if x.device.type != "cpu" or not fast:
         return [x]
     each = x.numel() // max(1, x.shape[other])
-    return x.split(max(1, _PIECE // max(1, each)), other)
+    pieces: Sequence[Tensor] = x.split(max(1, _PIECE // max(1, each)), other)
+    return pieces
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -227,6 +227,8 @@ class LowRankOptimizer(MatrixOptimizer):
     def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         residual, rule = self.residual(o), RULES[o["inner"]]
         side = project.side_of(g.shape[-2], g.shape[-1], o["proj_type"])
+        if g.dtype == torch.float16:  # R = P^T G Q leaves its range
+            g = g.float()
         # G, or A = G + E with error feedback
         g = residual.gradient(g, s, o)
         # P, Q and R = P^T G Q

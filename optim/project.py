@@ -24,6 +24,8 @@ OVERSAMPLING = 8
 #: Power iterations of a cold start; a warm start from the last basis takes WARM_ITERATIONS.
 COLD_ITERATIONS = 2
 WARM_ITERATIONS = 2
+# A basis that captures less than this share of the gradient's energy is no start for the next.
+_LOST = 1e-2
 
 
 class Bases(NamedTuple):
@@ -97,10 +99,15 @@ def _subspace(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor
     """Block power iterations Q <- orth(G^T G Q), started from the last basis.
 
     The new basis stays aligned with the old one column by column, so moments that are kept
-    lose little. Without a last basis the start is :func:`_randomized`.
+    lose little. Without a last basis, or where that has nothing to do with the gradient any more,
+    the start is :func:`_randomized`.
     """
     if old is None:
         return _randomized(g, r, old, noise)
+    low, whole = (x.square().sum((-2, -1), keepdim=True) for x in (g @ old, g))
+    lost = low < _LOST * whole
+    if bool(lost.any()):
+        old = torch.where(lost, _randomized(g, r, old, noise), old)
     q = old
     for _ in range(WARM_ITERATIONS):
         q = _orthonormal(g.mT @ (g @ q))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lissom.optim import AdamW
 
-from .helpers import assert_same, feed, parameters
+from .helpers import assert_same, feed, parameters, run
 
 SHAPES = [(7, 5), (3,), (), (0, 3), (600, 500), (2, 3, 4)]
 
@@ -95,3 +95,31 @@ def test_bf16_weights_are_rounded_once():
     a.step()
     b.step()
     assert torch.equal(p, q.to(torch.bfloat16))
+
+
+def test_float64_weights_with_16_bit_state():
+    (p,) = parameters([(4, 3)], dtype=torch.float64)
+    optimizer = AdamW([p], state_bits=16)
+    run(optimizer, [p], range(3))
+    assert optimizer.state[p]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_16_bit_second_moments_stay_finite():
+    (p,) = parameters([(4, 3)])
+    optimizer = AdamW([p], state_bits=16, betas=(0.9, 0.5))
+    for _ in range(50):
+        p.grad = torch.full((4, 3), 1e30)
+        optimizer.step()
+    assert optimizer.state[p]["exp_avg_sq"].isfinite().all()
+
+
+def test_a_step_saved_as_an_int_is_read():
+    ours, theirs = parameters([(4, 3)]), parameters([(4, 3)])
+    torch_optimizer = torch.optim.AdamW(theirs)
+    run(torch_optimizer, theirs, range(2))
+    saved = torch_optimizer.state_dict()
+    saved["state"][0]["step"] = 2
+    saved["param_groups"][0]["capturable"] = True
+    optimizer = AdamW(ours)
+    optimizer.load_state_dict(saved)
+    assert int(optimizer.state[ours[0]]["step"]) == 2

@@ -495,3 +495,209 @@ def test_warns_only_when_it_should(case):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         case(parameters([(6, 4), (3,)]))
+
+
+# ---- what broke once
+
+
+def test_groups_of_vectors_come_back(case):
+    """A constructor's rank serves groups of vectors too: they are saved, loaded and copied."""
+    ps = parameters([(8, 6), (8,)])
+    more = {"lr_adamw": 1e-3} if case.make.algorithm != "adamw" else {}
+    optimizer = case(ps, **more)
+    run(optimizer, ps, range(2))
+    optimizer.load_state_dict(through_disk(optimizer.state_dict()))
+    twin = copy.deepcopy(optimizer)
+    run(optimizer, ps, range(2, 4))
+    run(twin, [p for g in twin.param_groups for p in g["params"]], range(2, 4))
+    assert_same(snapshot(optimizer), snapshot(twin))
+
+
+def test_distributed_checkpoint_functions(case):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    for flat in (False, True):
+        results = []
+        for again in (False, True):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5))
+            optimizer = case(model.parameters(), lr=1e-2)
+            for i in range(6):
+                if i == 3 and again:
+                    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+                    saved = through_disk(get_optimizer_state_dict(model, optimizer,
+                                                                  options=options))
+                    optimizer = case(model.parameters(), lr=0.3)
+                    set_optimizer_state_dict(model, optimizer, saved, options=options)
+                feed(list(model.parameters()), i)
+                optimizer.step()
+            results.append(snapshot(optimizer))
+        for part in ("state", "weights"):
+            assert_same(results[0][part], results[1][part])
+
+
+def test_replaced_parameters_can_be_saved_at_once(case):
+    model = torch.nn.Linear(6, 8)
+    optimizer = case(model.parameters())
+    model.weight = torch.nn.Parameter(model.weight.detach().clone())
+    optimizer.param_groups[0]["params"][0] = model.weight
+    saved = optimizer.state_dict()
+    assert sorted(saved["state"]) == [0, 1]
+    optimizer.load_state_dict(saved)
+
+
+def test_a_model_that_changes_dtype_takes_its_state_along(case):
+    for steps in (0, 2):
+        for dtype in (torch.float64, torch.bfloat16):
+            ps = parameters([(8, 6), (8,)])
+            optimizer = case(ps, lr=1e-2)
+            run(optimizer, ps, range(steps))
+            for p in ps:
+                p.data, p.grad = p.data.to(dtype), None
+            run(optimizer, ps, range(steps, steps + 3))
+            assert all(int(optimizer.state[p]["step"]) == steps + 3 for p in ps)
+            assert all(p.isfinite().all() for p in ps)
+            assert optimizer.plan().state_bytes == sum(
+                v.nbytes for s in optimizer.state.values() for v in s.values())
+
+
+def test_a_parameter_that_changes_its_shape_is_refused_before_any_write(case):
+    ps = parameters([(8, 6), (7, 5)])
+    optimizer = case([("a", ps[0]), ("b", ps[1])])
+    run(optimizer, ps, range(1))
+    weights = [ps[0].detach().clone()]
+    ps[1].grad = None
+    ps[1].data = torch.randn(9, 5)
+    feed(ps, 1)
+    with pytest.raises(ValueError, match="'b'.*changed"):
+        optimizer.step()
+    assert_same(weights, [ps[0].detach()])
+    assert int(optimizer.state[ps[0]]["step"]) == 1
+
+
+def test_an_option_changed_under_the_state_is_refused(case):
+    ps = parameters([(8, 6)])
+    optimizer = case(ps)
+    run(optimizer, ps, range(1))
+    bits = 48 - optimizer.param_groups[0]["state_bits"]
+    optimizer.param_groups[0]["state_bits"] = bits
+    optimizer.param_groups[0]["algorithm"] = "adamw"
+    feed(ps, 1)
+    before = ps[0].detach().clone()
+    if case.make.algorithm == "adamw" or "exp_avg" in optimizer.state[ps[0]]:
+        try:
+            optimizer.step()
+        except ValueError as error:
+            assert "changed" in str(error)
+            assert torch.equal(before, ps[0])
+    else:
+        with pytest.raises(ValueError, match="changed"):
+            optimizer.step()
+        assert torch.equal(before, ps[0])
+
+
+def test_add_param_group_adds_all_or_nothing(case):
+    ps = parameters([(8, 6), (8,), (6, 8)])
+    more = {"lr_adamw": 1e-3} if case.make.algorithm != "adamw" else {}
+    optimizer = case(ps[:2], **more)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="more than one"):
+        optimizer.add_param_group({"params": [ps[2], ps[1]]})
+    assert_same(before, snapshot(optimizer))
+    assert ps[2] not in optimizer.state
+
+
+def test_damaged_counters_and_layouts_are_refused(case):
+    ps = parameters([(8, 6)])
+    optimizer = case(ps)
+    run(optimizer, ps, range(2))
+    before = snapshot(optimizer)
+    state = optimizer.state[ps[0]]
+    bad = [("step", torch.tensor(-1.0)), ("step", torch.tensor(float("nan"))),
+           ("step", torch.tensor(2.5)), ("step", torch.tensor(0, device="meta"))]
+    moment = next(k for k in state if k in MOMENTS)
+    bad.append((moment, state[moment].to_sparse()))
+    if "index" in state:
+        bad += [("index", torch.tensor(-5)), ("index", torch.tensor(True))]
+    if "basis_step" in state:
+        bad.append(("basis_step", torch.tensor(50.0)))
+    if "exp_avg_sq" in state:
+        bad.append(("exp_avg_sq", -torch.ones_like(state["exp_avg_sq"])))
+    for name, value in bad:
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["state"][0][name] = value
+        with pytest.raises(ValueError, match=name):
+            optimizer.load_state_dict(saved)
+        assert_same(before, snapshot(optimizer))
+    for change, words in ((lambda s: s["param_groups"][0].update(params=0), "params"),
+                          (lambda s: s["param_groups"][0].update(param_names=["a", "b"]),
+                           "param_names"),
+                          (lambda s: s["param_groups"][0].pop("format"), "format"),
+                          (lambda s: s["state"].update({0: torch.zeros(2)}), "state is a Tensor")):
+        saved = copy.deepcopy(optimizer.state_dict())
+        change(saved)
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(saved)
+        assert_same(before, snapshot(optimizer))
+
+
+def test_keys_of_the_users_own_stay_in_a_group(case):
+    ps = parameters([(8, 6)])
+    optimizer = case(ps)
+    optimizer.param_groups[0]["lr_scale"] = 0.5
+    twin = copy.deepcopy(optimizer)
+    assert twin.param_groups[0]["lr_scale"] == 0.5
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["lr_scale"] == 0.5
+
+
+def test_a_hook_does_not_change_the_callers_dict(case):
+    ps = parameters([(8, 6)])
+    optimizer = case(ps)
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: d.update(extra=1))
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert "extra" not in saved
+
+
+def test_unfrozen_parameters_are_saved_and_counted(case):
+    ps = parameters([(8, 6), (6, 8)])
+    ps[1].requires_grad_(False)
+    optimizer = case(ps)
+    run(optimizer, ps[:1], range(1))
+    ps[1].requires_grad_(True)
+    saved = optimizer.state_dict()
+    held = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
+    assert optimizer.plan().state_bytes == held
+    case(parameters([(8, 6), (6, 8)])).load_state_dict(saved)
+
+
+def test_a_failure_says_what_is_partly_written(case, monkeypatch):
+    (p,) = parameters([(8, 6)])
+    optimizer = case([("w", p)])
+    run(optimizer, [p], range(1))
+    feed([p], 1)
+
+    def fails(*args, **kwargs):
+        optimizer.state[p]["step"].add_(0)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(type(optimizer), "_step_one", fails)
+    with pytest.raises(PartialStepError, match="'w'.*partly updated; 0 parameters"):
+        optimizer.step()
+    monkeypatch.setattr(type(optimizer), "_step_one", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+
+
+def test_indices_stay_apart_when_a_parameter_is_replaced(case):
+    ps = parameters([(8, 6)] * 3)
+    optimizer = case(ps)
+    optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(8, 6))
+    optimizer.state_dict()
+    indices = [int(s["index"]) for s in optimizer.state.values() if "index" in s]
+    assert len(set(indices)) == len(indices)

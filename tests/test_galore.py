@@ -242,3 +242,48 @@ def test_oracle_of_the_oracle():
     a = oracle.lowrank(start, g, rank=3, update_proj_gap=200, scale=1.0, lr=0.1)
     b = oracle.adamw(start, g, lr=0.1)
     torch.testing.assert_close(a[-1], b[-1])
+
+
+def test_subspace_finds_a_gradient_that_has_left_its_basis():
+    """Rows orthogonal to the old basis: power iterations on zero would never see them."""
+    p = torch.nn.Parameter(torch.zeros(16, 16))
+    optimizer = GaLoreAdamW([p], rank=2, update_proj_gap=1, lr=1.0, weight_decay=0.0,
+                            betas=(0.0, 0.9))
+    g = torch.zeros(16, 16)
+    g[:, :2] = tensors([(16, 2)])[0]
+    p.grad = g
+    optimizer.step()
+    assert torch.equal(p[:, 10:12], torch.zeros(16, 2))
+    g = torch.zeros(16, 16)
+    g[:, 10:12] = tensors([(16, 2)], 1)[0]
+    p.grad = g
+    optimizer.step()
+    assert p[:, 10:12].abs().min() > 0
+
+
+def test_fp16_products_do_not_overflow():
+    p = torch.nn.Parameter(torch.zeros(64, 256, dtype=torch.float16))
+    optimizer = GaLoreAdamW([p], rank=2)
+    p.grad = torch.full_like(p, 2e4)
+    optimizer.step()
+    assert p.isfinite().all()
+    assert p.abs().min() > 0
+
+
+def test_a_group_keeps_what_it_states():
+    ps = parameters([(8, 6), (8,)])
+    optimizer = GaLoreAdamW([{"params": ps[:1], "rank": 2}, {"params": ps[1:], "lr": 5e-4}],
+                            lr_adamw=1e-3)
+    assert optimizer.param_groups[1]["lr"] == 5e-4
+
+
+def test_a_strided_batch_is_updated_in_place():
+    a = torch.nn.Parameter(tensors([(3, 2, 6, 4)])[0].transpose(0, 1))
+    b = torch.nn.Parameter(a.detach().clone().contiguous())
+    for p in (a, b):
+        optimizer = GaLoreAdamW([p], rank=2, matricize="batch", lr=1e-2)
+        for i in range(3):
+            p.grad = tensors([(2, 3, 6, 4)], i)[0]
+            optimizer.step()
+    assert not torch.equal(a.detach(), tensors([(3, 2, 6, 4)])[0].transpose(0, 1))
+    torch.testing.assert_close(a, b)

@@ -9,8 +9,8 @@ import pytest
 import scipy.fft
 import torch
 from lissom.bench.livebytes import LiveBytes
-from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref
 from lissom.kernels.linear import dequantize_linear_ref, linear_shapes, quantize_linear_ref
+from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref
 from lissom.optim import AdamW, GaLoreAdamW, dct, inner, project
 
 from .helpers import feed, parameters, run, tensors
