@@ -96,8 +96,9 @@ def _turn(s: dict[str, Tensor], left: Tensor, right: Tensor, r: int) -> dict[str
 
 def _columns(x: Tensor, side: str) -> Tensor:
     """Norms of the columns (left), rows (right), or of the matrix (full)."""
-    return {"left": lambda: x.norm(dim=0, keepdim=True), "right": lambda: x.norm(dim=1, keepdim=True),
-            "full": lambda: x.norm().view(1, 1)}[side]()
+    if side == "full":
+        return x.norm().view(1, 1)
+    return x.norm(dim=0 if side == "left" else 1, keepdim=True)
 
 
 def lowrank(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
@@ -149,10 +150,8 @@ def lowrank(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
                     residue = residue / max(residue.norm() / (last + eps) / gamma, 1)
                 last = residue.norm()
             residue = residue * late
-            if "scale_type" in o:
-                u = scale * residue
-            else:
-                u = u + residue * (1 if released else scale)
+            residue = residue if released else scale * residue
+            u = residue if "scale_type" in o else u + residue
         w = (1 - lr * wd) * w - lr * u
         out.append(w.view(start.shape))
     return out
