@@ -34,16 +34,16 @@ class Entry(NamedTuple):
 #: Optimizers by command-line name.
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(AdamW, 1.5e-3),
-    "galore": Entry(GaLoreAdamW, 3e-2),
-    "dct-adamw": Entry(DCTAdamW, 1e-2),
+    "galore": Entry(GaLoreAdamW, 4e-2),
+    "dct-adamw": Entry(DCTAdamW, 4e-2, {"scale": 0.25, "update_proj_gap": 200}),
     "fira": Entry(FiraAdamW, 2e-2),
     "apollo": Entry(APOLLO, 1e-2),
     # one rate for all parameters
-    "trion": Entry(Trion, 3e-3, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),
+    "trion": Entry(Trion, 2e-2, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),
 }
 
 #: Optimizers of other packages, to compare with where they are installed, and their rates.
-PEERS: dict[str, float] = {"torch-adamw": 1.5e-3, "galore-torch": 3e-2, "fira-package": 2e-2}
+PEERS: dict[str, float] = {"torch-adamw": 1.5e-3, "galore-torch": 4e-2, "fira-package": 2e-2}
 
 #: Command-line spelling of an option, where it is not the option's own.
 _SPELLED = {"update_proj_gap": "gap"}
