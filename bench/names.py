@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..optim import APOLLO, AdamW, DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, param_groups
+from ..optim import APOLLO, AdamW, AdamW8bit, DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, param_groups
 from ..optim.base import COMMON, MatrixOptimizer
 from ..optim.options import Option
 
@@ -34,6 +34,7 @@ class Entry(NamedTuple):
 #: Optimizers by command-line name.
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(AdamW, 1.5e-3),
+    "adamw8bit": Entry(AdamW8bit, 1.5e-3),
     "galore": Entry(GaLoreAdamW, 4e-2),
     "dct-adamw": Entry(DCTAdamW, 4e-2, {"scale": 0.25, "update_proj_gap": 200}),
     "fira": Entry(FiraAdamW, 2e-2),

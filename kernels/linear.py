@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["BLOCK", "dequantize_linear_ref", "linear_shapes", "quantize_linear_ref"]
+__all__ = ["BLOCK", "dequantize_linear_ref", "linear_shapes", "pack4",
+           "quantize_linear_ref", "unpack4"]
 
 #: Elements that share a scale.
 BLOCK = 256
@@ -47,15 +48,25 @@ def quantize_linear_ref(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     codes = codes.flatten(-2)[..., :columns].to(torch.int8)
     if bits == 8:
         return codes, scale
-    pairs = functional.pad(codes, (0, columns % 2)).unflatten(-1, (-1, 2)).to(torch.int16) + 8
-    return (pairs[..., 0] | (pairs[..., 1] << 4)).to(torch.uint8), scale
+    return pack4(codes + 8), scale
+
+
+def pack4(codes: Tensor) -> Tensor:
+    """Codes of 0 to 15, two to a byte along the last dimension, low half first."""
+    pairs = functional.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2)).to(torch.uint8)
+    packed: Tensor = pairs[..., 0] | (pairs[..., 1] << 4)
+    return packed
+
+
+def unpack4(packed: Tensor, columns: int) -> Tensor:
+    """The codes that :func:`pack4` packed."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :columns]
 
 
 def dequantize_linear_ref(codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
     """The fp32 tensor (..., columns) that the codes stand for."""
     if bits == 4:
-        pairs = torch.stack([codes & 15, codes >> 4], -1).to(torch.int8) - 8
-        codes = pairs.flatten(-2)[..., :columns]
+        codes = unpack4(codes, columns).to(torch.int8) - 8
     blocks = math.ceil(columns / BLOCK)
     if blocks == 1:
         return codes.float() * scale

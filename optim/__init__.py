@@ -1,16 +1,17 @@
 """lissom.optim: optimizers for models that do not fit, in place of torch.optim.AdamW."""
 
-from .adamw import AdamW
+from .adamw import AdamW, AdamW8bit
 from .apollo import APOLLO
 from .base import PartialStepError
 from .dctadamw import DCTAdamW
 from .fira import FiraAdamW
-from .galore import GaLoreAdamW
+from .galore import GaLoreAdamW, GaLoreAdamW8bit
 from .groups import param_groups
 from .lowrank import LowRankOptimizer
 from .plan import Plan
 from .trion import Trion
 from .version import __version__
 
-__all__ = ["APOLLO", "AdamW", "DCTAdamW", "FiraAdamW", "GaLoreAdamW", "LowRankOptimizer",
-           "PartialStepError", "Plan", "Trion", "__version__", "param_groups"]
+__all__ = ["APOLLO", "AdamW", "AdamW8bit", "DCTAdamW", "FiraAdamW", "GaLoreAdamW",
+           "GaLoreAdamW8bit", "LowRankOptimizer", "PartialStepError", "Plan", "Trion",
+           "__version__", "param_groups"]

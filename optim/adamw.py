@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
 from .base import CommonOptions, MatrixOptimizer
+from .options import Option, choice
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "AdamW8bit"]
 
 
 class AdamW(MatrixOptimizer):
@@ -25,10 +27,15 @@ class AdamW(MatrixOptimizer):
         weight_decay: decoupled, multiplied by lr, before the update, >= 0. Default 0.01.
         amsgrad: divide by the largest second moment so far. Default False.
         maximize: climb instead of descend. Default False.
-        state_bits: 32 (fp32, default) or 16 (bf16, rounded stochastically) per moment element.
+        state_bits: per moment element: 32 (fp32, default), 16 (bf16, rounded stochastically), 8 or
+            4 (dynamic codebooks, a scale for each block of 256; moments of fewer than 4096
+            elements stay in fp32).
+        rounding: how results are written into bf16 and fp16 weights: ``"stochastic"`` (default:
+            the mean is exact, so that small updates are not lost; reproducible from ``seed``) or
+            ``"nearest"``. Weights of 32 bits and more are not rounded.
         nonfinite: what a NaN or Inf gradient does: ``"propagate"`` as in torch (default),
             ``"skip"`` the whole step and count it in ``skipped_steps``, or ``"raise"``.
-        seed: of the random bits of 16-bit state, an int >= 0. Default 0.
+        seed: of the random bits of 16-bit state and weights, an int >= 0. Default 0.
         foreach, fused, capturable, differentiable: torch's switches about how a step runs;
             the first two are accepted and change nothing, the last two must be False.
 
@@ -45,3 +52,12 @@ class AdamW(MatrixOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps,
                                   "weight_decay": weight_decay, "amsgrad": amsgrad, **options})
+
+
+class AdamW8bit(AdamW):
+    """:class:`AdamW` with ``state_bits=8``, under the name that bitsandbytes gave it.
+
+    Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861.
+    """
+
+    options: ClassVar[Mapping[str, Option]] = {"state_bits": choice(8, 32, 16, 8, 4)}

@@ -30,7 +30,17 @@ from torch import Tensor
 from . import codec
 from .codec import Slot
 from .inner import adam, adam_slots
-from .options import Option, boolean, checked, choice, fractions, integer, nearest, real
+from .options import (
+    Option,
+    boolean,
+    checked,
+    choice,
+    fractions,
+    integer,
+    nearest,
+    optional,
+    real,
+)
 from .plan import Plan, Row
 
 __all__ = ["COMMON", "FORMAT", "AdamWPart", "CommonOptions", "MatrixOptimizer",
@@ -47,7 +57,8 @@ COMMON: dict[str, Option] = {
     "weight_decay": real(1e-2),
     "maximize": boolean(False),
     "amsgrad": boolean(False),
-    "state_bits": choice(32, 32, 16),
+    "state_bits": choice(32, 32, 16, 8, 4),
+    "rounding": optional(choice(None, "nearest", "stochastic")),
     "nonfinite": choice("propagate", "propagate", "skip", "raise"),
     "seed": integer(0, 0, 2**63 - 1),
 }
@@ -71,6 +82,7 @@ class CommonOptions(TypedDict, total=False):
 
     maximize: bool
     state_bits: int
+    rounding: str | None
     nonfinite: str
     seed: int
     foreach: bool | None
@@ -152,6 +164,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         defaults = {name: option.default for name, option in table.items()}
         # What each parameter and its options looked like when its state was last checked.
         self._forms: dict[Tensor, tuple[Any, ...]] = {}
+        # The slots of each parameter, quantized moments as one.
+        self._layouts: dict[Tensor, dict[str, Slot]] = {}
         # Next value of ``index``, of the own rule and of AdamW; None is to be counted.
         self._next_index: list[int] | None = None
         super().__init__(params, defaults | values)
@@ -299,26 +313,30 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         """Every state tensor that p has under options o."""
-        slots = {"step": codec.counter()}
+        kept: dict[str, Slot] = {}
+        for name, slot in self._logical(p, o).items():
+            kept |= codec.stored(name, slot)
+        return kept
+
+    def _logical(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        """The same with a quantized moment as one slot."""
+        slots = {"step": codec.counter(), "index": codec.counter(torch.int64)}
         if self._reason(p, o) is None:
             slots |= self.slots(p, o)
         else:
             slots |= adam_slots(tuple(p.shape), p, o)
-        if o["state_bits"] < 32:
-            slots["index"] = codec.counter(torch.int64)
         return slots
 
     def _create_state(self, p: Tensor, o: Mapping[str, Any]) -> None:
         """Zeros for every slot; ``index`` counts the parameters of the same rule before p."""
         state = {name: slot.empty() for name, slot in self._slots(p, o).items()}
-        if "index" in state:
-            if self._next_index is None:
-                used = [int(s["index"]) for s in self.state.values() if "index" in s]
-                self._next_index = [1 + max((i for i in used if i < _DENSE), default=-1),
-                                    1 + max((i for i in used if i >= _DENSE), default=_DENSE - 1)]
-            dense = self._reason(p, o) is not None
-            state["index"].fill_(self._next_index[dense])
-            self._next_index[dense] += 1
+        if self._next_index is None:
+            used = [int(s["index"]) for s in self.state.values()]
+            self._next_index = [1 + max((i for i in used if i < _DENSE), default=-1),
+                                1 + max((i for i in used if i >= _DENSE), default=_DENSE - 1)]
+        dense = self._reason(p, o) is not None
+        state["index"].fill_(self._next_index[dense])
+        self._next_index[dense] += 1
         self.state[p] = state
 
     def _sync_state(self) -> None:
@@ -333,6 +351,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             del self.state[p]
             self._next_index = None
         self._forms = {p: form for p, form in self._forms.items() if p in self.state}
+        self._layouts = {p: slots for p, slots in self._layouts.items() if p in self.state}
         for name, p, group in self._named():
             form = (p.shape, p.dtype, p.device, *(group[k] for k in self._discrete()))
             if p not in self.state:
@@ -345,6 +364,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     raise ValueError(f"{name!r} has changed its shape from {tuple(last)} to "
                                      f"{tuple(p.shape)} since its state was made")
                 self.state[p] = self._followed(p, self.state[p], group, name)
+            if self._forms.get(p) != form:
+                self._layouts[p] = self._logical(p, group)
             self._forms[p] = form
 
     def _followed(self, p: Tensor, state: dict[str, Tensor], o: Mapping[str, Any], name: str
@@ -357,8 +378,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return state
         if not int(state["step"]):
             fresh = {k: x.empty() for k, x in slots.items()}
-            if "index" in fresh and "index" in state:
-                fresh["index"].copy_(state["index"])
+            fresh["index"].copy_(state["index"])
             return fresh
         return self._checked_state(p, state, o, f"{name!r} or its options have changed, its "
                                                "state has not")
@@ -457,37 +477,37 @@ class MatrixOptimizer(torch.optim.Optimizer):
         stored = self.state[p]
         t = int(stored["step"]) + 1
         if self._reason(p, o) is not None:
-            self._step_adamw(p, g, stored, o, t)
+            self._step_adamw(p, g, stored, self._layouts[p], o, t)
         else:
             shape = self.matrix_shape(p, o)
             matrix = p.reshape(shape)  # a copy where the memory format allows no view
-            s = codec.decode(stored, p)
+            slots = self._layouts[p]
+            s = codec.decode(stored, slots, p)
             u = self.update(_negated(g.reshape(shape), o), s, o, t)
-            _apply(matrix, u, o)
+            _apply(matrix, u, stored, o, t)
             if matrix.data_ptr() != p.data_ptr():
                 p.copy_(matrix.view(p.shape))
-            codec.encode(s, stored, o, t)
+            codec.encode(s, stored, slots, o, t)
         stored["step"] += 1
 
     @staticmethod
-    def _step_adamw(p: Tensor, g: Tensor, stored: dict[str, Tensor], o: dict[str, Any], t: int
-                    ) -> None:
+    def _step_adamw(p: Tensor, g: Tensor, stored: dict[str, Tensor], slots: Mapping[str, Slot],
+                    o: dict[str, Any], t: int) -> None:
         """AdamW on row blocks, so that no temporary is larger than a block.
 
         Source: Loshchilov and Hutter, arXiv 1711.05101; decay before the update, as in torch.
         """
         keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
-        names = [k for k in codec.MOMENTS if k in stored]
+        names = [k for k in stored if k.partition(".")[0] in codec.MOMENTS]
         start = 0
         for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
             block = {**stored, **dict(zip(names, moments, strict=True))}
-            s = codec.decode(block, p)
+            s = codec.decode(block, slots, p)
             x = codec.wide(p_)
             u = adam(_negated(codec.wide(g_), o), s, o, t)
             x.mul_(keep).addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
-            if x is not p_:
-                p_.copy_(x)
-            codec.encode(s, block, o, t, start)
+            codec.write_weight(p_, x, stored, o, t, start)
+            codec.encode(s, block, slots, o, t, start)
             start += p_.numel()
 
     # ---------------------------------------------------------------- saving and loading
@@ -502,6 +522,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                   for i, g in enumerate(state["param_groups"])]
         super().__setstate__({**state, "param_groups": groups})
         self._forms = {}
+        self._layouts = {}
         self._next_index = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -577,6 +598,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for name, p, key in zip(names, mine["params"], group["params"], strict=True):
                 entry = state_dict["state"].get(key)
                 if isinstance(entry, Mapping) and entry:
+                    if not ours and p in self.state:  # torch's states have no such number
+                        entry = {"index": self.state[p]["index"], **entry}
                     states[p] = self._checked_state(p, entry, merged, f"{at}, {name!r}")
                 elif entry is not None and not isinstance(entry, Mapping):
                     raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
@@ -614,9 +637,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                                  "and not above step")
             if name == "index" and value.item() < 0:
                 raise ValueError(f"{at}: index={value.item()}, but it must be >= 0")
-            if name.endswith("_sq") and not value.is_meta and bool((value < 0).any()):
-                raise ValueError(f"{at}: {name} has a negative entry, but it is an average of "
-                                 "squares")
+            if name.endswith(("_sq", ".scale")) and not value.is_meta and bool((value < 0).any()):
+                raise ValueError(f"{at}: {name} has a negative entry, but it must be >= 0")
         return state
 
     # ---------------------------------------------------------------- report
@@ -652,26 +674,41 @@ def _negated(g: Tensor, o: Mapping[str, Any]) -> Tensor:
 
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors (of one shape) cut together along their rows; small ones are whole."""
+    """The tensors cut together along their rows; small ones are whole.
+
+    All have the first one's shape, or (codes and scales) its shape but for the last dimension.
+    """
     first = tensors[0]
     if first.numel() <= _BLOCK or first.ndim == 0:
         return [tensors]
+    alike = all(x.shape == first.shape for x in tensors)
+    rows = max(1, _BLOCK // first[0].numel())
     if all(x.is_contiguous() for x in tensors):
-        tensors = tuple(x.view(-1) for x in tensors)
-        rows = _BLOCK
-    else:
-        rows = max(1, _BLOCK // first[0].numel())
+        tensors = tuple(x.view(-1) if alike else x.view(-1, x.shape[-1]) for x in tensors)
+        rows = _BLOCK if alike else max(1, _BLOCK // first.shape[-1])
+    elif first.ndim == 1 and not alike:
+        return [tensors]
     return zip(*(torch.split(x, rows) for x in tensors), strict=True)
 
 
-def _apply(p: Tensor, u: Update, o: Mapping[str, Any]) -> None:
+def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
+           start: int = 0) -> None:
     """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is (m, n) or (b, m, n)."""
     keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
+    gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
+    if p.ndim == 3 and codec.random_rounding(p, o):
+        # One matrix after the other, whose elements have consecutive numbers.
+        for i, p_ in enumerate(p):
+            left, right, dense = (None if x is None else x.expand(len(p), *x.shape[-2:])[i]
+                                  for x in (u.left, u.right, u.dense))
+            part = Update(left, right, u.factor, dense, gain[i] if isinstance(gain, Tensor)
+                          else gain)
+            _apply(p_, part, kept, o, t, start + i * p_.numel())
+        return
     rows = p.shape[-2]
     if u.dense is not None or codec.wide(p) is not p:
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.
         rows = max(1, _BLOCK // max(1, p[..., :1, :].numel()))
-    gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
     cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else repeat(x)
            for x in (p, u.left, u.dense, gain)]
     for p_, left, dense, gain_ in zip(*cut, strict=False):
@@ -691,8 +728,8 @@ def _apply(p: Tensor, u: Update, o: Mapping[str, Any]) -> None:
             x.addcmul_(codec.wide(dense), gain_, value=-lr)
         elif dense is not None:
             x.add_(codec.wide(dense), alpha=-lr * gain_)
-        if x is not p_:
-            p_.copy_(x)
+        codec.write_weight(p_, x, kept, o, t, start)
+        start += p_.numel()
 
 
 def _refuse_torch_only(given: Mapping[str, Any], where: str) -> None:

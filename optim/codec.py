@@ -1,14 +1,17 @@
 """State slots: what a rule keeps for a parameter, and how it is stored.
 
-Arithmetic sees fp32. A moment is stored in fp32 or bf16 (``state_bits`` 32 or 16). bf16 moments
-are rounded stochastically, because to nearest a second moment with beta2 = 0.999 never decays:
-its change of 0.1 % is below half a bf16 step. Bases and error feedback are stored linearly in
-blocks (:mod:`lissom.kernels.linear`) where they are asked for in 8 or 4 bits: codes under their
-name, scales under ``name.scale``.
+Arithmetic sees fp32. A moment is stored as ``state_bits`` says: in fp32; in bf16, rounded
+stochastically, because to nearest a second moment with beta2 = 0.999 never decays (its change of
+0.1 % is below half a bf16 step); or in 8 or 4 bits with a dynamic codebook and a scale for each
+block of 256 (:mod:`lissom.kernels.quant8`). Moments of fewer than 4096 elements stay in fp32 where
+8 or 4 bits are asked for. Bases and error feedback are stored linearly in blocks
+(:mod:`lissom.kernels.linear`) where they are asked for in 8 or 4 bits. What is in codes has them
+under its name and its scales under ``name.scale``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,24 +19,38 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear import dequantize_linear_ref, linear_shapes, quantize_linear_ref
-from ..kernels.philox import stochastic_bf16_ref
+from ..kernels.philox import stochastic_bf16_ref, stochastic_fp16_ref
+from ..kernels.quant8 import dequantize_dynamic_ref, quantize_dynamic_ref
 
-__all__ = ["MOMENTS", "Slot", "counter", "decode", "encode", "held", "key_of", "moment", "read",
-           "wide", "write"]
+__all__ = ["MOMENTS", "SMALL", "Slot", "counter", "decode", "encode", "held", "key_of",
+           "moment", "random_rounding", "read", "rounded", "stored", "wide", "write",
+           "write_weight"]
 
+# Their positions are the streams of random bits that round them.
+_ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
+          "momentum_buffer")
+# The stream of the weight itself.
+_WEIGHT = 64
 #: Names of the slots that are averages of gradients; all others are stored as they are.
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
-           "momentum_buffer")
+MOMENTS = frozenset(_ORDER)
 
+#: Moments of fewer elements are not quantized: their scales and their noise would not pay.
+SMALL = 4096
+# Averages of squares, which have no sign to store.
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
 _STORAGE = {32: torch.float32, 16: torch.bfloat16}
 
 
 class Slot(NamedTuple):
-    """Shape, dtype and device of one state tensor, which starts at zero."""
+    """Shape, dtype and device of one state tensor, which starts at zero.
+
+    With ``bits`` of 8 or 4 it stands for the two tensors that :func:`stored` gives.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    bits: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -53,10 +70,21 @@ def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
 
     The moments of a float64 parameter are float64 at 32 bits, as torch has them.
     """
-    dtype = _STORAGE[o["state_bits"]]
-    if p.dtype == torch.float64 and dtype == torch.float32:
-        dtype = torch.float64
-    return Slot(tuple(shape), dtype, p.device)
+    slot = Slot(tuple(shape), _STORAGE.get(o["state_bits"], torch.float32), p.device)
+    if o["state_bits"] < 16 and shape and math.prod(shape) >= SMALL:
+        return slot._replace(bits=o["state_bits"])
+    if p.dtype == torch.float64 and slot.dtype == torch.float32:
+        return slot._replace(dtype=torch.float64)
+    return slot
+
+
+def stored(name: str, slot: Slot) -> dict[str, Slot]:
+    """The tensors that are kept for a slot, by name."""
+    if not slot.bits:
+        return {name: slot}
+    codes, scale = linear_shapes(slot.shape, slot.bits)
+    return {name: Slot(codes, torch.uint8, slot.device),
+            f"{name}.scale": Slot(scale, torch.float32, slot.device)}
 
 
 def held(name: str, shape: tuple[int, ...], bits: int | None, p: Tensor) -> dict[str, Slot]:
@@ -129,31 +157,76 @@ def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
     return int(o["seed"]), int(s["index"])
 
 
-def decode(stored: Mapping[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+def decode(kept: Mapping[str, Tensor], slots: Mapping[str, Slot], p: Tensor
+           ) -> dict[str, Tensor]:
     """The state as the arithmetic sees it: moments in fp32, which is the store itself at 32.
 
     Args:
-        stored: state of a parameter.
+        kept: state of a parameter, or of a block of its rows.
+        slots: of which quantized moments tell bits and columns.
         p: the parameter; a float64 one has float64 arithmetic.
     """
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    return {k: v.to(dtype) if k in MOMENTS else v for k, v in stored.items()}
+    s = dict(kept)
+    for name in MOMENTS & kept.keys():
+        slot, scale = slots[name], kept.get(f"{name}.scale")
+        if scale is not None:
+            s[name] = dequantize_dynamic_ref(kept[name], scale, slot.shape[-1], slot.bits,
+                                             name not in _SQUARES).to(dtype)
+        else:
+            s[name] = kept[name].to(dtype)
+    return s
 
 
 def encode(
-    s: Mapping[str, Tensor], stored: Mapping[str, Tensor], o: Mapping[str, Any], step: int,
-    start: int = 0,
+    s: Mapping[str, Tensor], kept: Mapping[str, Tensor], slots: Mapping[str, Slot],
+    o: Mapping[str, Any], step: int, start: int = 0,
 ) -> None:
     """Write decoded moments back to their store.
 
     Args:
         s: moments in fp32, as changed by the update.
-        stored: their store; where it is the same tensor nothing is to be done.
+        kept: their store; where it is the same tensor nothing is to be done.
+        slots: as for :func:`decode`.
         o: options of the group.
         step: 1-based count of this update, part of the random key.
         start: index in the whole parameter of the first element of these tensors.
     """
-    for stream, name in enumerate(MOMENTS):
-        if name in stored and stored[name] is not s[name]:
-            fresh = stochastic_bf16_ref(s[name].float(), start, key_of(stored, o), (step, stream))
-            stored[name].copy_(fresh)
+    for stream, name in enumerate(_ORDER):
+        if name not in kept or kept[name] is s[name]:
+            continue
+        x = s[name].float()
+        if slots[name].bits:
+            codes, scale = quantize_dynamic_ref(x, slots[name].bits, name not in _SQUARES)
+            kept[name].copy_(codes)
+            kept[f"{name}.scale"].copy_(scale)
+        else:
+            kept[name].copy_(stochastic_bf16_ref(x, start, key_of(kept, o), (step, stream)))
+
+
+def random_rounding(p: Tensor, o: Mapping[str, Any]) -> bool:
+    """Whether results are rounded into this weight at random: by default where it is 16-bit."""
+    return o["rounding"] != "nearest" and p.dtype in (torch.bfloat16, torch.float16)
+
+
+def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any], step: int,
+                 start: int = 0) -> None:
+    """Round fp32 results into a weight, once.
+
+    The random bits are those of (seed, parameter; step, element): the same on resume, in any
+    grouping, on any number of ranks and on every device.
+
+    Args:
+        p: a weight or a block of its rows.
+        x: its new value; nothing is done where it is p itself.
+        kept: state of the parameter.
+        o: options of the group.
+        step: 1-based count of this update.
+        start: index in the whole parameter of the first element of p.
+    """
+    if x is p:
+        return
+    if random_rounding(p, o):
+        rounding = stochastic_bf16_ref if p.dtype == torch.bfloat16 else stochastic_fp16_ref
+        x = rounding(x, start, key_of(kept, o), (step, _WEIGHT))
+    p.copy_(x)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from .lowrank import LowRankOptimizer
+from .options import Option, choice
 
-__all__ = ["GaLoreAdamW"]
+__all__ = ["GaLoreAdamW", "GaLoreAdamW8bit"]
 
 
 class GaLoreAdamW(LowRankOptimizer):
@@ -23,3 +25,10 @@ class GaLoreAdamW(LowRankOptimizer):
     """
 
     algorithm: ClassVar[str] = "galore"
+
+
+class GaLoreAdamW8bit(GaLoreAdamW):
+    """:class:`GaLoreAdamW` with ``state_bits=8``, under the name that galore-torch gave it."""
+
+    options: ClassVar[Mapping[str, Option]] = {
+        **GaLoreAdamW.options, "state_bits": choice(8, 32, 16, 8, 4)}

@@ -207,7 +207,7 @@ class LowRankOptimizer(MatrixOptimizer):
         r, side, _ = self.describe(p, o)
         assert r is not None
         low = (*batch, m if side == "right" else r, n if side == "left" else r)
-        slots = {"index": codec.counter(torch.int64), "basis_step": codec.counter()}
+        slots = {"basis_step": codec.counter()}
         slots |= RULES[o["inner"]].slots(low, p, o) | self.residual(o).slots(shape, p, o)
         for name, length in zip(_SIDES, (m, n), strict=True):
             if side in (name, "full") and o["projection"] == "dct":

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lissom.optim import APOLLO, AdamW, DCTAdamW, FiraAdamW, GaLoreAdamW, Trion
+from lissom.optim import (
+    APOLLO,
+    AdamW,
+    AdamW8bit,
+    DCTAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    Trion,
+)
 from lissom.optim.base import MatrixOptimizer
 
 from . import oracle
@@ -48,7 +57,8 @@ COMMON_BAD = {
     "weight_decay": [-0.1, "x"],
     "maximize": [1, None],
     "amsgrad": ["yes"],
-    "state_bits": [0, 7, "32", 32.0],
+    "state_bits": [0, 7, 2, "32", 32.0],
+    "rounding": ["up", 1],
     "nonfinite": ["ignore", None],
     "seed": [-1, 1.5],
 }
@@ -82,7 +92,7 @@ TRION_BAD = {
 def low_rank(cls: type[MatrixOptimizer], rule: Callable[..., list[torch.Tensor]],
              **options: Any) -> Case:
     given = {"rank": 3, "update_proj_gap": 4, **options}
-    name = "-".join([cls.algorithm, *(str(v) for v in options.values())])
+    name = "-".join([cls.__name__.lower(), *(str(v) for v in options.values())])
     bad = {k: v for k, v in LOW_RANK_BAD.items() if k in cls.options}
     scaling = {"momentum": "linear", "lion": "sign"}.get(options.get("inner", ""), "adam")
     if options.get("residual") == "sign":
@@ -115,7 +125,9 @@ def trion(**options: Any) -> Case:
 CASES = [
     Case("adamw", AdamW, bad=COMMON_BAD),
     Case("adamw-amsgrad", AdamW, {"amsgrad": True}, bad=COMMON_BAD),
-    Case("adamw-16bit", AdamW, {"state_bits": 16}, bad=COMMON_BAD),
+    *(Case(f"adamw-{bits}bit", AdamW, {"state_bits": bits}, bad=COMMON_BAD) for bits in (16, 8, 4)),
+    Case("adamw8bit", AdamW8bit, bad=COMMON_BAD),
+    Case("adamw-nearest", AdamW, {"rounding": "nearest"}, bad=COMMON_BAD),
     galore(),
     *(galore(projection=x) for x in ("svd", "randomized", "random")),
     *(galore(proj_type=x, projection="svd") for x in ("reverse_std", "left", "right", "full")),
@@ -126,21 +138,26 @@ CASES = [
     galore(refresh="synchronous"),
     galore(basis_bits=4, error_feedback_bits=8),
     galore(keep_energy=0.9),
-    galore(state_bits=16),
+    *(galore(state_bits=bits) for bits in (16, 8, 4)),
+    galore(rounding="nearest"),
+    low_rank(GaLoreAdamW8bit, oracle.lowrank),
     dctadamw(),
     dctadamw(update_proj_gap=1, error_feedback_bits=32),
     dctadamw(error_feedback_bits=4, state_bits=16),
     dctadamw(dct_basis=3, column_norm=2, proj_type="full", similarity="fft"),
-    dctadamw(inner="factored"),
+    dctadamw(inner="factored", state_bits=8),
     fira(projection="svd"),
     fira(residual_scale="released", projection="svd"),
     fira(projection="dct", inner="lion", proj_type="full"),
     fira(limiter=None, state_bits=16),
+    fira(state_bits=8, basis_bits=8),
     apollo(),
+    apollo(state_bits=4),
     apollo(scale_type="channel", projection="svd"),
     apollo(scale_type="tensor", projection="svd"),
     trion(),
     trion(adjust_lr_fn="match_rms_adamw", dct_basis=3),
     trion(state_bits=16, polar_dtype="bfloat16"),
+    trion(state_bits=8),
 ]
 SHAPES = [(), (5,), (0, 3), (7, 5), (5, 7), (6, 6), (1, 4), (4, 1), (2, 3), (4, 3, 2), (3, 2, 2, 2)]

@@ -10,7 +10,8 @@ import scipy.fft
 import torch
 from lissom.bench.livebytes import LiveBytes
 from lissom.kernels.linear import dequantize_linear_ref, linear_shapes, quantize_linear_ref
-from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref
+from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref, stochastic_fp16_ref
+from lissom.kernels.quant8 import codebook, dequantize_dynamic_ref, quantize_dynamic_ref
 from lissom.optim import AdamW, GaLoreAdamW, dct, inner, project
 
 from .helpers import feed, parameters, run, tensors
@@ -48,6 +49,18 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_is_exact():
     exact = torch.tensor([0.0, -2.5, float("inf"), float("-inf"), 0.1875])
     assert torch.equal(stochastic_bf16_ref(exact, 0, (1, 2), (3, 4)).float(), exact)
     assert stochastic_bf16_ref(torch.tensor([float("nan")]), 0, (1, 2), (3, 4)).isnan().all()
+
+
+def test_stochastic_fp16_is_unbiased_and_keeps_what_is_exact():
+    x = torch.tensor([1.0001, -3.3e-6, 60001.3, 1e-8, -0.33333]).repeat_interleave(20000)
+    rounded = stochastic_fp16_ref(x, 0, (1, 2), (3, 4)).double().view(5, -1)
+    for value, row in zip(x.view(5, -1)[:, 0].double(), rounded, strict=True):
+        assert len(row.unique()) == 2
+        assert abs(row.mean() - value) < 4 * row.std() / math.sqrt(20000) + 1e-5 * row.std()
+    exact = torch.tensor([0.0, -2.5, float("inf"), float("-inf"), 0.1875, 65504.0, 2.0**-24])
+    assert torch.equal(stochastic_fp16_ref(exact, 0, (1, 2), (3, 4)).float(), exact)
+    assert stochastic_fp16_ref(torch.tensor([float("nan")]), 0, (1, 2), (3, 4)).isnan().all()
+    assert stochastic_fp16_ref(torch.tensor([1e9]), 0, (1, 2), (3, 4)).isinf().all()
 
 
 def test_16_bit_second_moments_decay():
@@ -261,3 +274,54 @@ def test_inner_rules_in_their_limits():
         x, f = inner.RULES["factored"].direction(outer.clone(), a, o, t, False)
         y, h = inner.RULES["adamw"].direction(outer.clone(), b, o, t, False)
         torch.testing.assert_close(f * x, h * y, rtol=1e-5, atol=0)
+
+
+CPU = torch.device("cpu")
+
+
+def test_codebooks():
+    """The 8-bit ones are bitsandbytes' (values recorded from its 0.50.2)."""
+    signed, unsigned = codebook(8, True, CPU), codebook(8, False, CPU)
+    for book, ends in ((signed, [-0.9929687, -0.9789062, 0.9789062, 0.9929687, 1.0]),
+                       (unsigned, [0.0, 3.25e-7, 0.9894531, 0.9964844, 1.0])):
+        assert len(book) == 256
+        assert torch.equal(book, book.sort().values)
+        torch.testing.assert_close(book[[0, 1, -3, -2, -1]], torch.tensor(ends), rtol=1e-5, atol=0)
+    assert (len(codebook(4, True, CPU)), len(codebook(4, False, CPU))) == (16, 16)
+    assert codebook(4, False, CPU)[0] == 1 / 16
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("shape", [(3, 256), (5, 257), (4, 7), (1, 1), (2, 3, 300), (9,), (0, 5),
+                                   (3, 0), (2, 1030)])
+def test_dynamic_quantizer_takes_the_nearest(bits, signed, shape):
+    for scale in (1e-30, 1.0, 1e30):
+        x = tensors([shape], 3, scale)[0].pow(3 if scale == 1 else 1)
+        x = x if signed else x.abs()
+        codes, scales = quantize_dynamic_ref(x, bits, signed)
+        assert (tuple(codes.shape), tuple(scales.shape)) == linear_shapes(shape, bits)
+        back = dequantize_dynamic_ref(codes, scales, shape[-1], bits, signed)
+        book = codebook(bits, signed, CPU).double()
+        for part, other in zip(x.split(256, -1), back.split(256, -1), strict=True):
+            if part.numel():
+                top = part.abs().amax(-1, keepdim=True).double()
+                best = (part.double() / top).unsqueeze(-1).sub(book).abs().amin(-1)
+                error = (part.double() - other.double()).abs() / top
+                assert (error <= best + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_dynamic_quantizer_on_constants_zeros_outliers_and_nan(bits):
+    x = torch.zeros(4, 300)
+    x[1] = 2.5
+    x[2, 7] = 1e4
+    for signed in (True, False):
+        back = dequantize_dynamic_ref(*quantize_dynamic_ref(x, bits, signed), 300, bits, signed)
+        assert torch.equal(back[:2], x[:2])
+        assert back[2, 7] == 1e4
+        assert torch.equal(back[3], x[3])
+        odd = torch.tensor([[float("nan"), 1.0, *[0.0] * 254, 2.0]])
+        back = dequantize_dynamic_ref(*quantize_dynamic_ref(odd, bits, signed), 257, bits, signed)
+        assert back[0, 256] == 2.0
+        assert back[0, :256].isnan().all()
