@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optim import AdamW, DCTAdamW, FiraAdamW, GaLoreAdamW
+from ..optim import AdamW, AdamW8bit, DCTAdamW, FiraAdamW, GaLoreAdamW
 from .livebytes import LiveBytes
 from .shapes import LLAMA, PAPER_RANK
 
@@ -30,10 +30,10 @@ __all__ = ["main"]
 
 
 #: Whose step each contestant's is compared with; the others' with galore-torch's.
-_AGAINST = {"AdamW": "torch.optim.AdamW foreach", "FiraAdamW": "fira",
+_AGAINST = {"AdamW": "torch.optim.AdamW foreach", "AdamW8bit": "bitsandbytes AdamW8bit", "FiraAdamW": "fira",
             "DCTAdamW, every step": "GaLoreAdamW", "DCTAdamW, gap 200": "GaLoreAdamW",
             "DCTAdamW, every step, by product": "DCTAdamW, every step"}
-_OURS = {"AdamW", "GaLoreAdamW", "FiraAdamW", "DCTAdamW, every step"}
+_OURS = {"AdamW", "AdamW8bit", "GaLoreAdamW", "FiraAdamW", "DCTAdamW, every step"}
 
 
 def _weights(size: str, whole: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "DCTAdamW, gap 200": low_rank(DCTAdamW),
         "products alone": _products(_weights(args.size, False)[0], rank),
         "AdamW": dense(AdamW),
+        "AdamW8bit": dense(AdamW8bit),
         "torch.optim.AdamW foreach": dense(torch.optim.AdamW, foreach=True),
     }
     for peer, module, cls, alpha in (("galore-torch", "galore_torch", "GaLoreAdamW", "scale"),
@@ -107,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if importlib.util.find_spec(module) is not None:
             make = getattr(importlib.import_module(module), cls)
             contestants[peer] = low_rank(make, alpha=alpha, no_deprecation_warning=True)
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        contestants["bitsandbytes AdamW8bit"] = dense(
+            importlib.import_module("bitsandbytes").optim.AdamW8bit)
     if args.only:
         contestants = {k: v for k, v in contestants.items() if k in args.only.split(";")}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}

@@ -685,7 +685,8 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     rows = max(1, _BLOCK // first[0].numel())
     if all(x.is_contiguous() for x in tensors):
         tensors = tuple(x.view(-1) if alike else x.view(-1, x.shape[-1]) for x in tensors)
-        rows = _BLOCK if alike else max(1, _BLOCK // first.shape[-1])
+        # codes take more temporaries to decode and to encode
+        rows = _BLOCK if alike else max(1, _BLOCK // 2 // first.shape[-1])
     elif first.ndim == 1 and not alike:
         return [tensors]
     return zip(*(torch.split(x, rows) for x in tensors), strict=True)
