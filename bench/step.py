@@ -30,8 +30,9 @@ __all__ = ["main"]
 
 
 #: Whose step each contestant's is compared with; the others' with galore-torch's.
-_AGAINST = {"AdamW": "torch.optim.AdamW foreach", "AdamW8bit": "bitsandbytes AdamW8bit", "FiraAdamW": "fira",
-            "DCTAdamW, every step": "GaLoreAdamW", "DCTAdamW, gap 200": "GaLoreAdamW",
+_AGAINST = {"AdamW": "torch.optim.AdamW foreach", "AdamW8bit": "bitsandbytes AdamW8bit",
+            "FiraAdamW": "fira", "DCTAdamW, every step": "GaLoreAdamW",
+            "DCTAdamW, gap 200": "GaLoreAdamW",
             "DCTAdamW, every step, by product": "DCTAdamW, every step"}
 _OURS = {"AdamW", "AdamW8bit", "GaLoreAdamW", "FiraAdamW", "DCTAdamW, every step"}
 

@@ -28,8 +28,10 @@ import torch
 from torch import Tensor
 
 from . import codec
+from .checks import TORCH_ONLY, check_gradient, check_parameter, refuse_torch_only
 from .codec import Slot
 from .inner import adam, adam_slots
+from .loading import checked_load, checked_state
 from .options import (
     Option,
     boolean,
@@ -67,8 +69,6 @@ _BOOKKEEPING = {"format": integer(FORMAT, 1), "skipped_steps": integer(0, 0)}
 # Written into groups by torch's schedulers, or by people for their own use.
 _FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum",
             "param_names", "name"}
-# Options of torch.optim.AdamW about how it runs, which change no result.
-_TORCH_ONLY = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
 # Options of the parameters that get AdamW, which then are groups of their own.
 _ADAMW_PART = {"lr_adamw": "lr", "betas_adamw": "betas", "weight_decay_adamw": "weight_decay"}
 # Values of ``index`` from here on are of parameters that get AdamW.
@@ -151,9 +151,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 torch about how a step runs.
         """
         table, where = self.table(), f"{type(self).__name__}()"
-        _refuse_torch_only(given, where)
+        refuse_torch_only(given, where)
         apart = {k: v for k, v in given.items() if k in _ADAMW_PART}
-        known = {k: v for k, v in given.items() if k not in _TORCH_ONLY and k not in apart}
+        known = {k: v for k, v in given.items() if k not in TORCH_ONLY and k not in apart}
         for name in known:
             if name not in table or name in _BOOKKEEPING:
                 raise TypeError(f"{where}: unexpected option {name!r}={known[name]!r}"
@@ -216,7 +216,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         own = {"algorithm": choice(cls.algorithm, *names)}
         return COMMON | own | dict(cls.options) | _BOOKKEEPING
 
-    def _checked_group(self, group: Mapping[str, Any], where: str, *, entering: bool = True,
+    def checked_group(self, group: Mapping[str, Any], where: str, *, entering: bool = True,
                        foreign: Iterable[str] = ()) -> dict[str, Any]:
         """A copy of a group with every option present and checked.
 
@@ -229,9 +229,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         apart = {"params", *_FOREIGN, *foreign} - self.table().keys()
         given: dict[str, Any] = {}
         if entering:
-            _refuse_torch_only(group, where)
+            refuse_torch_only(group, where)
         for name, value in group.items():
-            if name in apart or name in _TORCH_ONLY:
+            if name in apart or name in TORCH_ONLY:
                 continue
             name = self.spellings.get(name, name)
             if name in given:
@@ -270,10 +270,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         named = [q if isinstance(q, tuple) else (None, q) for q in params]
         for i, (name, p) in enumerate(named):
-            _check_parameter(p, name or f"parameter {i}", where)
+            check_parameter(p, name or f"parameter {i}", where)
         group["params"] = [p for _, p in named]
         explicit = {self.spellings.get(k, k) for k in group}
-        group = self._checked_group(group, where)
+        group = self.checked_group(group, where)
         group["params"] = params
         count = len(self.param_groups)
         try:
@@ -311,7 +311,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return "algorithm='adamw' in its group"
         return self.declines(p, o)
 
-    def _slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+    def stored_slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         """Every state tensor that p has under options o."""
         kept: dict[str, Slot] = {}
         for name, slot in self._logical(p, o).items():
@@ -329,7 +329,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _create_state(self, p: Tensor, o: Mapping[str, Any]) -> None:
         """Zeros for every slot; ``index`` counts the parameters of the same rule before p."""
-        state = {name: slot.empty() for name, slot in self._slots(p, o).items()}
+        state = {name: slot.empty() for name, slot in self.stored_slots(p, o).items()}
         if self._next_index is None:
             used = [int(s["index"]) for s in self.state.values()]
             self._next_index = [1 + max((i for i in used if i < _DENSE), default=-1),
@@ -371,7 +371,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _followed(self, p: Tensor, state: dict[str, Tensor], o: Mapping[str, Any], name: str
                   ) -> dict[str, Tensor]:
         """The state of a parameter that may have changed under it."""
-        slots = self._slots(p, o)
+        slots = self.stored_slots(p, o)
         if state.keys() == slots.keys() and all(
                 (*state[k].shape, state[k].dtype, state[k].device) == (*x.shape, x.dtype, x.device)
                 for k, x in slots.items()):
@@ -380,7 +380,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             fresh = {k: x.empty() for k, x in slots.items()}
             fresh["index"].copy_(state["index"])
             return fresh
-        return self._checked_state(p, state, o, f"{name!r} or its options have changed, its "
+        return checked_state(self, p, state, o, f"{name!r} or its options have changed, its "
                                                "state has not")
 
     @classmethod
@@ -449,7 +449,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
         work = [_Work(name, p, p.grad, o) for name, p, o in self._named() if p.grad is not None]
         for name, p, g, _ in work:
-            _check_gradient(p, g, name)
+            check_gradient(p, g, name)
         self._sync_state()
         skip = False
         for name, _, g, o in work:
@@ -517,7 +517,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_adamw", {})
         if "defaults" in state:
             self.defaults = state["defaults"]
-        groups = [self._checked_group(g, f"{type(self).__name__} group {i}", entering=False,
+        groups = [self.checked_group(g, f"{type(self).__name__} group {i}", entering=False,
                                       foreign=g)
                   for i, g in enumerate(state["param_groups"])]
         super().__setstate__({**state, "param_groups": groups})
@@ -543,103 +543,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         self._sync_state()
-        groups, states = self._checked_load(state_dict)
+        groups, states = checked_load(self, state_dict)
         self.__setstate__({"state": self.state, "param_groups": groups})
         self.state.clear()
         self.state.update(states)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _checked_load(self, state_dict: Mapping[str, Any]
-                      ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Tensor]]]:
-        """Groups and states for this optimizer's parameters, all new, or an error."""
-        where = f"{type(self).__name__}.load_state_dict"
-        for key, kind in (("state", Mapping), ("param_groups", list)):
-            if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
-                raise ValueError(f"{where}: no {key!r} in it, so this is no optimizer state")
-        saved = state_dict["param_groups"]
-        if len(saved) != len(self.param_groups):
-            raise ValueError(f"{where}: {len(saved)} groups saved, "
-                             f"but this optimizer has {len(self.param_groups)}")
-        known: set[Any] = set()
-        for i, (mine, group) in enumerate(zip(self.param_groups, saved, strict=True)):
-            at = f"{where}, group {i}"
-            keys = group.get("params") if isinstance(group, Mapping) else None
-            if not isinstance(keys, (list, tuple)) or not all(
-                    isinstance(k, (int, str)) for k in keys):
-                raise ValueError(f"{at}: has no list of 'params'")
-            if len(keys) != len(mine["params"]):
-                raise ValueError(f"{at}: {len(keys)} parameters saved, "
-                                 f"but this optimizer has {len(mine['params'])}")
-            names = group.get("param_names")
-            if names is not None and (not isinstance(names, (list, tuple))
-                                      or len(names) != len(keys)):
-                raise ValueError(f"{at}: param_names={names!r}, but it must be {len(keys)} names")
-            twice = known.intersection(keys) or {k for k in keys if keys.count(k) > 1}
-            if twice:
-                raise ValueError(f"{at}: parameters {sorted(twice, key=str)!r} are saved twice")
-            known.update(keys)
-        stray = [k for k in state_dict["state"] if k not in known]
-        if stray:
-            raise ValueError(f"{where}: state of {stray[:5]!r}, which no saved group contains")
-        groups: list[dict[str, Any]] = []
-        states: dict[Tensor, dict[str, Tensor]] = {}
-        for i, (mine, group) in enumerate(zip(self.param_groups, saved, strict=True)):
-            at = f"{where}, group {i}"
-            options = {k: v for k, v in group.items() if k != "params"}
-            ours = "format" in options
-            if not ours and "nonfinite" in options:
-                raise ValueError(f"{at}: has options of lissom's but no format")
-            merged = self._checked_group({**mine, **options, "params": mine["params"]}, at,
-                                         entering=False, foreign=mine)
-            groups.append(merged)
-            names = merged.get("param_names") or [
-                f"parameter {j}" for j in range(len(mine["params"]))]
-            for name, p, key in zip(names, mine["params"], group["params"], strict=True):
-                entry = state_dict["state"].get(key)
-                if isinstance(entry, Mapping) and entry:
-                    if not ours and p in self.state:  # torch's states have no such number
-                        entry = {"index": self.state[p]["index"], **entry}
-                    states[p] = self._checked_state(p, entry, merged, f"{at}, {name!r}")
-                elif entry is not None and not isinstance(entry, Mapping):
-                    raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
-                elif ours and p.requires_grad and p in self.state:
-                    raise ValueError(f"{at}, {name!r}: its state is missing")
-        return groups, states
-
-    def _checked_state(self, p: Tensor, entry: Mapping[str, Any], o: Mapping[str, Any], at: str
-                       ) -> dict[str, Tensor]:
-        """A copy of one parameter's saved state in the slots that its options ask for."""
-        slots = self._slots(p, o)
-        if set(entry) != set(slots):
-            raise ValueError(f"{at}: saved state has {sorted(entry, key=str)}, but "
-                             f"{type(self).__name__} with these options keeps {sorted(slots)}")
-        state: dict[str, Tensor] = {}
-        for name, slot in slots.items():
-            value = entry[name]
-            if slot.shape == () and isinstance(value, (int, float)):
-                value = torch.tensor(value, dtype=slot.dtype)
-            if not isinstance(value, Tensor) or tuple(value.shape) != tuple(slot.shape):
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{at}: {name} saved as {got}, expected {tuple(slot.shape)}")
-            if value.is_floating_point() != slot.dtype.is_floating_point or value.is_complex() or (
-                    not slot.dtype.is_floating_point and value.dtype != slot.dtype):
-                raise ValueError(f"{at}: {name} saved as {value.dtype}, expected {slot.dtype}")
-            if value.layout != torch.strided or value.is_meta != (slot.device.type == "meta"):
-                raise ValueError(f"{at}: {name} saved as a {value.layout} tensor on "
-                                 f"{value.device}, expected a dense one with values")
-            state[name] = value.detach().to(device=slot.device, dtype=slot.dtype, copy=True)
-        for name, value in state.items():
-            if name.endswith("step") and not (0 <= value.item() < 2**53
-                                              and value.item() <= state["step"].item()
-                                              and value.item() == int(value)):
-                raise ValueError(f"{at}: {name}={value.item()}, but it must be an integer >= 0 "
-                                 "and not above step")
-            if name == "index" and value.item() < 0:
-                raise ValueError(f"{at}: index={value.item()}, but it must be >= 0")
-            if name.endswith(("_sq", ".scale")) and not value.is_meta and bool((value < 0).any()):
-                raise ValueError(f"{at}: {name} has a negative entry, but it must be >= 0")
-        return state
 
     # ---------------------------------------------------------------- report
 
@@ -661,7 +570,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             held = p in self.state
             if not held:
                 reason = "frozen: no state until it has a gradient"
-            size = sum(slot.nbytes for slot in self._slots(p, o).values()) if held else 0
+            size = sum(slot.nbytes for slot in self.stored_slots(p, o).values()) if held else 0
             rows.append(Row(name, tuple(p.shape), rule, rank, side, size, reason))
         return Plan(tuple(rows))
 
@@ -731,43 +640,3 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
             x.add_(codec.wide(dense), alpha=-lr * gain_)
         codec.write_weight(p_, x, kept, o, t, start)
         start += p_.numel()
-
-
-def _refuse_torch_only(given: Mapping[str, Any], where: str) -> None:
-    """Torch's switches about how a step runs are taken where they ask for nothing else."""
-    for name in ("capturable", "differentiable"):
-        if given.get(name):
-            raise ValueError(f"{where}: {name}={given[name]!r}, but it must be False: "
-                             "this step is neither captured nor differentiated through")
-    if not given.get("decoupled_weight_decay", True):
-        raise ValueError(f"{where}: decoupled_weight_decay=False, but it must be True: "
-                         "decay is decoupled")
-    for name in ("foreach", "fused"):
-        if not isinstance(given.get(name), (bool, type(None))):
-            raise TypeError(f"{where}: {name}={given[name]!r}, but it must be None, True or False")
-
-
-def _check_parameter(p: Any, name: str, where: str) -> None:
-    if not isinstance(p, Tensor):
-        raise TypeError(f"{where}: {name} is a {type(p).__name__}, but it must be a tensor")
-    if not p.is_floating_point():
-        raise TypeError(f"{where}: {name} has dtype {p.dtype}, but it must be a real floating one "
-                        "(integer and complex parameters have no place here)")
-
-
-def _check_gradient(p: Tensor, g: Tensor, name: str) -> None:
-    if g.layout != torch.strided:
-        raise TypeError(f"the gradient of {name!r} is sparse ({g.layout}), but it must be dense "
-                        "(an embedding needs sparse=False)")
-    for what in ("dtype", "shape", "device"):
-        has, needs = getattr(g, what), getattr(p, what)
-        if has != needs:
-            kind = TypeError if what == "dtype" else ValueError
-            raise kind(f"the gradient of {name!r} has {what} {_plain(has)}, "
-                       f"but it must be its parameter's {_plain(needs)}")
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, torch.Size) else value
-
-

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from lissom.optim import PartialStepError
-from lissom.optim.base import _check_gradient
+from lissom.optim.checks import check_gradient
 from lissom.optim.codec import MOMENTS as _MOMENTS
 from lissom.optim.options import nearest
 
@@ -185,7 +185,7 @@ def test_integer_and_complex_parameters(case, dtype):
 def test_bad_gradients_name_the_parameter(case):
     with pytest.raises(ValueError, match=r"'w' has device meta, but it must be .*cpu"):
         # torch lets no such pair come about, so the check is asked by itself
-        _check_gradient(torch.zeros(2), torch.zeros(2, device="meta"), "w")
+        check_gradient(torch.zeros(2), torch.zeros(2, device="meta"), "w")
     for what in ("sparse", "shape", "dtype"):
         ps = parameters([(6, 4), (4, 6)])
         optimizer = case([("first", ps[0]), ("second", ps[1])])

@@ -1,0 +1,126 @@
+"""Checks of what is loaded, all of them before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .base import MatrixOptimizer
+
+__all__ = ["checked_load", "checked_state"]
+
+
+def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
+                 ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Tensor]]]:
+    """Groups and states for an optimizer's parameters, all new, or an error.
+
+    Args:
+        optimizer: which is to be loaded; nothing of it changes.
+        state_dict: what was saved.
+
+    Raises:
+        TypeError, ValueError: what is wrong and where.
+    """
+    where = f"{type(optimizer).__name__}.load_state_dict"
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"{where}: no {key!r} in it, so this is no optimizer state")
+    saved = state_dict["param_groups"]
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(f"{where}: {len(saved)} groups saved, "
+                         f"but this optimizer has {len(optimizer.param_groups)}")
+    known: set[Any] = set()
+    for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
+        at = f"{where}, group {i}"
+        keys = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(keys, (list, tuple)) or not all(
+                isinstance(k, (int, str)) for k in keys):
+            raise ValueError(f"{at}: has no list of 'params'")
+        if len(keys) != len(mine["params"]):
+            raise ValueError(f"{at}: {len(keys)} parameters saved, "
+                             f"but this optimizer has {len(mine['params'])}")
+        names = group.get("param_names")
+        if names is not None and (not isinstance(names, (list, tuple))
+                                  or len(names) != len(keys)):
+            raise ValueError(f"{at}: param_names={names!r}, but it must be {len(keys)} names")
+        twice = known.intersection(keys) or {k for k in keys if keys.count(k) > 1}
+        if twice:
+            raise ValueError(f"{at}: parameters {sorted(twice, key=str)!r} are saved twice")
+        known.update(keys)
+    stray = [k for k in state_dict["state"] if k not in known]
+    if stray:
+        raise ValueError(f"{where}: state of {stray[:5]!r}, which no saved group contains")
+    groups: list[dict[str, Any]] = []
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
+        at = f"{where}, group {i}"
+        options = {k: v for k, v in group.items() if k != "params"}
+        ours = "format" in options
+        if not ours and "nonfinite" in options:
+            raise ValueError(f"{at}: has options of lissom's but no format")
+        merged = optimizer.checked_group({**mine, **options, "params": mine["params"]}, at,
+                                     entering=False, foreign=mine)
+        groups.append(merged)
+        names = merged.get("param_names") or [
+            f"parameter {j}" for j in range(len(mine["params"]))]
+        for name, p, key in zip(names, mine["params"], group["params"], strict=True):
+            entry = state_dict["state"].get(key)
+            if isinstance(entry, Mapping) and entry:
+                if not ours and p in optimizer.state:  # torch's states have no such number
+                    entry = {"index": optimizer.state[p]["index"], **entry}
+                states[p] = checked_state(optimizer, p, entry, merged, f"{at}, {name!r}")
+            elif entry is not None and not isinstance(entry, Mapping):
+                raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
+            elif ours and p.requires_grad and p in optimizer.state:
+                raise ValueError(f"{at}, {name!r}: its state is missing")
+    return groups, states
+
+
+def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any],
+                  o: Mapping[str, Any], at: str) -> dict[str, Tensor]:
+    """A copy of one parameter's saved state in the slots that its options ask for.
+
+    Args:
+        optimizer: whose parameter it is.
+        p: the parameter.
+        entry: its saved state.
+        o: options of its group.
+        at: beginning of a message.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    slots = optimizer.stored_slots(p, o)
+    if set(entry) != set(slots):
+        raise ValueError(f"{at}: saved state has {sorted(entry, key=str)}, but "
+                         f"{type(optimizer).__name__} with these options keeps {sorted(slots)}")
+    state: dict[str, Tensor] = {}
+    for name, slot in slots.items():
+        value = entry[name]
+        if slot.shape == () and isinstance(value, (int, float)):
+            value = torch.tensor(value, dtype=slot.dtype)
+        if not isinstance(value, Tensor) or tuple(value.shape) != tuple(slot.shape):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{at}: {name} saved as {got}, expected {tuple(slot.shape)}")
+        if value.is_floating_point() != slot.dtype.is_floating_point or value.is_complex() or (
+                not slot.dtype.is_floating_point and value.dtype != slot.dtype):
+            raise ValueError(f"{at}: {name} saved as {value.dtype}, expected {slot.dtype}")
+        if value.layout != torch.strided or value.is_meta != (slot.device.type == "meta"):
+            raise ValueError(f"{at}: {name} saved as a {value.layout} tensor on "
+                             f"{value.device}, expected a dense one with values")
+        state[name] = value.detach().to(device=slot.device, dtype=slot.dtype, copy=True)
+    for name, value in state.items():
+        if name.endswith("step") and not (0 <= value.item() < 2**53
+                                          and value.item() <= state["step"].item()
+                                          and value.item() == int(value)):
+            raise ValueError(f"{at}: {name}={value.item()}, but it must be an integer >= 0 "
+                             "and not above step")
+        if name == "index" and value.item() < 0:
+            raise ValueError(f"{at}: index={value.item()}, but it must be >= 0")
+        if name.endswith(("_sq", ".scale")) and not value.is_meta and bool((value < 0).any()):
+            raise ValueError(f"{at}: {name} has a negative entry, but it must be >= 0")
+    return state
