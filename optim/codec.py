@@ -11,8 +11,9 @@ under its name and its scales under ``name.scale``.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ MOMENTS = frozenset(_ORDER)
 SMALL = 4096
 # Averages of squares, which have no sign to store.
 _SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
+# Elements that are quantized at once.
+_PIECE = 1 << 17
 _STORAGE = {32: torch.float32, 16: torch.bfloat16}
 
 
@@ -119,7 +122,9 @@ def read(s: Mapping[str, Tensor], name: str, columns: int) -> Tensor | None:
     stored, scale = s.get(name), s.get(f"{name}.scale")
     if stored is None or scale is None:
         return stored
-    return dequantize_linear_ref(stored, scale, columns, 8 if stored.dtype == torch.int8 else 4)
+    bits = 8 if stored.dtype == torch.int8 else 4
+    return _unpacked(stored, scale, columns,
+                     lambda c, z: dequantize_linear_ref(c, z, columns, bits))
 
 
 def write(s: Mapping[str, Tensor], name: str, value: Tensor) -> None:
@@ -128,9 +133,34 @@ def write(s: Mapping[str, Tensor], name: str, value: Tensor) -> None:
     if scale is None:
         stored.copy_(value)
         return
-    codes, scales = quantize_linear_ref(value, 8 if stored.dtype == torch.int8 else 4)
-    stored.copy_(codes)
-    scale.copy_(scales)
+    bits = 8 if stored.dtype == torch.int8 else 4
+    _pack(stored, scale, value, lambda x: quantize_linear_ref(x, bits))
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of tensors of equal leading dimensions, so many that temporaries stay small."""
+    if not tensors[0].numel():
+        return iter(())
+    rows = max(1, _PIECE // tensors[0].shape[-1])
+    return zip(*(x.view(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
+
+
+def _pack(codes: Tensor, scale: Tensor, x: Tensor,
+          quantize: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Quantize x into its store, piece by piece."""
+    for x_, codes_, scale_ in _pieces(x.contiguous(), codes, scale):
+        fresh, step = quantize(x_)
+        codes_.copy_(fresh)
+        scale_.copy_(step)
+
+
+def _unpacked(codes: Tensor, scale: Tensor, columns: int,
+              dequantize: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What a store stands for, piece by piece."""
+    out = torch.empty((*codes.shape[:-1], columns), dtype=torch.float32, device=codes.device)
+    for out_, codes_, scale_ in _pieces(out, codes, scale):
+        out_.copy_(dequantize(codes_, scale_))
+    return out
 
 
 def rounded(s: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
@@ -171,8 +201,11 @@ def decode(kept: Mapping[str, Tensor], slots: Mapping[str, Slot], p: Tensor
     for name in MOMENTS & kept.keys():
         slot, scale = slots[name], kept.get(f"{name}.scale")
         if scale is not None:
-            s[name] = dequantize_dynamic_ref(kept[name], scale, slot.shape[-1], slot.bits,
-                                             name not in _SQUARES).to(dtype)
+            columns, bits, signed = slot.shape[-1], slot.bits, name not in _SQUARES
+            s[name] = _unpacked(
+                kept[name], scale, columns,
+                functools.partial(dequantize_dynamic_ref, columns=columns, bits=bits,
+                                  signed=signed)).to(dtype)
         else:
             s[name] = kept[name].to(dtype)
     return s
@@ -197,9 +230,11 @@ def encode(
             continue
         x = s[name].float()
         if slots[name].bits:
-            codes, scale = quantize_dynamic_ref(x, slots[name].bits, name not in _SQUARES)
-            kept[name].copy_(codes)
-            kept[f"{name}.scale"].copy_(scale)
+            _pack(kept[name], kept[f"{name}.scale"], x,
+                  functools.partial(quantize_dynamic_ref, bits=slots[name].bits,
+                                    signed=name not in _SQUARES))
+        elif kept[name].dtype == s[name].dtype:
+            kept[name].copy_(s[name])
         else:
             kept[name].copy_(stochastic_bf16_ref(x, start, key_of(kept, o), (step, stream)))
 

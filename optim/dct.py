@@ -173,11 +173,12 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
 
 
 def _parts(x: Tensor, other: int, fast: bool) -> Sequence[Tensor]:
-    """Pieces that stay in a CPU's cache through all passes of an FFT; the whole elsewhere."""
-    if x.device.type != "cpu" or not fast:
+    """Pieces that stay in a CPU's cache through all passes; the whole elsewhere."""
+    if x.device.type != "cpu":
         return [x]
     each = x.numel() // max(1, x.shape[other])
-    pieces: Sequence[Tensor] = x.split(max(1, _PIECE // max(1, each)), other)
+    size = _PIECE if fast else 4 * _PIECE
+    pieces: Sequence[Tensor] = x.split(max(1, size // max(1, each)), other)
     return pieces
 
 

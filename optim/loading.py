@@ -112,7 +112,8 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
         if value.layout != torch.strided or value.is_meta != (slot.device.type == "meta"):
             raise ValueError(f"{at}: {name} saved as a {value.layout} tensor on "
                              f"{value.device}, expected a dense one with values")
-        state[name] = value.detach().to(device=slot.device, dtype=slot.dtype, copy=True)
+        state[name] = value.detach().to(device=slot.device, dtype=slot.dtype, copy=True
+                                              ).contiguous()
     for name, value in state.items():
         if name.endswith("step") and not (0 <= value.item() < 2**53
                                           and value.item() <= state["step"].item()

@@ -100,8 +100,7 @@ class Trion(LowRankOptimizer):
         m, n = g.shape[-2:]
         left = project.side_of(m, n, "std") == "left"
         # B = M + G
-        momentum = s["momentum_buffer"]
-        full = momentum + g
+        full = s.pop("momentum_buffer") + g
         # b = columns of B Q, or rows of Q^T B
         index, low = dct.project(full, min(o["rank"], m, n), kind=o["dct_basis"],
                                  dim=-2 if left else -1, norm=o["column_norm"],
@@ -111,7 +110,7 @@ class Trion(LowRankOptimizer):
         o_ = polar.newton_schulz(low, o["ns_steps"], getattr(torch, o["polar_dtype"])).to(g.dtype)
         # M <- B - (1 - mu) b Q_r^T
         add = torch.addmm if g.ndim == 2 else torch.baddbmm
-        momentum.copy_(add(full, *factors, alpha=o["momentum"] - 1, out=full))
+        s["momentum_buffer"] = add(full, *factors, alpha=o["momentum"] - 1, out=full)
         # u = s * NS(b) Q_r^T
         basis = basis.to(g.dtype)
         factor = ADJUST_LR[o["adjust_lr_fn"] or "original"](m, n)

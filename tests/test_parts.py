@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -12,7 +13,17 @@ from lissom.bench.livebytes import LiveBytes
 from lissom.kernels.linear import dequantize_linear_ref, linear_shapes, quantize_linear_ref
 from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref, stochastic_fp16_ref
 from lissom.kernels.quant8 import codebook, dequantize_dynamic_ref, quantize_dynamic_ref
-from lissom.optim import AdamW, GaLoreAdamW, dct, inner, project
+from lissom.optim import (
+    APOLLO,
+    AdamW,
+    DCTAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    Trion,
+    dct,
+    inner,
+    project,
+)
 
 from .helpers import feed, parameters, run, tensors
 
@@ -170,6 +181,21 @@ def test_temporaries_are_bounded_by_the_largest_matrix(options, dtype):
         with LiveBytes() as live:
             optimizer.step()
         assert 0 < live.peak <= 3 * 2048 * 512 * 4
+
+
+@pytest.mark.parametrize("make", [
+    FiraAdamW, DCTAdamW, Trion, APOLLO, functools.partial(DCTAdamW, similarity="matmul"),
+    functools.partial(DCTAdamW, error_feedback_bits=4), functools.partial(Trion, state_bits=8),
+    functools.partial(GaLoreAdamW, residual="sign", state_bits=4, basis_bits=4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_temporaries_of_the_family_are_bounded(make, dtype):
+    ps = parameters([(1376, 512), (512, 1376), (2048, 512), (512,)], dtype=dtype)
+    optimizer = make(ps, rank=64)
+    for i in range(2):
+        feed(ps, i)
+        with LiveBytes() as live:
+            optimizer.step()
+        assert 0 < live.peak <= 3.5 * 2048 * 512 * 4
 
 
 def test_uninitialized_memory_is_never_read(monkeypatch):
