@@ -352,8 +352,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._next_index = None
         self._forms = {p: form for p, form in self._forms.items() if p in self.state}
         self._layouts = {p: slots for p, slots in self._layouts.items() if p in self.state}
+        # Of a real number only its presence can matter to the slots.
+        kinds = [(k, x.kind in (float, tuple)) for k, x in self.table().items()
+                 if k not in _BOOKKEEPING]
         for name, p, group in self._named():
-            form = (p.shape, p.dtype, p.device, *(group[k] for k in self._discrete()))
+            options = (group[k] is None if number else group[k] for k, number in kinds)
+            form = (p.shape, p.dtype, p.device, *options)
             if p not in self.state:
                 if not p.requires_grad and p.grad is None:
                     continue
@@ -382,11 +386,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return fresh
         return checked_state(self, p, state, o, f"{name!r} or its options have changed, its "
                                                "state has not")
-
-    @classmethod
-    def _discrete(cls) -> tuple[str, ...]:
-        """Options on which the slots may depend: all that are not real numbers."""
-        return tuple(k for k, x in cls.table().items() if x.kind not in (float, tuple))
 
     def state_dict(self) -> dict[str, Any]:
         """State by parameter number, and groups, as torch has them; plain tensors and values."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Mapping
@@ -21,8 +20,6 @@ from .project import Bases, Turn
 from .residual import RESIDUALS, Residual, residual_of
 
 __all__ = ["LowRankOptimizer", "LowRankOptions"]
-
-_log = logging.getLogger(__name__)
 
 _FLATTENED = ("a parameter flattened by FSDP1 or ZeRO has lost its matrix shape: use FSDP2 "
               "(torch.distributed.fsdp.fully_shard), which keeps it; for vectors use rank=None")

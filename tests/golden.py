@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ def load(name: str) -> tuple[dict[str, Any], Tensor, list[Tensor], list[Tensor]]
         gradients = [file.get_tensor(f"grad.{i:03d}") for i in range(case["steps"])]
         weights = [file.get_tensor(f"weight.{i + 1:03d}") for i in range(case["steps"])]
         return case, file.get_tensor("w0"), gradients, weights
+
+
+def follow(optimizer: Any, p: Any, gradients: list[Tensor],
+           before: Callable[[int], Any] = lambda t: None) -> list[Tensor]:
+    """Our weights after each step; ``before`` is called with the step's 1-based number."""
+    out = []
+    for t, g in enumerate(gradients, 1):
+        before(t)
+        p.grad = g.clone()
+        optimizer.step()
+        out.append(p.detach().clone())
+    return out
 
 
 def worst(ours: list[Tensor], theirs: list[Tensor], start: Tensor) -> float:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lissom.optim import AdamW, GaLoreAdamW
 
 from . import oracle
-from .golden import load, needs_golden, worst
+from .golden import follow, load, needs_golden, worst
 from .helpers import feed, parameters, run, tensors
 
 # Weights after each step of test_recorded_case, as galore-torch 1.0 on torch 2.13 left them.
@@ -28,13 +28,11 @@ def replay(start, gradients, case):
                             weight_decay=case["weight_decay"], scale=case["scale"],
                             proj_type=case["proj_type"], projection="svd",
                             update_proj_gap=case["update_proj_gap"])
-    out = []
-    for t, g in enumerate(gradients, 1):
+
+    def epsilon(t):
         optimizer.param_groups[0]["eps"] = case["eps"] / (1 - case["betas"][1] ** t) ** 0.5
-        p.grad = g.clone()
-        optimizer.step()
-        out.append(p.detach().clone())
-    return out
+
+    return follow(optimizer, p, gradients, epsilon)
 
 
 @needs_golden

@@ -14,19 +14,8 @@ from lissom.optim import APOLLO, DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, projec
 from lissom.optim.inner import RULES
 from lissom.optim.residual import RESIDUALS
 
-from .golden import load, needs_golden, worst
+from .golden import follow, load, needs_golden, worst
 from .helpers import assert_same, feed, parameters, run, snapshot, tensors, through_disk
-
-
-def follow(optimizer, p, gradients, before=lambda t: None):
-    out = []
-    for t, g in enumerate(gradients, 1):
-        before(t)
-        p.grad = g.clone()
-        optimizer.step()
-        out.append(p.detach().clone())
-    return out
-
 
 # ---- official trajectories
 
