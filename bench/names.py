@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..optim import APOLLO, AdamW, AdamW8bit, DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, param_groups
+from ..optim import (
+    APOLLO,
+    AdamW,
+    AdamW8bit,
+    DCTAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    Muon,
+    PolarGrad,
+    Trion,
+    param_groups,
+)
 from ..optim.base import COMMON, MatrixOptimizer
 from ..optim.options import Option
 
@@ -41,6 +52,10 @@ OPTIMIZERS: dict[str, Entry] = {
     "apollo": Entry(APOLLO, 1e-2),
     # one rate for all parameters
     "trion": Entry(Trion, 2e-2, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),
+    "muon": Entry(Muon, 5e-3, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None,
+                               "weight_decay": 1e-2}),
+    "polargrad": Entry(PolarGrad, 1.0, {"lr_adamw": 3e-3, "polar": "polar-express",
+                                        "polar_steps": 5}),
 }
 
 #: Optimizers of other packages, to compare with where they are installed, and their rates.
@@ -77,7 +92,7 @@ def build(name: str, model: nn.Module, rank: int | None, lr: float, **options: A
     cls, _, own = OPTIMIZERS[name]
     known = {**own, **{k: v for k, v in options.items() if k in cls.table()}}
     make: Callable[..., MatrixOptimizer] = cls
-    params = param_groups(model, rank) if "rank" in cls.table() else model.named_parameters()
+    params = model.named_parameters() if cls.algorithm == "adamw" else param_groups(model, rank)
     return make(params, lr=lr, **known)
 
 

@@ -8,10 +8,12 @@ from .fira import FiraAdamW
 from .galore import GaLoreAdamW, GaLoreAdamW8bit
 from .groups import param_groups
 from .lowrank import LowRankOptimizer
+from .muon import Muon
 from .plan import Plan
+from .polargrad import PolarGrad
 from .trion import Trion
 from .version import __version__
 
 __all__ = ["APOLLO", "AdamW", "AdamW8bit", "DCTAdamW", "FiraAdamW", "GaLoreAdamW",
-           "GaLoreAdamW8bit", "LowRankOptimizer", "PartialStepError", "Plan", "Trion",
-           "__version__", "param_groups"]
+           "GaLoreAdamW8bit", "LowRankOptimizer", "Muon", "PartialStepError", "Plan", "PolarGrad",
+           "Trion", "__version__", "param_groups"]

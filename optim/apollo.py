@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import project
-from .base import Update
+from .base import MatrixOptimizer, Update
 from .codec import Slot
 from .lowrank import LowRankOptimizer, LowRankOptions
 from .options import Option, choice, real
@@ -82,8 +82,9 @@ class APOLLO(LowRankOptimizer):
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
         **options: Unpack[APOLLOOptions],
     ) -> None:
-        self._start(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                             "amsgrad": amsgrad, **options})
+        MatrixOptimizer.__init__(self, params, {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "amsgrad": amsgrad, **options})
 
     def residual(self, o: Mapping[str, Any]) -> Residual:
         return _SCALING

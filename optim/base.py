@@ -20,7 +20,9 @@ declines, or whose group says ``algorithm="adamw"``, get AdamW in the same loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any, ClassVar, NamedTuple, TypedDict, overload
 
@@ -44,6 +46,7 @@ from .options import (
     real,
 )
 from .plan import Plan, Row
+from .whole import Waiting, answered
 
 __all__ = ["COMMON", "FORMAT", "AdamWPart", "CommonOptions", "MatrixOptimizer",
            "PartialStepError", "Update"]
@@ -75,6 +78,8 @@ _ADAMW_PART = {"lr_adamw": "lr", "betas_adamw": "betas", "weight_decay_adamw": "
 _DENSE = 1 << 31
 # Elements in one block of an element-wise update: temporaries stay this small, and in cache.
 _BLOCK = 1 << 18
+# Elements of all parameters whose updates wait together; a larger one waits alone.
+_WINDOW = 1 << 24
 
 
 class CommonOptions(TypedDict, total=False):
@@ -141,6 +146,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     options: ClassVar[Mapping[str, Option]] = {}
     #: Other spellings of options, as other packages have them: {theirs: ours}.
     spellings: ClassVar[Mapping[str, str]] = {}
+    #: Whether :meth:`update` yields, so that several parameters are worth running together.
+    waits: ClassVar[bool] = False
+    #: What to do where no parameter gets the class's own rule, for a warning.
+    remedy: ClassVar[str] = "Give it parameters of 2 or more dimensions."
 
     def __init__(self, params: Any, given: Mapping[str, Any]) -> None:
         """Check every option that was given, then add the groups.
@@ -169,32 +178,49 @@ class MatrixOptimizer(torch.optim.Optimizer):
         # Next value of ``index``, of the own rule and of AdamW; None is to be counted.
         self._next_index: list[int] | None = None
         super().__init__(params, defaults | values)
+        if self.algorithm != "adamw" and not self.plan().matrices:
+            warnings.warn(f"{type(self).__name__} has no matrix of its own, so it is AdamW. "
+                          f"{self.remedy} plan() tells why.", stacklevel=3)
 
     # ---------------------------------------------------------------- what a method says
 
     def declines(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
         """Why this parameter gets AdamW, or None if the class's own rule takes it."""
-        return "AdamW is this class's rule"
+        if self.algorithm == "adamw":
+            return "AdamW is this class's rule"
+        if p.ndim < 2:
+            return f"{p.ndim}-d, not a matrix"
+        return None if p.numel() else "empty"
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         """State of the class's own rule for p, without ``step``."""
         raise AssertionError("a class that declines nothing must say what it keeps")
 
     def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
-               ) -> Update:
+               ) -> Update | Waiting[Update]:
         """The class's own rule: gradient as a matrix (m, n), or a batch (b, m, n), to update.
 
-        Everything that can fail comes before the first write to s.
+        Everything that can fail comes before the first write to s. A rule that needs a function of
+        the whole matrix yields it (:mod:`lissom.optim.whole`) before its first write.
         """
         raise AssertionError("a class that declines nothing must have an update")
 
     def matrix_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
-        """Shape of p as the rule sees it: (m, n), or (b, m, n) for a batch of matrices."""
-        return tuple(p.shape) if p.ndim == 2 else (p.shape[0], p[0].numel())
+        """Shape of p as the rule sees it: (m, n), or (b, m, n) for a batch of matrices.
+
+        Convolutions are out x rest; with ``matricize="batch"`` matrices are the last two dimensions.
+        """
+        if p.ndim == 2:
+            return tuple(p.shape)
+        if o.get("matricize") == "batch":
+            return (math.prod(p.shape[:-2]), *p.shape[-2:])
+        return (p.shape[0], p[0].numel())
 
     def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
         """Rank, side and reason of a parameter of the own rule, for :meth:`plan`."""
-        return None, "", "matrix"
+        *batch, m, n = self.matrix_shape(p, o)
+        size = f"{math.prod(batch)} x {m} x {n}" if batch else f"{m} x {n}"
+        return None, "", f"{p.ndim}-d seen as {size}" if p.ndim > 2 else "matrix"
 
     def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
                           where: str) -> None:
@@ -233,7 +259,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for name, value in group.items():
             if name in apart or name in TORCH_ONLY:
                 continue
+            if name == "rank" and "rank" not in self.table():
+                continue  # from param_groups(): this rule has whole matrices
             name = self.spellings.get(name, name)
+            if name == "use_muon" and isinstance(value, bool):  # Keller Jordan's group key
+                name, value = "algorithm", self.algorithm if value else "adamw"
             if name in given:
                 raise ValueError(f"{where}: {name!r} is given twice, under two spellings")
             given[name] = value
@@ -352,11 +382,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._next_index = None
         self._forms = {p: form for p, form in self._forms.items() if p in self.state}
         self._layouts = {p: slots for p, slots in self._layouts.items() if p in self.state}
-        # Of a real number only its presence can matter to the slots.
+        # Of a real number only its presence can matter to the slots, and 0 is absence.
         kinds = [(k, x.kind in (float, tuple)) for k, x in self.table().items()
                  if k not in _BOOKKEEPING]
         for name, p, group in self._named():
-            options = (group[k] is None if number else group[k] for k, number in kinds)
+            options = (not group[k] if number else group[k] for k, number in kinds)
             form = (p.shape, p.dtype, p.device, *options)
             if p not in self.state:
                 if not p.requires_grad and p.grad is None:
@@ -426,23 +456,44 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._checked_work()
         moved: list[str] = []
-        for name, p, g, o in work:
-            touched = [p, *self.state[p].values()]
-            before = [x._version for x in touched]
+        for window in self._windows(self._checked_work()):
+            touched = {w.name: [w.p, *self.state[w.p].values()] for w in window}
+            before = {name: [x._version for x in xs] for name, xs in touched.items()}
+            updates = [self._step_one(w.p, w.g, w.o) for w in window]
+            done: set[str] = set()
             try:
-                self._step_one(p, g, o)
+                for i in answered(updates):
+                    done.add(window[i].name)
             except Exception as error:
-                partly = before != [x._version for x in touched]
+                moved += [w.name for w in window if w.name in done]
+                rest = [w.name for w in window if w.name not in done]
+                partly = [n for n in rest if before[n] != [x._version for x in touched[n]]]
                 if not moved and not partly:
                     raise
+                at = partly or rest
                 raise PartialStepError(
-                    f"{type(self).__name__}.step() failed at {name!r} ({error}), which is "
-                    f"{'partly' if partly else 'not'} updated; {len(moved)} parameters had been "
-                    f"updated: {', '.join(moved)}") from error
-            moved.append(name)
+                    f"{type(self).__name__}.step() failed at {', '.join(map(repr, at))} ({error}), "
+                    f"which is {'partly' if partly else 'not'} updated; {len(moved)} parameters "
+                    f"had been updated: {', '.join(moved)}") from error
+            moved += [w.name for w in window]
         return loss
+
+    def _windows(self, work: Sequence[_Work]) -> Iterator[list[_Work]]:
+        """Parameters whose updates run together: one, or as many as fit where they may wait."""
+        window: list[_Work] = []
+        held = 0
+        for item in work:
+            if not self.waits or self._reason(item.p, item.o) is not None:
+                yield [item]
+                continue
+            if window and held + item.p.numel() > _WINDOW:
+                yield window
+                window, held = [], 0
+            window.append(item)
+            held += item.p.numel()
+        if window:
+            yield window
 
     def _checked_work(self) -> list[_Work]:
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
@@ -471,8 +522,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Steps that were skipped because of a NaN or Inf gradient (``nonfinite="skip"``)."""
         return max(int(group["skipped_steps"]) for group in self.param_groups)
 
-    def _step_one(self, p: Tensor, g: Tensor, o: dict[str, Any]) -> None:
-        """From gradient to parameter, for one parameter."""
+    def _step_one(self, p: Tensor, g: Tensor, o: dict[str, Any]) -> Waiting[None]:
+        """From gradient to parameter, for one parameter; waits where its update does."""
         stored = self.state[p]
         t = int(stored["step"]) + 1
         if self._reason(p, o) is not None:
@@ -483,6 +534,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             slots = self._layouts[p]
             s = codec.decode(stored, slots, p)
             u = self.update(_negated(g.reshape(shape), o), s, o, t)
+            if isinstance(u, Generator):
+                u = yield from u
             _apply(matrix, u, stored, o, t)
             if matrix.data_ptr() != p.data_ptr():
                 p.copy_(matrix.view(p.shape))

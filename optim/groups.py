@@ -66,11 +66,11 @@ def param_groups(
     Args:
         model: any module.
         rank: rank of every matrix: an int >= 1, a fraction of its shorter side in (0, 1), or None.
-            Default 128.
+            Default 128. Rules of whole matrices, such as Muon's, have none and pass it over.
         weight_decay: of all but norms and biases. Default: the optimizer's.
         overrides: {glob on the dotted name: options}, the last match wins. ``{"*.gate": {"rank":
-            None}}`` makes routers dense; a ``rank`` given here also takes in what is AdamW by
-            default: ``{"*.experts": {"rank": 64, "matricize": "batch"}}``.
+            None}}`` makes routers dense; a ``rank`` or ``matricize`` given here also takes in what
+            is AdamW by default: ``{"*.experts": {"matricize": "batch"}}``.
         options: further options of the matrix groups, such as ``update_proj_gap``, ``scale``.
 
     Returns:
@@ -102,15 +102,19 @@ def param_groups(
                 (isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and short == "weight")
                 or (isinstance(module, nn.MultiheadAttention) and short.endswith("proj_weight")))
             is_norm = "norm" in type(module).__name__.lower()
-            chosen: dict[str, Any] = {"rank": rank, **options} if is_matrix else {"rank": None}
+            dense = {"rank": None, "algorithm": "adamw"}
+            chosen: dict[str, Any] = {"rank": rank, **options} if is_matrix else dict(dense)
             if p.ndim < 2 or is_norm:
                 chosen["weight_decay"] = 0.0
             elif weight_decay is not None:
                 chosen["weight_decay"] = weight_decay
             for pattern, own in overrides.items():
                 if fnmatch.fnmatchcase(name, pattern):
-                    if not is_matrix and own.get("rank") is not None:
-                        chosen = {**options, **chosen}
+                    if "rank" in own and own["rank"] is None:
+                        chosen |= dense
+                    elif "algorithm" in chosen and own.keys() & {"rank", "matricize"}:
+                        chosen |= {"rank": rank, **options}
+                        del chosen["algorithm"]
                     chosen |= own
             chosen["rank"] = _rank_of(chosen["rank"], p, name)
             key = tuple(sorted((k, repr(v)) for k, v in chosen.items()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,6 +17,7 @@ from .inner import RULES, Rule
 from .options import Option, choice, fraction, integer, optional, real
 from .project import Bases, Turn
 from .residual import RESIDUALS, Residual, residual_of
+from .whole import Waiting
 
 __all__ = ["LowRankOptimizer", "LowRankOptions"]
 
@@ -133,6 +133,9 @@ class LowRankOptimizer(MatrixOptimizer):
         "similarity": choice("auto", "auto", "matmul", "fft"),
     }
     spellings: ClassVar[Mapping[str, str]] = {"alpha": "scale"}
+    remedy: ClassVar[str] = (
+        "Give rank= here or in a group of 2-d weights (lissom.optim.param_groups(model, rank=...) "
+        "makes such groups; under FSDP1 and ZeRO weights are 1-d, use FSDP2).")
     #: 0-based step, modulo the gap, of the refreshes of an unshifted matrix after the first.
     first_phase: ClassVar[int] = 0
 
@@ -141,41 +144,18 @@ class LowRankOptimizer(MatrixOptimizer):
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
         **options: Unpack[LowRankOptions],
     ) -> None:
-        self._start(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                             "amsgrad": amsgrad, **options})
-
-    def _start(self, params: Any, given: Mapping[str, Any]) -> None:
-        """Construction, and a warning where nothing is low-rank."""
-        super().__init__(params, given)
-        if not self.plan().matrices:
-            warnings.warn(
-                f"{type(self).__name__} has no low-rank matrix, so it is AdamW. Give rank= here or "
-                "in a group of 2-d weights (lissom.optim.param_groups(model, rank=...) makes such "
-                "groups; under FSDP1 and ZeRO weights are 1-d, use FSDP2); plan() tells why.",
-                stacklevel=3)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps,
+                                  "weight_decay": weight_decay, "amsgrad": amsgrad, **options})
 
     # ---------------------------------------------------------------- which, and what is kept
 
     def declines(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
-        if o["rank"] is None:
-            return "rank is None"
-        if p.ndim < 2:
-            return f"{p.ndim}-d, not a matrix"
-        if not p.numel():
-            return "empty"
-        return None
-
-    def matrix_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
-        """(m, n); convolutions are out x rest, ``matricize="batch"`` is (b, m, n)."""
-        if o["matricize"] == "flatten" or p.ndim == 2:
-            return super().matrix_shape(p, o)
-        return (math.prod(p.shape[:-2]), *p.shape[-2:])
+        return "rank is None" if o["rank"] is None else super().declines(p, o)
 
     def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
-        *batch, m, n = self.matrix_shape(p, o)
+        m, n = self.matrix_shape(p, o)[-2:]
         r = min(o["rank"], m, n)
-        size = f"{math.prod(batch)} x {m} x {n}" if batch else f"{m} x {n}"
-        reason = f"{p.ndim}-d seen as {size}" if p.ndim > 2 else "matrix"
+        reason = super().describe(p, o)[2]
         if r < o["rank"]:
             reason += f"; rank {o['rank']} clamped to the shorter side"
         return r, project.side_of(m, n, o.get("proj_type", "std")), reason
@@ -221,7 +201,8 @@ class LowRankOptimizer(MatrixOptimizer):
 
     # ---------------------------------------------------------------- the update
 
-    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
+               ) -> Update | Waiting[Update]:
         residual, rule = self.residual(o), RULES[o["inner"]]
         side = project.side_of(g.shape[-2], g.shape[-1], o["proj_type"])
         if g.dtype == torch.float16:  # R = P^T G Q leaves its range

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["Option", "boolean", "checked", "choice", "fraction", "fractions", "integer",
-           "nearest", "optional", "real"]
+__all__ = ["Option", "above", "boolean", "checked", "choice", "either", "fraction", "fractions",
+           "integer", "nearest", "optional", "real", "sizes", "triple"]
 
 
 class _WrongType(TypeError):
@@ -52,7 +52,8 @@ class Option:
             raise ValueError(f"{where}: {name}={value!r}, but it must be {self.rule}") from None
 
 
-def real(default: float | None, minimum: float = 0.0, *, above: bool = False) -> Option:
+def real(default: float | None, minimum: float = 0.0, *, above: bool = False,
+         below: float | None = None) -> Option:
     """A finite number, at least ``minimum`` (or above it); a one-element tensor becomes one."""
 
     def convert(value: Any) -> float:
@@ -63,9 +64,12 @@ def real(default: float | None, minimum: float = 0.0, *, above: bool = False) ->
         number = float(value)
         if not math.isfinite(number) or number < minimum or (above and number == minimum):
             raise ValueError
+        if below is not None and number >= below:
+            raise ValueError
         return number
 
-    return Option(default, f"a finite number {'>' if above else '>='} {minimum:g}", convert)
+    end = "" if below is None else f" and < {below:g}"
+    return Option(default, f"a finite number {'>' if above else '>='} {minimum:g}{end}", convert)
 
 
 def integer(default: int | None, minimum: int, maximum: int | None = None) -> Option:
@@ -123,17 +127,67 @@ def fractions(default: tuple[float, ...]) -> Option:
     return Option(default, f"a tuple of {len(default)} numbers, each >= 0 and < 1", convert, tuple)
 
 
-def fraction(default: float | None) -> Option:
-    """A number in (0, 1]."""
-    one = real(None, 0.0, above=True)
+def above(default: float | None, minimum: float, maximum: float) -> Option:
+    """A number above ``minimum`` and at most ``maximum``."""
+    one = real(None, minimum, above=True)
 
     def convert(value: Any) -> float:
         number: float = one.convert(value)
-        if number > 1:
+        if number > maximum:
             raise ValueError
         return number
 
-    return Option(default, "a number > 0 and <= 1", convert)
+    return Option(default, f"a number > {minimum:g} and <= {maximum:g}", convert)
+
+
+def fraction(default: float | None) -> Option:
+    """A number in (0, 1]."""
+    return above(default, 0.0, 1.0)
+
+
+def triple(default: tuple[float, float, float]) -> Option:
+    """Three finite numbers of any sign."""
+
+    def convert(value: Any) -> tuple[float, ...]:
+        if isinstance(value, (str, torch.Tensor)) or not isinstance(value, Iterable):
+            raise _WrongType
+        numbers = tuple(value)
+        if any(isinstance(v, bool) or not isinstance(v, Real) for v in numbers):
+            raise _WrongType
+        if len(numbers) != 3 or not all(math.isfinite(v) for v in numbers):
+            raise ValueError
+        return tuple(float(v) for v in numbers)
+
+    return Option(default, "a tuple of 3 finite numbers", convert, tuple)
+
+
+def sizes() -> Option:
+    """A tuple (or list) of ints >= 1, None by default."""
+    one = integer(None, 1)
+
+    def convert(value: Any) -> tuple[int, ...] | None:
+        if value is None:
+            return None
+        if isinstance(value, (str, torch.Tensor)) or not isinstance(value, Iterable):
+            raise _WrongType
+        numbers = tuple(one.convert(v) for v in value)
+        if not numbers:
+            raise ValueError
+        return numbers
+
+    return Option(None, "None or a tuple of ints >= 1", convert, tuple)
+
+
+def either(first: Option, second: Option) -> Option:
+    """What one of two options allows; the first one's default."""
+
+    def convert(value: Any) -> Any:
+        try:
+            return first.convert(value)
+        except (TypeError, ValueError):
+            return second.convert(value)
+
+    return Option(first.default, f"{first.rule}, or {second.rule}", convert, second.kind)
 
 
 def optional(option: Option) -> Option:

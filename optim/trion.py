@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,20 +10,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import codec, dct, polar, project
-from .base import AdamWPart, Update
+from .base import AdamWPart, MatrixOptimizer, Update
 from .codec import Slot
 from .lowrank import LowRankOptimizer
+from .muon import ADJUST_LR
 from .options import Option, choice, fraction, integer, optional
+from .whole import Waiting
 
-__all__ = ["ADJUST_LR", "Trion"]
-
-#: ``adjust_lr_fn``: (m, n) to the factor of the update. None is ``"original"``.
-ADJUST_LR = {
-    "original": lambda m, n: math.sqrt(max(1.0, m / n)),
-    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
-    "spectral": lambda m, n: math.sqrt(m / n),
-    "unscaled": lambda m, n: 1.0,
-}
+__all__ = ["Trion"]
 
 
 class TrionOptions(AdamWPart, total=False):
@@ -61,7 +54,8 @@ class Trion(LowRankOptimizer):
         adjust_lr_fn: s for an m x n matrix: None or ``"original"`` sqrt(max(1, m / n));
             ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)); ``"spectral"`` sqrt(m / n);
             ``"unscaled"`` 1.
-        polar_dtype: ``"bfloat16"`` (default) or ``"float32"``, of the Newton-Schulz products.
+        polar_dtype: ``"bfloat16"`` (default), ``"float16"`` or ``"float32"``, of the Newton-Schulz
+            products.
         lr_adamw: default 3e-4.
         dct_basis, column_norm, similarity, matricize and the options of every class: as
             :class:`lissom.optim.LowRankOptimizer`.
@@ -74,12 +68,13 @@ class Trion(LowRankOptimizer):
     """
 
     algorithm: ClassVar[str] = "trion"
+    waits: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Option]] = {
         "rank": LowRankOptimizer.options["rank"],
         "momentum": fraction(0.95),
         "ns_steps": integer(5, 1, 100),
         "adjust_lr_fn": optional(choice(None, *ADJUST_LR)),
-        "polar_dtype": choice("bfloat16", "bfloat16", "float32"),
+        "polar_dtype": polar.OPTIONS["polar_dtype"],
         **{k: LowRankOptimizer.options[k]
            for k in ("matricize", "dct_basis", "column_norm", "similarity")},
     }
@@ -90,13 +85,15 @@ class Trion(LowRankOptimizer):
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
         **options: Unpack[TrionOptions],
     ) -> None:
-        self._start(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                             "amsgrad": amsgrad, "lr_adamw": 3e-4, **options})
+        MatrixOptimizer.__init__(self, params, {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "amsgrad": amsgrad, "lr_adamw": 3e-4, **options})
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
 
-    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
+               ) -> Waiting[Update]:
         m, n = g.shape[-2:]
         left = project.side_of(m, n, "std") == "left"
         # B = M + G
@@ -107,7 +104,8 @@ class Trion(LowRankOptimizer):
                                  similarity=o["similarity"])
         basis = dct.columns(index, m if left else n, o["dct_basis"], full)
         factors = (basis, low) if left else (low, basis.mT)
-        o_ = polar.newton_schulz(low, o["ns_steps"], getattr(torch, o["polar_dtype"])).to(g.dtype)
+        (o_,) = yield polar.request(o, low, steps=o["ns_steps"])
+        o_ = o_.to(g.dtype)
         # M <- B - (1 - mu) b Q_r^T
         add = torch.addmm if g.ndim == 2 else torch.baddbmm
         s["momentum_buffer"] = add(full, *factors, alpha=o["momentum"] - 1, out=full)

@@ -15,6 +15,8 @@ from lissom.optim import (
     FiraAdamW,
     GaLoreAdamW,
     GaLoreAdamW8bit,
+    Muon,
+    PolarGrad,
     Trion,
 )
 from lissom.optim.base import MatrixOptimizer
@@ -85,8 +87,18 @@ LOW_RANK_BAD = {
 }
 TRION_BAD = {
     "rank": [0, 2.0], "momentum": [0.0, 1.5], "ns_steps": [0, 2.5], "adjust_lr_fn": ["kj"],
-    "polar_dtype": ["float16", torch.float32], "dct_basis": [1], "column_norm": [3],
+    "polar_dtype": ["float8", torch.float32], "dct_basis": [1], "column_norm": [3],
 }
+POLAR_BAD = {
+    "momentum": [1.0, -0.1, "x"], "polar": ["newton", None], "polar_steps": [0, 2.5],
+    "polar_dtype": ["half"], "lower_bound": [0.0, 1.5, "small"], "matricize": ["auto"],
+}
+MUON_BAD = {
+    "nesterov": [1], "ns_coefficients": [(1.0, 2.0), "abc", (1.0, float("nan"), 0.0)],
+    "ns_steps": [0, 101], "adjust_lr_fn": ["kj"],
+    "split_sizes": [(0, 6), (), (3, 4), 6, (2.0, 4.0)],
+}
+POLARGRAD_BAD = {"polar_first": [1, None], "nuclear_scaling": ["yes"]}
 
 
 def low_rank(cls: type[MatrixOptimizer], rule: Callable[..., list[torch.Tensor]],
@@ -120,6 +132,20 @@ def trion(**options: Any) -> Case:
     given = {"rank": 3, "polar_dtype": "float32", "lr_adamw": None, **options}
     name = "-".join(["trion", *(str(v) for v in options.values())])
     return Case(name, Trion, given, oracle.trion, COMMON_BAD | TRION_BAD, "sign")
+
+
+def muon(**options: Any) -> Case:
+    given = {"polar_dtype": "float32", "lr_adamw": None, **options}
+    name = "-".join(["muon", *(str(v) for v in options.values())])
+    return Case(name, Muon, given, oracle.muon, COMMON_BAD | POLAR_BAD | MUON_BAD, "sign")
+
+
+def polargrad(**options: Any) -> Case:
+    given = {"polar_dtype": "float32", "lr_adamw": None, **options}
+    name = "-".join(["polargrad", *(f"{k}={v}" for k, v in options.items())])
+    scaling = "linear" if options.get("nuclear_scaling", True) else "sign"
+    return Case(name, PolarGrad, given, oracle.polargrad, COMMON_BAD | POLAR_BAD | POLARGRAD_BAD,
+                scaling)
 
 
 CASES = [
@@ -159,5 +185,16 @@ CASES = [
     trion(adjust_lr_fn="match_rms_adamw", dct_basis=3),
     trion(state_bits=16, polar_dtype="bfloat16"),
     trion(state_bits=8),
+    muon(),
+    *(muon(polar=x) for x in ("polar-express", "qdwh", "zolo-pd", "svd")),
+    muon(adjust_lr_fn="match_rms_adamw", nesterov=False, matricize="batch"),
+    muon(state_bits=16, polar_dtype="bfloat16"),
+    muon(state_bits=8, adjust_lr_fn="spectral"),
+    polargrad(),
+    polargrad(polar_first=True),
+    polargrad(momentum=0.0, polar="svd"),
+    polargrad(polar="zolo-pd", nuclear_scaling=False),
+    polargrad(polar="qdwh", polar_steps=2, lower_bound="eps"),
+    polargrad(polar="polar-express", state_bits=4),
 ]
 SHAPES = [(), (5,), (0, 3), (7, 5), (5, 7), (6, 6), (1, 4), (4, 1), (2, 3), (4, 3, 2), (3, 2, 2, 2)]

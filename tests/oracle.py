@@ -198,3 +198,94 @@ def trion(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
         w = (1 - lr * wd) * w - lr * s * p @ quintic(low, o.get("ns_steps", 5)) @ q.mT
         out.append(w.view(start.shape))
     return out
+
+
+# Polar Express, l0 = 1e-3, safety 0.01, cushion 0.02 (arXiv 2505.16932, the authors' repository).
+POLAR_EXPRESS = [
+    (8.237312490495555, -23.157747414558198, 16.680568411445915),
+    (4.082441999064835, -2.893047735332586, 0.5252849256975648),
+    (3.9263479922546582, -2.8547468034765298, 0.5318022422894988),
+    (3.2982187133085143, -2.424541981026706, 0.48632008358844075),
+    (2.2970369434552573, -1.63662558125903, 0.4002628455953627),
+]
+
+
+def halley(s: Tensor, bound: float, low: float, steps: int) -> Tensor:
+    """QDWH on singular values: s (a + b s^2) / (1 + c s^2), then one Newton step."""
+    s = s / bound
+    for _ in range(steps):
+        d = (4 * (1 / low**2 - 1) / low**2) ** (1 / 3)
+        h = (1 + d) ** 0.5
+        a = h + (2 - d + 2 * (2 - low**2) / (low**2 * h)) ** 0.5
+        b = (a - 1) ** 2 / 4
+        c = a + b - 1
+        s, low = s * (a + b * s**2) / (1 + c * s**2), low * (a + b * low**2) / (1 + c * low**2)
+    return 1.5 * s - 0.5 * s**3
+
+
+def polar(x: Tensor, o: dict[str, Any], default: str) -> Tensor:
+    """Polar factor as the options say; the converging oracles are the SVD's definition."""
+    method, steps = o.get("polar", default), o.get("polar_steps")
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    if method in ("newton-schulz", "polar-express"):
+        table = [(3.4445, -4.7750, 2.0315)] * 5 if method == "newton-schulz" else POLAR_EXPRESS
+        s = s / s.norm() / (1.01 if method == "polar-express" else 1.0)
+        if steps is None and default == "qdwh":  # to convergence
+            return u @ vh
+        # the last polynomial is not shortened by the slack
+        for i, (a, b, c) in enumerate(table):
+            by = 1.01 if method == "polar-express" and i == 4 else 1.0
+            s = a * by * s + b * by**3 * s**3 + c * by**5 * s**5
+        return (u * s) @ vh
+    if steps:
+        bound = (x.abs().sum(0).max() * x.abs().sum(1).max()).sqrt().item()
+        s = halley(s, bound, torch.finfo(torch.float32).eps, steps)
+        return (u * s) @ vh
+    return u @ vh
+
+
+def _matrices(x: Tensor, o: dict[str, Any]) -> Tensor:
+    """(b, m, n), one matrix unless the options say batch."""
+    if o.get("matricize") == "batch" and x.ndim > 2:
+        return x.flatten(0, -3)
+    return x.flatten(1).unsqueeze(0)
+
+
+def muon(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
+    """Jordan et al., 2024: B = mu B + (1 - mu) G; W -= lr s polar(mu B + (1 - mu) G), decay."""
+    lr, wd, mu = o.get("lr", 1e-3), o.get("weight_decay", 0.1), o.get("momentum", 0.95)
+    w = _matrices(start.double(), o).clone()
+    m, out = torch.zeros_like(w), []
+    rows, columns = w.shape[-2:]
+    s = {"original": max(1, rows / columns) ** 0.5, "spectral": (rows / columns) ** 0.5,
+         "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5, "unscaled": 1.0,
+         }[o.get("adjust_lr_fn") or "original"]
+    for g in gradients:
+        g = _matrices(g.double(), o) * (-1 if o.get("maximize") else 1)
+        m = mu * m + (1 - mu) * g
+        ahead = mu * m + (1 - mu) * g if o.get("nesterov", True) else m
+        for i in range(len(w)):
+            w[i] = (1 - lr * wd) * w[i] - lr * s * polar(ahead[i], o, "newton-schulz")
+        out.append(w.reshape(start.shape).clone())
+    return out
+
+
+def polargrad(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
+    """arXiv 2505.21799: M = beta M + (1 - beta) G, W -= lr <M, U> U; or M of U, lr <G, U> M."""
+    lr, wd, beta = o.get("lr", 0.02), o.get("weight_decay", 1e-2), o.get("momentum", 0.95)
+    w = start.double().flatten(1)
+    m, out = torch.zeros_like(w), []
+    for g in gradients:
+        g = g.double().flatten(1) * (-1 if o.get("maximize") else 1)
+        if o.get("polar_first"):
+            u = polar(g, o, "qdwh")
+            nuclear = (g * u).sum()
+            m = beta * m + (1 - beta) * u
+            u = m
+        else:
+            m = beta * m + (1 - beta) * g
+            u = polar(m, o, "qdwh")
+            nuclear = (m * u).sum()
+        w = (1 - lr * wd) * w - lr * (nuclear if o.get("nuclear_scaling", True) else 1.0) * u
+        out.append(w.view(start.shape))
+    return out

@@ -249,7 +249,7 @@ def test_loading_something_damaged_changes_nothing(case):
         change(saved)
         return saved
 
-    moment = next(k for k in good["state"][0] if k in MOMENTS)
+    moment = next((k for k in good["state"][0] if k in MOMENTS), "step")  # some keep none
     changes = {
         "param_groups": lambda s: s.pop("param_groups"),
         "state": lambda s: s.pop("state"),
@@ -321,19 +321,52 @@ def test_failure_in_the_middle_names_what_moved(case, monkeypatch):
     feed(ps, 5)
     before = snapshot(optimizer)
     inner = type(optimizer)._step_one
+    monkeypatch.setattr("lissom.optim.base._WINDOW", 1)  # one after the other, also where they wait
 
     def fails(self, p, g, o):
         if p is ps[1]:
             raise torch.OutOfMemoryError("no memory")
-        inner(self, p, g, o)
+        yield from inner(self, p, g, o)
 
     monkeypatch.setattr(type(optimizer), "_step_one", fails)
-    with pytest.raises(PartialStepError, match=r"'b'.*no memory.*1 parameters.*: a$") as error:
+    # those that wait come after those that do not
+    moved = "2 parameters.*: a, c$" if case.make.waits else "1 parameters.*: a$"
+    with pytest.raises(PartialStepError, match=f"'b'.*no memory.*{moved}") as error:
         optimizer.step()
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
     after = snapshot(optimizer)
     for part in ("state", "weights"):
-        assert_same(before[part][1:], after[part][1:])
+        still = slice(1, 2) if case.make.waits else slice(1, 3)
+        assert_same(before[part][still], after[part][still])
+
+
+def test_failure_while_updates_wait_changes_nothing(case, monkeypatch):
+    if not case.make.waits:
+        pytest.skip("its updates do not wait for each other")
+    ps = parameters([(6, 4), (6, 4), (4, 6)])
+    optimizer = case(ps)
+    run(optimizer, ps, range(2))
+    feed(ps, 5)
+    before = snapshot(optimizer)
+    monkeypatch.setattr("lissom.optim.polar.Oracle.__call__", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    assert_same(before, snapshot(optimizer))
+
+
+def test_alone_or_in_a_batch(case, monkeypatch):
+    """Parameters of a shape may be computed together: same result as one after the other."""
+    shapes = [(6, 4), (4, 6), (6, 4), (3, 6, 4), (6, 4)]
+    results = []
+    for window in (1, 1 << 24):
+        monkeypatch.setattr("lissom.optim.base._WINDOW", window)
+        ps = parameters(shapes)
+        optimizer = case(ps, lr=1e-2)
+        run(optimizer, ps, range(5))
+        results.append([p.detach() for p in ps])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if not case.make.waits else (
+            1e-3 if case.option("polar_dtype") == "bfloat16" else 1e-5))
 
 
 def test_nothing_else_is_touched(case, capfd):
@@ -629,8 +662,7 @@ def test_damaged_counters_and_layouts_are_refused(case):
     state = optimizer.state[ps[0]]
     bad = [("step", torch.tensor(-1.0)), ("step", torch.tensor(float("nan"))),
            ("step", torch.tensor(2.5)), ("step", torch.tensor(0, device="meta"))]
-    moment = next(k for k in state if k in MOMENTS)
-    bad.append((moment, state[moment].to_sparse()))
+    bad += [(k, state[k].to_sparse()) for k in state if k in MOMENTS]
     if "index" in state:
         bad += [("index", torch.tensor(-5)), ("index", torch.tensor(True))]
     if "basis_step" in state:
@@ -696,6 +728,7 @@ def test_a_failure_says_what_is_partly_written(case, monkeypatch):
     def fails(*args, **kwargs):
         optimizer.state[p]["step"].add_(0)
         raise torch.OutOfMemoryError("no memory")
+        yield
 
     monkeypatch.setattr(type(optimizer), "_step_one", fails)
     with pytest.raises(PartialStepError, match=r"'w'.*partly updated; 0 parameters"):

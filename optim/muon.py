@@ -1,0 +1,143 @@
+"""Muon: momentum whose matrices are orthogonalized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import codec, polar
+from .base import AdamWPart, MatrixOptimizer, Update
+from .codec import Slot
+from .options import Option, boolean, choice, fractions, integer, optional, real, sizes, triple
+from .whole import Waiting
+
+__all__ = ["ADJUST_LR", "Muon"]
+
+#: ``adjust_lr_fn``: (m, n) to the factor s of the update; None is ``"original"``.
+ADJUST_LR: dict[str, Callable[[int, int], float]] = {
+    "original": lambda m, n: math.sqrt(max(1.0, m / n)),  # Jordan et al., 2024
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # Moonlight, arXiv 2502.16982
+    "spectral": lambda m, n: math.sqrt(m / n),
+    "unscaled": lambda m, n: 1.0,
+}
+
+
+class MuonOptions(AdamWPart, total=False):
+    """Options of :class:`Muon`, for type checkers."""
+
+    betas: tuple[float, float]
+    amsgrad: bool
+    polar: str
+    polar_steps: int | None
+    polar_dtype: str
+    lower_bound: float | str | None
+    split_sizes: tuple[int, ...] | None
+    matricize: str
+
+
+class Muon(MatrixOptimizer):
+    """B <- mu B + (1 - mu) G;  p <- (1 - lr wd) p - lr s polar(mu B + (1 - mu) G).
+
+    Every singular value of the momentum becomes 1, or about 1 with the default iteration. Vectors,
+    and groups with ``algorithm="adamw"`` (or ``use_muon=False``), get AdamW in the same object:
+    embeddings, head and norms belong there, as :func:`lissom.optim.param_groups` arranges. State:
+    B, of the weight's size. Same-shape matrices are orthogonalized in one batch.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups of either.
+        lr: of the matrices, >= 0. Default 1e-3. AdamW's part has ``lr_adamw``.
+        weight_decay: decoupled, multiplied by lr (not by s), of both parts. Default 0.1.
+        momentum: mu in [0, 1). Default 0.95.
+        nesterov: look one step ahead, as written above; else polar(B). Default True.
+        ns_coefficients: (a, b, c) of ``polar="newton-schulz"``. Default (3.4445, -4.7750, 2.0315).
+        eps: of AdamW's part; the orthogonalization needs none. Default 1e-8.
+        ns_steps: steps of ``"newton-schulz"`` and ``"polar-express"``, >= 1. Default 5.
+        adjust_lr_fn: s for an m x n matrix: None (default) or ``"original"`` sqrt(max(1, m / n));
+            ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)), with which AdamW's lr and decay carry over
+            (then give ``lr_adamw=None``); ``"spectral"`` sqrt(m / n); ``"unscaled"`` 1.
+        polar: the oracle: ``"newton-schulz"`` (default), ``"polar-express"``, ``"qdwh"``,
+            ``"zolo-pd"``, ``"svd"``; see :func:`lissom.optim.polar`.
+        polar_steps: of any oracle. Default None: ``ns_steps``, or to convergence.
+        polar_dtype: of the products of the first two: ``"bfloat16"`` (default), ``"float16"``,
+            ``"float32"``.
+        lower_bound: see :func:`lissom.optim.polar`.
+        split_sizes: rows of the matrices that are fused in one, such as (q, k, v): each is
+            orthogonalized and scaled as if it stood alone. Default None: one matrix.
+        matricize: tensors of 3 or more dimensions: ``"flatten"`` (default) is out x rest, for
+            convolutions; ``"batch"`` a stack of matrices in the last two dimensions, for experts.
+        betas, amsgrad, lr_adamw, betas_adamw, weight_decay_adamw: of AdamW's part. Defaults
+            (0.9, 0.95), False, 3e-4, as betas, as weight_decay.
+        maximize, state_bits, rounding, nonfinite, seed: as :class:`lissom.optim.AdamW`.
+
+    Raises:
+        TypeError, ValueError: an option or parameter that breaks its rule, by name and value.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; with
+    defaults and conventions of torch.optim.Muon, whose average is the same.
+    """
+
+    algorithm: ClassVar[str] = "muon"
+    waits: ClassVar[bool] = True
+    options: ClassVar[Mapping[str, Option]] = {
+        **polar.OPTIONS,
+        "polar": choice("newton-schulz", *polar.METHODS),
+        "weight_decay": real(0.1),
+        "betas": fractions((0.9, 0.95)),
+        "momentum": real(0.95, 0.0, below=1.0),
+        "nesterov": boolean(True),
+        "ns_coefficients": triple(polar.QUINTIC),
+        "ns_steps": integer(5, 1, 100),
+        "adjust_lr_fn": optional(choice(None, *ADJUST_LR)),
+        "split_sizes": sizes(),
+        "matricize": choice("flatten", "flatten", "batch"),
+    }
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95,
+        nesterov: bool = True, ns_coefficients: tuple[float, float, float] = polar.QUINTIC,
+        eps: float = 1e-8, ns_steps: int = 5, adjust_lr_fn: str | None = None,
+        **options: Unpack[MuonOptions],
+    ) -> None:
+        super().__init__(params, {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn, "lr_adamw": 3e-4, **options})
+
+    def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
+                          where: str) -> None:
+        parts = o["split_sizes"]
+        for p in params:
+            if parts is None or self.declines(p, o) is not None or o["algorithm"] == "adamw":
+                continue
+            rows = self.matrix_shape(p, o)[-2]
+            if sum(parts) != rows:
+                raise ValueError(f"{where}: split_sizes={parts}, but it must be a split of the "
+                                 f"rows of every matrix of the group, and one has {rows}")
+
+    def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
+
+    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
+               ) -> Waiting[Update]:
+        mu = o["momentum"]
+        # B <- mu B + (1 - mu) G, written when the factor is there; ahead of it mu B + (1 - mu) G
+        b = torch.lerp(s["momentum_buffer"], codec.wide(g), 1 - mu)
+        if o["nesterov"]:
+            torch.lerp(codec.wide(g), b, mu, out=b)
+        parts = b.split(o["split_sizes"] or b.shape[-2], -2)
+        factors = yield polar.request(o, *parts, steps=o["ns_steps"],
+                                      coefficients=o["ns_coefficients"])
+        s["momentum_buffer"].lerp_(codec.wide(g), 1 - mu)
+        # u = s polar(B), part by part
+        scale = ADJUST_LR[o["adjust_lr_fn"] or "original"]
+        gains = [scale(*x.shape[-2:]) for x in parts]
+        if len(parts) == 1:
+            return Update(dense=factors[0], gain=gains[0])
+        rows = [by for by, x in zip(gains, parts, strict=True) for _ in range(x.shape[-2])]
+        gain = torch.tensor(rows, dtype=b.dtype, device=b.device).unsqueeze(-1)
+        return Update(dense=torch.cat(factors, -2), gain=gain)

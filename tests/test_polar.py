@@ -1,0 +1,451 @@
+"""Polar oracles: residuals, schedules, routes; Muon and PolarGrad: recorded runs, limits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.special
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lissom.optim import AdamW, Muon, PolarGrad, Trion, param_groups, whole
+from lissom.optim import polar as polar_module
+from lissom.optim.polar import METHODS, Oracle, polar, polar_express_schedule
+
+from .golden import follow, load, needs_golden, worst
+from .helpers import assert_same, feed, parameters, run, snapshot, tensors
+
+EXACT = ["qdwh", "zolo-pd", "svd"]
+
+
+def conditioned(m, n, condition, seed=0):
+    """A matrix with singular values from 1 to 1 / condition, float64, and its polar factor."""
+    k = min(m, n)
+    u, v = (torch.linalg.qr(x.double()).Q for x in tensors([(m, k), (n, k)], seed))
+    s = torch.logspace(0, -math.log10(condition), k, dtype=torch.float64)
+    return (u * s) @ v.mT, u @ v.mT
+
+
+def residuals(a, u, h):
+    """Orthogonality, reconstruction, negative part of H, gap to the nuclear norm: in float64."""
+    a, u, h = a.double(), u.double(), h.double()
+    wide = a.shape[-2] < a.shape[-1]
+    gram = u @ u.mT if wide else u.mT @ u
+    k = gram.shape[-1]
+    norm = torch.linalg.matrix_norm(a)
+    nuclear = torch.linalg.svdvals(a).sum(-1)
+    return {
+        "orthogonality": torch.linalg.matrix_norm(gram - torch.eye(k)).max().item() / k**0.5,
+        "reconstruction": (torch.linalg.matrix_norm((h @ u if wide else u @ h) - a) / norm).max(
+            ).item(),
+        "negative": -min(0.0, (torch.linalg.eigvalsh(h).amin(-1) / norm).min().item()),
+        "nuclear gap": ((a * u).sum((-2, -1)) / nuclear - 1).abs().max().item(),
+    }
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("shape", [(1, 1), (40, 40), (90, 31), (31, 90), (200, 3)])
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e6, 1e12])
+def test_residuals_in_float64(method, shape, condition):
+    a, exact = conditioned(*shape, condition)
+    u, h = polar(a, method, hermitian=True)
+    assert u.dtype == h.dtype == torch.float64
+    for name, value in residuals(a, u, h).items():
+        assert value < 1e-13, name
+    assert torch.equal(h, h.mT)
+    theirs = scipy.linalg.polar(a.numpy(), side="right" if shape[0] >= shape[1] else "left")
+    torch.testing.assert_close(u @ h if shape[0] >= shape[1] else h @ u,
+                               torch.from_numpy(np.asarray(a)), rtol=0, atol=1e-13)
+    # the factor itself is as sensitive as the matrix is ill-conditioned
+    for other in (exact, torch.from_numpy(theirs[0])):
+        assert (u - other).norm() < 1e-14 * condition + 1e-13
+    assert (h - torch.from_numpy(theirs[1])).norm() < 1e-13
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_residuals_in_lower_precision(method, dtype):
+    for shape in ((40, 40), (90, 31), (31, 90)):
+        for condition in (1.0, 1e2, 1e4):
+            a = conditioned(*shape, condition)[0].to(dtype)
+            u, h = polar(a, method, hermitian=True)
+            assert u.dtype == dtype
+            limit = 1e-5 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
+            for name, value in residuals(a, u, h).items():
+                assert value < limit, (name, shape, condition)
+
+
+@pytest.mark.parametrize("method", ["newton-schulz", "polar-express"])
+def test_polynomials_converge_without_steps(method):
+    """To rounding, for singular values above 1e-3 of the norm."""
+    for dtype, limit in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+        for shape in ((40, 40), (60, 31), (31, 200)):
+            a = conditioned(*shape, 100.0)[0].to(dtype)
+            for name, value in residuals(a, *polar(a, method, hermitian=True)).items():
+                assert value < limit, (name, shape)
+    for lower in (1e-5, "eps"):
+        a = conditioned(60, 31, 1e4)[0]
+        for value in residuals(a, *polar(a, "polar-express", lower_bound=lower,
+                                         hermitian=True)).values():
+            assert value < 1e-12
+
+
+def test_every_method_on_zero_tiny_huge_and_spoiled_matrices():
+    (a,) = tensors([(7, 5)])
+    for method in METHODS:
+        for steps in (None, 3):
+            assert torch.equal(polar(torch.zeros(2, 7, 5), method, steps), torch.zeros(2, 7, 5))
+            assert polar(torch.zeros(0, 5), method, steps).shape == (0, 5)
+            assert polar(torch.zeros(3, 4, 0), method, steps).shape == (3, 4, 0)
+            u = polar(a, method, steps)
+            for scale in (1e-30, 1e30, -1.0):
+                torch.testing.assert_close(polar(a * scale, method, steps),
+                                           u * math.copysign(1, scale), rtol=0, atol=1e-5)
+            torch.testing.assert_close(polar(a.mT, method, steps), u.mT, rtol=0, atol=1e-6)
+            # in a batch, what is spoiled stays alone
+            for value in (math.nan, math.inf):
+                spoiled = a.clone()
+                spoiled[2, 3] = value
+                both = polar(torch.stack([a, spoiled, torch.zeros(7, 5)]), method, steps)
+                torch.testing.assert_close(both[0], u, rtol=0, atol=1e-5)
+                assert both[1].isnan().all()
+                assert torch.equal(both[2], torch.zeros(7, 5))
+
+
+def test_rank_deficient_matrices():
+    """Reconstruction holds for all; the SVD gives a partial isometry, the rational ones fill up."""
+    x, y = tensors([(40, 4), (20, 4)])
+    a = x.double() @ y.double().mT
+    for method in EXACT:
+        u, h = polar(a, method, hermitian=True)
+        assert residuals(a, u, h)["reconstruction"] < 1e-13
+        s = torch.linalg.svdvals(u)
+        torch.testing.assert_close(s[:4], torch.ones(4).double())
+        assert (s <= 1 + 1e-12).all()
+    torch.testing.assert_close(torch.linalg.svdvals(polar(a, "svd"))[4:], torch.zeros(16).double(),
+                               rtol=0, atol=1e-12)
+    zeros = torch.cat([a, torch.zeros(40, 3).double()], -1)
+    for method in METHODS:
+        assert polar(zeros, method).isfinite().all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(sorted(METHODS)), st.integers(1, 12), st.integers(1, 12), st.integers(0, 9))
+def test_equivariance(method, m, n, seed):
+    """polar(U A V) = U polar(A) V for orthogonal U and V."""
+    a, x, y = (z.double() for z in tensors([(m, n), (m, m), (n, n)], seed))
+    x, y = torch.linalg.qr(x).Q, torch.linalg.qr(y).Q
+    steps = 5 if method in ("newton-schulz", "polar-express") else None
+    torch.testing.assert_close(polar(x @ a @ y, method, steps), x @ polar(a, method, steps) @ y,
+                               rtol=0, atol=1e-7)
+
+
+def test_polar_express_coefficients_are_the_published_ones():
+    """Rows of the paper's first version, the repository's default and dion's five steps."""
+    paper = polar_express_schedule(8, 1e-3, 0.0, 0.02407327424182761)
+    for ours, theirs in zip(paper, [
+            (8.28721201814563, -23.595886519098837, 17.300387312530933),
+            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+            (2.300652019954817, -1.6689039845749493, 0.4188073119525673),
+            (1.891301407787398, -1.2679958271945868, 0.37680408948524835)], strict=False):
+        torch.testing.assert_close(torch.tensor(ours).double(), torch.tensor(theirs).double(),
+                                   rtol=1e-6, atol=0)
+        assert max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)) < 1e-9
+    official = polar_express_schedule(10, 1e-3, 0.01, 0.02)
+    for i, theirs in ((0, (8.237312490495555, -23.157747414558198, 16.680568411445915)),
+                      (4, (2.297036943455258, -1.636625581259032, 0.40026284559536324)),
+                      (9, (1.8749954775622923, -1.2499909551464006, 0.3749954775841083))):
+        assert max(abs(a / b - 1) for a, b in zip(official[i], theirs, strict=True)) < 1e-7
+    dion = polar_express_schedule(5, 1e-3, 0.02, 0.02)
+    for i, theirs in ((0, (8.156554524902461, -22.48329292557795, 15.878769915207462)),
+                      (4, (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))):
+        assert max(abs(a / b - 1) for a, b in zip(dion[i], theirs, strict=True)) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_singular_values_after_five_steps(dtype):
+    """Within the ranges computed from the scalar iterations, for s above 1e-3 of the norm."""
+    slack = 0.02 if dtype == torch.bfloat16 else 1e-4
+    u, v = (torch.linalg.qr(x.double()).Q for x in tensors([(150, 150), (150, 150)]))
+    s = torch.logspace(0, -3, 149, dtype=torch.float64)
+    s = torch.cat([s / s.norm() * 0.999, torch.zeros(1)])
+    a = (u * s) @ v.mT
+    inside = s[:-1] > 1e-3
+    for method, low, high in (("newton-schulz", 0.47, 1.203), ("polar-express", 0.83, 1.14)):
+        out = polar(a, method, 5, dtype=dtype).double()
+        values = (u.mT @ out @ v).diagonal()[:-1][inside]
+        assert low - slack < values.min()
+        assert values.max() < high + slack
+
+
+@pytest.mark.parametrize("method", ["newton-schulz", "polar-express"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_gram_route_equals_the_plain_one(method, dtype, monkeypatch):
+    """Tall and wide; a condition number of 1e4 is where a Gram matrix without restarts fails."""
+    for shape in ((256, 64), (64, 300), (130, 33)):
+        a = conditioned(*shape, 1e4)[0].float().to(dtype)
+        results = {}
+        for route in ("gram", "plain"):
+            calls = []
+            real = polar_module._gram
+
+            def gram(x, schedule, real=real, calls=calls):
+                calls.append(1)
+                return real(x, schedule)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(polar_module, "_gram", gram)
+                if route == "plain":  # so many restarts that it would not pay
+                    patch.setattr(polar_module, "_RESTART", 0.25)
+                results[route] = polar(a, method, 5, dtype=dtype).double()
+            assert bool(calls) == (route == "gram")
+        error = (results["gram"] - results["plain"]).norm() / results["plain"].norm()
+        assert error < {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 0.05}[dtype]
+
+
+@pytest.mark.parametrize("largest", [1.5, 10.0, 1e4])
+def test_zolotarev_coefficients_are_elliptic_functions(largest):
+    """Against scipy's, which lose their digits beyond."""
+    m = 1 - 1 / largest**2
+    for fraction in (0.1, 0.3, 0.5, 0.7, 0.93):
+        sn, cn, _, _ = scipy.special.ellipj(fraction * scipy.special.ellipkm1(1 / largest**2), m)
+        assert abs(polar_module._tangent_squared(fraction, largest) / (sn / cn) ** 2 - 1) < 1e-6
+    assert abs(polar_module._tangent_squared(0.5, 1e15) / 1e15 - 1) < 1e-12
+
+
+def test_bad_arguments():
+    a = torch.ones(3, 2)
+    for words, call in {
+        "method|polar": lambda: polar(a, "newton"),
+        "steps": lambda: polar(a, "qdwh", 0),
+        "lower_bound": lambda: polar(a, lower_bound=2.0),
+        "2 or more": lambda: polar(a[0]),
+        "int64": lambda: polar(torch.ones(3, 2, dtype=torch.int64)),
+        "dtype": lambda: polar(a, "newton-schulz", dtype=torch.int8),
+        "coefficients": lambda: polar(a, "newton-schulz", coefficients=(1.0, 2.0)),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=words):
+            call()
+
+
+def test_the_input_is_not_written_to():
+    (a,) = tensors([(6, 4)])
+    for method in METHODS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            x = a.to(dtype)
+            before = x.clone()
+            polar(x, method, 3)
+            assert torch.equal(x, before)
+
+
+# ---- requests
+
+
+def test_requests_of_a_shape_are_answered_by_one_call():
+    calls = []
+
+    def double(x):
+        calls.append(tuple(x.shape))
+        return 2 * x
+
+    def update(x, out):
+        first, second = yield whole.Whole((x, x.mT), double)
+        (third,) = yield whole.Whole((first,), double)
+        out.append((x, first, second, third))
+
+    out = []
+    xs = tensors([(3, 2), (3, 2), (2, 3), (2, 3, 2)])
+    order = list(whole.answered([update(x, out) for x in xs]))
+    assert order == [0, 1, 2, 3]
+    for x, first, second, third in out:
+        assert torch.equal(first, 2 * x)
+        assert torch.equal(second, 2 * x.mT)
+        assert torch.equal(third, 4 * x)
+    assert sorted(calls) == sorted([(5, 3, 2), (5, 2, 3), (4, 3, 2), (1, 2, 3)]) or len(calls) == 4
+
+
+# ---- official trajectories
+
+
+@needs_golden
+@pytest.mark.parametrize("shape", ["16x24", "24x16"])
+@pytest.mark.parametrize("source", ["kellermuon", "torchmuon_original",
+                                    "torchmuon_match_rms_adamw"])
+def test_official_muon(source, shape):
+    case, start, gradients, weights = load(f"{source}_{shape}")
+    p = torch.nn.Parameter(start.clone())
+    optimizer = Muon([p], lr=case["lr"], weight_decay=case["weight_decay"],
+                     momentum=case["momentum"], nesterov=case["nesterov"],
+                     ns_steps=case["ns_steps"], adjust_lr_fn=case.get("adjust_lr_fn"))
+    # torch's is met bit for bit where bf16 products are summed alike; the other rounds every
+    # product and sum to bf16, which we do not.
+    limit = 1e-2 if source.startswith("torch") else 4e-2
+    assert worst(follow(optimizer, p, gradients), weights, start) < limit
+
+
+@needs_golden
+@pytest.mark.parametrize("shape", ["16x24", "24x16"])
+@pytest.mark.parametrize(("name", "limit"), [
+    ("ns5_momentumfirst", 4e-2), ("polar_express5_momentumfirst", 4e-2),
+    ("qdwh2_momentumfirst", 1e-5), ("qdwh2_polarfirst", 1e-5), ("qdwh6_momentumfirst", 1e-5),
+    ("qdwh6_polarfirst", 1e-5), ("zolo-pd2_momentumfirst", 1e-5)])
+def test_official_polargrad(name, limit, shape):
+    case, start, gradients, weights = load(f"polargrad_{name}_{shape}")
+    p = torch.nn.Parameter(start.clone())
+    method = {"ns": "newton-schulz", "polar_express": "polar-express"}.get(
+        case["polar_method"], case["polar_method"])
+    optimizer = PolarGrad([p], lr=case["lr"], weight_decay=case["weight_decay"],
+                          momentum=case["momentum"], polar_first=case["polar_first"],
+                          polar=method, polar_steps=case["inner_steps"],
+                          lower_bound="eps" if method == "qdwh" else None)
+    assert worst(follow(optimizer, p, gradients), weights, start) < limit
+
+
+# ---- limits
+
+
+def test_muon_is_torchs(recwarn):
+    """In torch's conventions and dtypes, decay and scale included."""
+    for fn in (None, "original", "match_rms_adamw"):
+        for nesterov in (True, False):
+            ps, qs = parameters([(24, 16), (16, 24)]), parameters([(24, 16), (16, 24)])
+            ours = Muon(ps, lr=0.02, adjust_lr_fn=fn, nesterov=nesterov)
+            theirs = torch.optim.Muon(qs, lr=0.02, adjust_lr_fn=fn, nesterov=nesterov)
+            start = [p.detach().clone() for p in ps]
+            run(ours, ps, range(5))
+            run(theirs, qs, range(5))
+            for p, q, w in zip(ps, qs, start, strict=True):
+                assert (p - q).norm() < 2e-2 * (q - w).norm()
+
+
+def test_muon_does_not_touch_its_momentum_in_half_precision():
+    """torch.optim.Muon 2.13 divides the buffer in place there (nesterov=False, bf16)."""
+    (p,) = parameters([(24, 16)], dtype=torch.bfloat16)
+    optimizer = Muon([p], nesterov=False)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], torch.full((24, 16), 0.05))
+
+
+def test_fused_matrices_are_their_parts():
+    for fn in ("original", "spectral", "match_rms_adamw"):
+        q, k, v = tensors([(8, 6), (4, 6), (4, 6)])
+        fused = torch.nn.Parameter(torch.cat([q, k, v]))
+        parts = [torch.nn.Parameter(x.clone()) for x in (q, k, v)]
+        options = {"adjust_lr_fn": fn, "polar_dtype": "float32", "lr": 0.1}
+        one = Muon([{"params": [fused], "split_sizes": (8, 4, 4)}], **options)
+        many = Muon(parts, **options)
+        for i in range(4):
+            gradients = tensors([(8, 6), (4, 6), (4, 6)], i)
+            fused.grad = torch.cat(gradients)
+            for p, g in zip(parts, gradients, strict=True):
+                p.grad = g
+            one.step()
+            many.step()
+        torch.testing.assert_close(fused.detach(), torch.cat(parts).detach(), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"split_sizes=\(8, 4\).*one has 16"):
+        Muon([{"params": [fused], "split_sizes": (8, 4)}])
+
+
+def test_group_keys_of_other_packages():
+    ps = parameters([(6, 4), (5, 4)])
+    optimizer = Muon([{"params": ps[:1], "use_muon": True},
+                      {"params": ps[1:], "use_muon": False, "lr": 3e-4}])
+    assert [row.rule for row in optimizer.plan()] == ["muon", "adamw"]
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 6),
+                                torch.nn.LayerNorm(6), torch.nn.Linear(6, 9))
+    for make in (Muon, PolarGrad):
+        rules = {row.name: row.rule for row in make(param_groups(model)).plan()}
+        own = make.algorithm
+        assert rules == {"0.weight": "adamw", "1.weight": own, "1.bias": "adamw",
+                         "2.weight": "adamw", "2.bias": "adamw", "3.weight": "adamw",
+                         "3.bias": "adamw"}
+    with pytest.warns(UserWarning, match="Muon has no matrix"):
+        Muon(parameters([(4,)]))
+
+
+def test_adamw_part_is_adamw():
+    ps, qs = parameters([(4,), (3, 4)]), parameters([(4,), (3, 4)])
+    groups = [{"params": ps[:1]}, {"params": ps[1:], "algorithm": "adamw"}]
+    run(Muon([*groups, {"params": parameters([(2, 2)])}], lr_adamw=1e-2, weight_decay=0.1),
+        ps, range(5))
+    run(AdamW(qs, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1), qs, range(5))
+    assert_same([p.detach() for p in ps], [q.detach() for q in qs])
+
+
+def test_polargrad_on_rank_one_is_gradient_descent():
+    """sigma u v^T has nuclear norm sigma and polar factor u v^T.
+
+    What rounding leaves of the other singular values, 1e-8, the polynomials bring to 1e-5.
+    """
+    x, y = tensors([(7, 1), (1, 5)])
+    for method, limit in (("svd", 1e-6), ("polar-express", 1e-3), ("newton-schulz", 1e-2)):
+        (p,) = parameters([(7, 5)])
+        q = torch.nn.Parameter(p.detach().clone())
+        p.grad, q.grad = x @ y, x @ y
+        PolarGrad([p], lr=0.1, momentum=0.0, weight_decay=0.0, polar=method,
+                  polar_dtype="float32").step()
+        torch.optim.SGD([q], lr=0.1).step()
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=limit)
+
+
+def test_muon_on_orthogonal_gradients_is_a_scaled_step():
+    q = torch.linalg.qr(tensors([(8, 8)])[0]).Q
+    (p,) = parameters([(8, 8)])
+    start = p.detach().clone()
+    p.grad = 3 * q
+    Muon([p], lr=0.1, weight_decay=0.0, polar="qdwh").step()
+    torch.testing.assert_close(p.detach(), start - 0.1 * q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_polar_first_in_half_precision(dtype):
+    """The released code crashes there."""
+    for method in METHODS:
+        ps = parameters([(9, 6), (6, 9)], dtype=dtype)
+        start = [p.detach().clone() for p in ps]
+        run(PolarGrad(ps, lr=1e-2, polar_first=True, polar=method), ps, range(3))
+        for p, w in zip(ps, start, strict=True):
+            assert p.isfinite().all()
+            assert not torch.equal(p, w)
+
+
+def test_update_vanishes_with_the_gradient():
+    """f = |X - T|^2 / 2 at a constant rate: PolarGrad arrives, Muon circles around."""
+    (target,) = tensors([(12, 8)])
+    gaps = {}
+    for name, make in (("polargrad", PolarGrad), ("muon", Muon)):
+        p = torch.nn.Parameter(torch.zeros(12, 8))
+        options = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "polar": "qdwh"}
+        optimizer = make([p], **options)
+        for _ in range(200):
+            p.grad = p.detach() - target
+            optimizer.step()
+        gaps[name] = (p.detach() - target).norm().item()
+    assert gaps["polargrad"] < 1e-4
+    assert gaps["muon"] > 1e-2
+
+
+def test_resume_in_the_middle_of_a_window():
+    for make in (Muon, PolarGrad, Trion):
+        more = {"rank": 3} if make is Trion else {}
+        ps, qs = parameters([(8, 6)] * 3), parameters([(8, 6)] * 3)
+        a, b = make(ps, **more), make(qs, **more)
+        run(a, ps, range(3))
+        run(b, qs, range(2))
+        saved = b.state_dict()
+        c = make(qs, **more)
+        c.load_state_dict(saved)
+        feed(qs, 102)
+        c.step()
+        assert_same(snapshot(a)["weights"], snapshot(c)["weights"])
+
+
+def test_oracles_are_equal_by_value():
+    assert Oracle("qdwh", 2) == Oracle("qdwh", 2)
+    assert hash(Oracle("qdwh", 2)) == hash(Oracle("qdwh", 2))
