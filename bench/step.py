@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..optim import AdamW, AdamW8bit, DCTAdamW, FiraAdamW, GaLoreAdamW
+from ..optim import AdamW, AdamW8bit, DCTAdamW, FiraAdamW, GaLoreAdamW, Muon, PolarGrad
 from .livebytes import LiveBytes
 from .shapes import LLAMA, PAPER_RANK
 
@@ -33,8 +33,10 @@ __all__ = ["main"]
 _AGAINST = {"AdamW": "torch.optim.AdamW foreach", "AdamW8bit": "bitsandbytes AdamW8bit",
             "FiraAdamW": "fira", "DCTAdamW, every step": "GaLoreAdamW",
             "DCTAdamW, gap 200": "GaLoreAdamW",
-            "DCTAdamW, every step, by product": "DCTAdamW, every step"}
-_OURS = {"AdamW", "AdamW8bit", "GaLoreAdamW", "FiraAdamW", "DCTAdamW, every step"}
+            "DCTAdamW, every step, by product": "DCTAdamW, every step",
+            "Muon": "torch.optim.Muon", "PolarGrad": "torch.optim.Muon"}
+_OURS = {"AdamW", "AdamW8bit", "GaLoreAdamW", "FiraAdamW", "DCTAdamW, every step", "Muon",
+         "PolarGrad"}
 
 
 def _weights(size: str, whole: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -93,6 +95,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         step: Callable[[], Any] = cls(matrices + rest, lr=1e-3, **options).step
         return step
 
+    def whole_matrix(cls: Any, **options: Any) -> Callable[[], Any]:
+        matrices, rest = _weights(args.size, args.whole)
+        groups: list[dict[str, Any]] = [{"params": matrices}]
+        if rest:
+            groups.append({"params": rest, "algorithm": "adamw"})
+        step: Callable[[], Any] = cls(groups, lr=1e-3, **options).step
+        return step
+
+    def torch_muon() -> Callable[[], Any]:
+        matrices, rest = _weights(args.size, args.whole)
+        muon = torch.optim.Muon(matrices, lr=1e-3)
+        adamw = torch.optim.AdamW(rest, lr=1e-3, foreach=True) if rest else None
+
+        def step() -> None:
+            muon.step()
+            if adamw is not None:
+                adamw.step()
+
+        return step
+
     contestants = {
         "GaLoreAdamW": low_rank(GaLoreAdamW),
         "FiraAdamW": low_rank(FiraAdamW),
@@ -102,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "products alone": _products(_weights(args.size, False)[0], rank),
         "AdamW": dense(AdamW),
         "AdamW8bit": dense(AdamW8bit),
+        "Muon": whole_matrix(Muon),
+        "PolarGrad": whole_matrix(PolarGrad, polar="polar-express", polar_steps=5),
+        "torch.optim.Muon": torch_muon(),
         "torch.optim.AdamW foreach": dense(torch.optim.AdamW, foreach=True),
     }
     for peer, module, cls, alpha in (("galore-torch", "galore_torch", "GaLoreAdamW", "scale"),

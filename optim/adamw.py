@@ -33,6 +33,9 @@ class AdamW(MatrixOptimizer):
         rounding: how results are written into bf16 and fp16 weights: ``"stochastic"`` (default:
             the mean is exact, so that small updates are not lost; reproducible from ``seed``) or
             ``"nearest"``. Weights of 32 bits and more are not rounded.
+        master_bits: 8 or 16 more bits of each bf16 weight in the state: with 16 training follows
+            fp32 weights bit for bit, with 8 to about 2^-16 of a weight per step, without bias.
+            Default None. See :meth:`full_precision`.
         nonfinite: what a NaN or Inf gradient does: ``"propagate"`` as in torch (default),
             ``"skip"`` the whole step and count it in ``skipped_steps``, or ``"raise"``.
         seed: of the random bits of 16-bit state and weights, an int >= 0. Default 0.

@@ -12,9 +12,10 @@ from . import project
 from .base import MatrixOptimizer, Update
 from .codec import Slot
 from .lowrank import LowRankOptimizer, LowRankOptions
+from .norms import norms
 from .options import Option, choice, real
 from .project import Bases
-from .residual import Residual, gains, limited, limiter_slot, norms
+from .residual import Residual, gains, limited, limiter_slot
 
 __all__ = ["APOLLO"]
 

@@ -64,6 +64,7 @@ COMMON: dict[str, Option] = {
     "amsgrad": boolean(False),
     "state_bits": choice(32, 32, 16, 8, 4),
     "rounding": optional(choice(None, "nearest", "stochastic")),
+    "master_bits": optional(choice(None, 8, 16)),
     "nonfinite": choice("propagate", "propagate", "skip", "raise"),
     "seed": integer(0, 0, 2**63 - 1),
 }
@@ -79,7 +80,7 @@ _DENSE = 1 << 31
 # Elements in one block of an element-wise update: temporaries stay this small, and in cache.
 _BLOCK = 1 << 18
 # Elements of all parameters whose updates wait together; a larger one waits alone.
-_WINDOW = 1 << 24
+_WINDOW = 1 << 22
 
 
 class CommonOptions(TypedDict, total=False):
@@ -88,6 +89,7 @@ class CommonOptions(TypedDict, total=False):
     maximize: bool
     state_bits: int
     rounding: str | None
+    master_bits: int | None
     nonfinite: str
     seed: int
     foreach: bool | None
@@ -208,7 +210,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def matrix_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
         """Shape of p as the rule sees it: (m, n), or (b, m, n) for a batch of matrices.
 
-        Convolutions are out x rest; with ``matricize="batch"`` matrices are the last two dimensions.
+        Convolutions are out x rest; with ``matricize="batch"`` the last two dimensions count.
         """
         if p.ndim == 2:
             return tuple(p.shape)
@@ -274,6 +276,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         # torch adds names of its own to the defaults
         full = {k: v for k, v in self.defaults.items() if k in self.table()} | own
         plain = [p for p in group.get("params", []) if isinstance(p, Tensor)]
+        if full["master_bits"] is not None and any(p.dtype == torch.float16 for p in plain):
+            raise ValueError(f"{where}: master_bits={full['master_bits']}, but it must be None for "
+                             "fp16 weights: what they lack of fp32 has no fixed number of bits "
+                             "(use bf16 weights)")
         self.check_combination(full, plain, set(own) if entering else set(), where)
         return {**{k: v for k, v in group.items() if k in apart}, **full}
 
@@ -350,7 +356,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _logical(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         """The same with a quantized moment as one slot."""
-        slots = {"step": codec.counter(), "index": codec.counter(torch.int64)}
+        slots = {"step": codec.counter(), "index": codec.counter(torch.int64),
+                 **codec.master_slots(p, o)}
         if self._reason(p, o) is None:
             slots |= self.slots(p, o)
         else:
@@ -550,15 +557,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Source: Loshchilov and Hutter, arXiv 1711.05101; decay before the update, as in torch.
         """
         keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
-        names = [k for k in stored if k.partition(".")[0] in codec.MOMENTS]
+        names = [k for k in stored if k.partition(".")[0] in codec.MOMENTS or k == "master"]
         start = 0
         for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
             block = {**stored, **dict(zip(names, moments, strict=True))}
             s = codec.decode(block, slots, p)
-            x = codec.wide(p_)
+            x = codec.read_weight(p_, block)
             u = adam(_negated(codec.wide(g_), o), s, o, t)
             x.mul_(keep).addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
-            codec.write_weight(p_, x, stored, o, t, start)
+            codec.write_weight(p_, x, block, o, t, start)
             codec.encode(s, block, slots, o, t, start)
             start += p_.numel()
 
@@ -601,6 +608,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.state.update(states)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def full_precision(self, p: Tensor) -> Tensor:
+        """The fp32 value of a weight, with the bits that the state keeps of it (``master_bits``).
+
+        Args:
+            p: a parameter of this optimizer.
+
+        Returns:
+            A new tensor of p's shape; p's own values where nothing more is kept.
+        """
+        return codec.read_weight(p.detach(), self.state.get(p, {})).clone()
 
     # ---------------------------------------------------------------- report
 
@@ -657,6 +675,7 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
            start: int = 0) -> None:
     """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is (m, n) or (b, m, n)."""
     keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
+    master = kept["master"].view(p.shape) if "master" in kept else None
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
     if p.ndim == 3 and codec.random_rounding(p, o):
         # One matrix after the other, whose elements have consecutive numbers.
@@ -665,16 +684,18 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
                                   for x in (u.left, u.right, u.dense))
             part = Update(left, right, u.factor, dense, gain[i] if isinstance(gain, Tensor)
                           else gain)
-            _apply(p_, part, kept, o, t, start + i * p_.numel())
+            part_kept = kept if master is None else {**kept, "master": master[i]}
+            _apply(p_, part, part_kept, o, t, start + i * p_.numel())
         return
     rows = p.shape[-2]
     if u.dense is not None or codec.wide(p) is not p:
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.
         rows = max(1, _BLOCK // max(1, p[..., :1, :].numel()))
     cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else repeat(x)
-           for x in (p, u.left, u.dense, gain)]
-    for p_, left, dense, gain_ in zip(*cut, strict=False):
-        x = codec.wide(p_)
+           for x in (p, u.left, u.dense, gain, master)]
+    for p_, left, dense, gain_, master_ in zip(*cut, strict=False):
+        kept_ = kept if master_ is None else {**kept, "master": master_}
+        x = codec.read_weight(p_, kept_)
         if left is None or u.right is None:
             x.mul_(keep)
         elif x is p_ and p.ndim == 2:
@@ -689,6 +710,6 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
         if dense is not None and isinstance(gain_, Tensor):
             x.addcmul_(codec.wide(dense), gain_, value=-lr)
         elif dense is not None:
-            x.add_(codec.wide(dense), alpha=-lr * gain_)
-        codec.write_weight(p_, x, kept, o, t, start)
+            x.add_(dense, alpha=-lr * gain_)
+        codec.write_weight(p_, x, kept_, o, t, start)
         start += p_.numel()

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear import dequantize_linear_ref, linear_shapes, quantize_linear_ref
-from ..kernels.philox import stochastic_bf16_ref, stochastic_fp16_ref
+from ..kernels.philox import random_bits16_ref, stochastic_bf16_ref, stochastic_fp16_ref
 from ..kernels.quant8 import dequantize_dynamic_ref, quantize_dynamic_ref
 
 __all__ = ["MOMENTS", "SMALL", "Slot", "counter", "decode", "encode", "held", "key_of",
-           "moment", "random_rounding", "read", "rounded", "stored", "wide", "write",
-           "write_weight"]
+           "master_slots", "moment", "pieces", "random_rounding", "read", "read_weight", "rounded",
+           "stored", "wide", "write", "write_weight"]
 
 # Their positions are the streams of random bits that round them.
 _ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
@@ -137,7 +137,7 @@ def write(s: Mapping[str, Tensor], name: str, value: Tensor) -> None:
     _pack(stored, scale, value, lambda x: quantize_linear_ref(x, bits))
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of tensors of equal leading dimensions, so many that temporaries stay small."""
     if not tensors[0].numel():
         return iter(())
@@ -148,7 +148,7 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _pack(codes: Tensor, scale: Tensor, x: Tensor,
           quantize: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
     """Quantize x into its store, piece by piece."""
-    for x_, codes_, scale_ in _pieces(x.contiguous(), codes, scale):
+    for x_, codes_, scale_ in pieces(x.contiguous(), codes, scale):
         fresh, step = quantize(x_)
         codes_.copy_(fresh)
         scale_.copy_(step)
@@ -158,7 +158,7 @@ def _unpacked(codes: Tensor, scale: Tensor, columns: int,
               dequantize: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """What a store stands for, piece by piece."""
     out = torch.empty((*codes.shape[:-1], columns), dtype=torch.float32, device=codes.device)
-    for out_, codes_, scale_ in _pieces(out, codes, scale):
+    for out_, codes_, scale_ in pieces(out, codes, scale):
         out_.copy_(dequantize(codes_, scale_))
     return out
 
@@ -239,16 +239,57 @@ def encode(
             kept[name].copy_(stochastic_bf16_ref(x, start, key_of(kept, o), (step, stream)))
 
 
+def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+    """What a bf16 weight lacks of fp32: 8 or 16 bits per element, as ``master_bits`` says."""
+    if o["master_bits"] is None or p.dtype != torch.bfloat16:
+        return {}
+    kind = torch.int16 if o["master_bits"] == 16 else torch.int8
+    return {"master": Slot(tuple(p.shape), kind, p.device)}
+
+
+def read_weight(p: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+    """The weight in the precision of the arithmetic, with the bits that the state keeps of it.
+
+    bits(fp32) = bits(bf16) 2^16 + master, or master 2^8 where that has 8 bits.
+    """
+    master = kept.get("master")
+    if master is None:
+        return wide(p)
+    low = master.int() if master.dtype == torch.int16 else master.int() << 8
+    return torch.add((p.contiguous().view(torch.int16).int() << 16), low).view(torch.float32)
+
+
+def _split_weight(p: Tensor, x: Tensor, master: Tensor, random: Tensor | None) -> None:
+    """Write the nearest bf16 number to p and what it lacks to master; ties away from zero.
+
+    Source: the split of master weights as in FlashOptim (databricks/flashoptim).
+    """
+    # above it the nearest bf16 number, or what 8 bits round to, would be infinite
+    top = torch.tensor(0x7F7F7E00, dtype=torch.int32, device=x.device).view(torch.float32)
+    bits = torch.where(x.isfinite(), torch.minimum(torch.maximum(x, -top), top), x
+                       ).contiguous().view(torch.int32)
+    eight = master.dtype == torch.int8
+    if eight:  # 24 bits of fp32 stay
+        bits = (bits + (128 if random is None else random >> 8)) & -256
+    upper = (bits + 0x8000) >> 16
+    low = bits - (upper << 16)
+    finite = x.isfinite()
+    p.copy_(torch.where(finite, upper.to(torch.int16).view(torch.bfloat16), x.bfloat16()))
+    master.copy_(torch.where(finite, low >> 8 if eight else low, 0))
+
+
 def random_rounding(p: Tensor, o: Mapping[str, Any]) -> bool:
     """Whether results are rounded into this weight at random: by default where it is 16-bit."""
-    return o["rounding"] != "nearest" and p.dtype in (torch.bfloat16, torch.float16)
+    return (o["rounding"] != "nearest" and p.dtype in (torch.bfloat16, torch.float16)
+            and not (o["master_bits"] == 16 and p.dtype == torch.bfloat16))
 
 
 def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any], step: int,
                  start: int = 0) -> None:
     """Round fp32 results into a weight, once.
 
-    The random bits are those of (seed, parameter; step, element): the same on resume, in any
+    Where the state keeps more of it (:func:`master_slots`) what is cut off goes there. The random
+    bits are those of (seed, parameter; step, element): the same on resume, in any
     grouping, on any number of ranks and on every device.
 
     Args:
@@ -260,6 +301,13 @@ def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[st
         start: index in the whole parameter of the first element of p.
     """
     if x is p:
+        return
+    if "master" in kept:
+        random = None
+        if random_rounding(p, o):
+            random = random_bits16_ref(start, x.numel(), key_of(kept, o), (step, _WEIGHT), x.device
+                                       ).view(x.shape)
+        _split_weight(p, x, kept["master"], random)
         return
     if random_rounding(p, o):
         rounding = stochastic_bf16_ref if p.dtype == torch.bfloat16 else stochastic_fp16_ref

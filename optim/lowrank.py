@@ -69,8 +69,9 @@ class LowRankOptimizer(MatrixOptimizer):
     Args:
         params: tensors, (name, tensor) pairs, or groups of either;
             :func:`lissom.optim.param_groups` makes suitable groups from a model.
-        lr, betas, eps, weight_decay, amsgrad, maximize, state_bits, nonfinite, seed, foreach,
-            fused, capturable, differentiable: as :class:`lissom.optim.AdamW`.
+        lr, betas, eps, weight_decay, amsgrad, maximize, state_bits, rounding, master_bits,
+            nonfinite, seed, foreach, fused, capturable, differentiable: as
+            :class:`lissom.optim.AdamW`.
         rank: columns of the basis, an int >= 1; None (default) is dense AdamW. Larger than the
             shorter side it is clamped, which :meth:`plan` reports.
         update_proj_gap: steps between two refreshes of a basis, >= 1. Default 200.

@@ -72,7 +72,8 @@ class Muon(MatrixOptimizer):
             convolutions; ``"batch"`` a stack of matrices in the last two dimensions, for experts.
         betas, amsgrad, lr_adamw, betas_adamw, weight_decay_adamw: of AdamW's part. Defaults
             (0.9, 0.95), False, 3e-4, as betas, as weight_decay.
-        maximize, state_bits, rounding, nonfinite, seed: as :class:`lissom.optim.AdamW`.
+        maximize, state_bits, rounding, master_bits, nonfinite, seed: as
+            :class:`lissom.optim.AdamW`.
 
     Raises:
         TypeError, ValueError: an option or parameter that breaks its rule, by name and value.
@@ -125,19 +126,23 @@ class Muon(MatrixOptimizer):
     def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
         mu = o["momentum"]
-        # B <- mu B + (1 - mu) G, written when the factor is there; ahead of it mu B + (1 - mu) G
-        b = torch.lerp(s["momentum_buffer"], codec.wide(g), 1 - mu)
-        if o["nesterov"]:
-            torch.lerp(codec.wide(g), b, mu, out=b)
+        # B <- mu B + (1 - mu) G, written when the factor is there; ahead of it mu B + (1 - mu) G.
+        # In pieces, so that all of it that exists at once is in the precision of the products.
+        b = torch.empty_like(g, dtype=polar.input_dtype(o, g))
+        for b_, m_, g_ in codec.pieces(b, s["momentum_buffer"], g):
+            g_ = codec.wide(g_)
+            ahead = torch.lerp(m_, g_, 1 - mu)
+            b_.copy_(torch.lerp(g_, ahead, mu, out=ahead) if o["nesterov"] else ahead)
         parts = b.split(o["split_sizes"] or b.shape[-2], -2)
         factors = yield polar.request(o, *parts, steps=o["ns_steps"],
                                       coefficients=o["ns_coefficients"])
-        s["momentum_buffer"].lerp_(codec.wide(g), 1 - mu)
+        for m_, g_ in codec.pieces(s["momentum_buffer"], g):
+            m_.lerp_(codec.wide(g_), 1 - mu)
         # u = s polar(B), part by part
         scale = ADJUST_LR[o["adjust_lr_fn"] or "original"]
         gains = [scale(*x.shape[-2:]) for x in parts]
         if len(parts) == 1:
             return Update(dense=factors[0], gain=gains[0])
         rows = [by for by, x in zip(gains, parts, strict=True) for _ in range(x.shape[-2])]
-        gain = torch.tensor(rows, dtype=b.dtype, device=b.device).unsqueeze(-1)
+        gain = torch.tensor(rows, dtype=codec.wide(g[:0]).dtype, device=g.device).unsqueeze(-1)
         return Update(dense=torch.cat(factors, -2), gain=gain)

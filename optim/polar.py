@@ -27,10 +27,12 @@ from torch import Tensor
 from torch.linalg import cholesky_ex, qr, solve_triangular
 
 from . import codec
+from .norms import norms
 from .options import Option, above, choice, either, integer, optional
 from .whole import Whole
 
-__all__ = ["METHODS", "OPTIONS", "QUINTIC", "Oracle", "polar", "polar_express_schedule", "request"]
+__all__ = ["METHODS", "OPTIONS", "QUINTIC", "Oracle", "input_dtype", "polar",
+           "polar_express_schedule", "request"]
 
 Triple = tuple[float, float, float]
 
@@ -77,16 +79,14 @@ class Oracle(NamedTuple):
             return a.clone()
         if a.shape[-2] < a.shape[-1]:
             return self(a.mT).mT
+        if self.method in _POLYNOMIAL:  # zero stays zero and NaN spreads
+            return METHODS[self.method](a, self)
         x = codec.wide(a)
         largest = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
-        # A power of two, exact in every rounding, brings the largest entry near 1, so that norms
-        # of 1e30 are finite and of 1e-30 not 0.
-        scale = torch.ldexp(torch.ones_like(largest), -largest.frexp().exponent.clamp(-120, 120))
-        if self.method in _POLYNOMIAL:  # zero stays zero and NaN spreads
-            return METHODS[self.method](x, scale, self)
         usable = largest.isfinite()
-        x = torch.where(usable, x * scale, 0.0)  # LAPACK may hang on a NaN
-        u = METHODS[self.method](x, scale, self)
+        x = x / torch.where(usable & (largest > 0), largest, 1.0)
+        x = torch.where(usable, x, 0.0)  # LAPACK may hang on a NaN
+        u = METHODS[self.method](x, self)
         out: Tensor = torch.where(usable & (largest > 0), u,
                                   torch.where(usable, 0.0, torch.nan).to(u))
         return out
@@ -173,21 +173,28 @@ def request(o: Mapping[str, Any], *matrices: Tensor, steps: int | None = None,
         coefficients if method == "newton-schulz" else None, o.get("lower_bound")))
 
 
+def input_dtype(o: Mapping[str, Any], g: Tensor) -> torch.dtype:
+    """In which dtype an oracle loses nothing of its input: of its products or the arithmetic."""
+    if o.get("polar", "newton-schulz") in _POLYNOMIAL and o["polar_dtype"] == "bfloat16":
+        return torch.bfloat16
+    return codec.wide(g[:0]).dtype
+
+
 # -------------------------------------------------------------------- polynomial iterations
 
 
-def _newton_schulz(x: Tensor, scale: Tensor, oracle: Oracle) -> Tensor:
+def _newton_schulz(x: Tensor, oracle: Oracle) -> Tensor:
     """Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024."""
     own = oracle.coefficients or QUINTIC
     schedule = (own,) * (oracle.steps or 8) + (() if oracle.steps else (_POLISH,) * 4)
-    return _quintics(x, scale, 1.0, schedule, oracle)
+    return _quintics(x, 1.0, schedule, oracle)
 
 
-def _polar_express(x: Tensor, scale: Tensor, oracle: Oracle) -> Tensor:
+def _polar_express(x: Tensor, oracle: Oracle) -> Tensor:
     """Amsel et al., "The Polar Express", arXiv 2505.16932."""
     low = oracle.lower_bound
     low = torch.finfo(x.dtype).eps if low == "eps" else low or _LOWER
-    return _quintics(x, scale, _SLACK, _shortened(oracle.steps, float(low)), oracle)
+    return _quintics(x, _SLACK, _shortened(oracle.steps, float(low)), oracle)
 
 
 @functools.lru_cache(maxsize=64)
@@ -202,15 +209,17 @@ def _shortened(steps: int | None, low: float) -> tuple[Triple, ...]:
     return (*short, *(() if steps else (_POLISH,) * 2))
 
 
-def _quintics(x: Tensor, scale: Tensor, slack: float, schedule: tuple[Triple, ...],
-              oracle: Oracle) -> Tensor:
-    """X <- a X + (b S + c S^2) X for each (a, b, c), S = X X^T, on X / (slack |X|), for tall X."""
+def _quintics(x: Tensor, slack: float, schedule: tuple[Triple, ...], oracle: Oracle
+              ) -> Tensor:
+    """X <- a X + (b S + c S^2) X for each (a, b, c), S = X X^T, on X^T / (slack |X|) for tall X."""
     m, n = x.shape[-2:]
-    dtype = getattr(torch, oracle.dtype) if oracle.dtype else x.dtype
-    # bf16 has fp32's range: rounded first, all else is half the work
-    x = (x * scale).to(dtype) if dtype == torch.float16 else x.to(dtype) * scale.to(dtype)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) * slack
-    x /= norm.clamp_min(torch.finfo(dtype).tiny)
+    dtype = getattr(torch, oracle.dtype) if oracle.dtype else codec.wide(x).dtype
+    if dtype == torch.bfloat16:  # with fp32's range it is rounded first: all else is half the work
+        x = x.to(dtype)
+    norm = norms(x, "full") * slack
+    norm = torch.where(norm > 0, norm, 1.0).to(
+        dtype if dtype == torch.bfloat16 else codec.wide(x).dtype)
+    x = (x / norm).to(dtype)
     # Products of 2 n^3 operations: each step takes 2 m/n + 1; through the Gram matrix a step
     # takes 4, less 2 at each start and 2 before it, and X is touched twice at each restart.
     steps, starts = len(schedule), -(-len(schedule) // _RESTART)
@@ -219,15 +228,11 @@ def _quintics(x: Tensor, scale: Tensor, slack: float, schedule: tuple[Triple, ..
     # products are slow.
     if gram < direct and (dtype != torch.bfloat16 or x.device.type != "cpu"):
         return _gram(x.half() if dtype == torch.bfloat16 else x, schedule).to(dtype)
-    x = x.mT.contiguous()
-    for step in schedule:
-        x = newton_schulz_step(x, *step)
-    return x.mT
-
-
-def newton_schulz_step(x: Tensor, a: float, b: float, c: float) -> Tensor:
-    s = x @ x.mT
-    return _muladd(x, _muladd(s, s, s, b, c), x, a)
+    x = x.mT if m > n else x  # products of wide matrices are the faster ones
+    for a, b, c in schedule:
+        s = x @ x.mT
+        x = _muladd(x, _muladd(s, s, s, b, c), x, a)
+    return x.mT if m > n else x
 
 
 def _gram(x: Tensor, schedule: tuple[Triple, ...]) -> Tensor:
@@ -320,7 +325,7 @@ def _best_quintic(low: float, high: float) -> Triple:
 # -------------------------------------------------------------------- rational iterations
 
 
-def _qdwh(x: Tensor, scale: Tensor, oracle: Oracle) -> Tensor:
+def _qdwh(x: Tensor, oracle: Oracle) -> Tensor:
     """X <- X (a I + b X^T X) (I + c X^T X)^-1, dynamically weighted Halley steps; X tall.
 
     Source: Nakatsukasa, Bai, Gygi, "Optimizing Halley's iteration for computing the matrix polar
@@ -353,7 +358,7 @@ def _halley(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return b / c * x + rest * _divided(x, c * (x.mT @ x) + _eye(x))
 
 
-def _zolo(x: Tensor, scale: Tensor, oracle: Oracle) -> Tensor:
+def _zolo(x: Tensor, oracle: Oracle) -> Tensor:
     """X <- X prod_j (X^T X + c_2j I) (X^T X + c_2j-1 I)^-1, Zolotarev's rational functions.
 
     Always in float64. Source: Nakatsukasa, Freund, "Computing fundamental matrix decompositions
@@ -483,7 +488,7 @@ def _eye(x: Tensor) -> Tensor:
     return torch.eye(n, dtype=x.dtype, device=x.device).expand(*x.shape[:-2], n, n)
 
 
-def _svd(x: Tensor, scale: Tensor, oracle: Oracle) -> Tensor:
+def _svd(x: Tensor, oracle: Oracle) -> Tensor:
     """U V^T over the singular values that are not rounding."""
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     floor = s[..., :1] * torch.finfo(x.dtype).eps * max(x.shape[-2:])
@@ -491,10 +496,10 @@ def _svd(x: Tensor, scale: Tensor, oracle: Oracle) -> Tensor:
     return out
 
 
-# These round to their own dtype before they scale; the others get what is scaled already.
+# These get what they are given; the others what has a largest entry of 1.
 _POLYNOMIAL = ("newton-schulz", "polar-express")
-#: Factor of a tall matrix whose largest entry a factor ``scale`` brings near 1, by name.
-METHODS: dict[str, Callable[[Tensor, Tensor, Oracle], Tensor]] = {
+#: Factor of a tall matrix, by name.
+METHODS: dict[str, Callable[[Tensor, Oracle], Tensor]] = {
     "newton-schulz": _newton_schulz, "polar-express": _polar_express, "qdwh": _qdwh,
     "zolo-pd": _zolo, "svd": _svd,
 }

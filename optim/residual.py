@@ -18,14 +18,11 @@ from torch import Tensor
 from . import codec
 from .base import Update
 from .codec import Slot
+from .norms import ALONG, norms
 from .project import Bases
 
-__all__ = ["RESIDUALS", "Fira", "Residual", "gains", "limited", "norms", "residual_of"]
+__all__ = ["RESIDUALS", "Fira", "Residual", "gains", "limited", "residual_of"]
 
-# Along which dimensions of (..., m, n) norms are taken, by side.
-_ALONG = {"left": (-2,), "right": (-1,), "full": (-2, -1)}
-# Elements in one block of a sum of squares.
-_BLOCK = 1 << 18
 # A limiter compares with the last norm only if that was not below this share of |N|.
 _FLOOR = 1e-3
 # A gain is capped where it would make a column this many times as large as expected of it.
@@ -104,7 +101,7 @@ class Fira(Residual):
         r_, n_ = norms(low, side), norms(n, side) / correction
         leak = 1 - scale if released else 0.0
         rest = ((measured.square() - r_.square()).clamp_min(0) + (leak * r_).square()).sqrt()
-        more = math.prod(g.shape[i] / low.shape[i] for i in _ALONG[side])
+        more = math.prod(g.shape[i] / low.shape[i] for i in ALONG[side])
         gain = limited(gains(n_, r_, rest, more, eps), rest, n_, s, o, eps) * correction
         gain = gain.to(low.dtype)
         left, right = bases.factors(n.addcmul_(low, gain, value=-1).to(g.dtype))
@@ -174,32 +171,6 @@ def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
     left, right = bases.factors(low.to(g.dtype))
     left, right = left.to(g.dtype), right.to(g.dtype)
     return g.addmm_(left, right, alpha=-1) if g.ndim == 2 else g.baddbmm_(left, right, alpha=-1)
-
-
-def norms(x: Tensor, side: str) -> Tensor:
-    """Euclidean norms along the dimensions of a side, kept as 1, in float64.
-
-    Squares of entries near 1e30 overflow in fp32, and the differences of squares that follow
-    cancel. On the CPU, where a sum in float64 takes several times as long, fp32 sums are taken
-    where they are in range.
-    """
-    dim = _ALONG[side]
-    norm: Tensor
-    if x.device.type != "cpu" or x.dtype == torch.float64:
-        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
-        return norm
-    if side == "left":
-        rows = max(1, _BLOCK // max(1, x[..., :1, :].numel()))
-        square = sum(codec.wide(part).square().sum(-2, keepdim=True, dtype=torch.float32)
-                     for part in torch.split(x, rows, -2))
-        assert isinstance(square, Tensor)
-        norm = square.double().sqrt()
-    else:
-        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32).double()
-    low, high = torch.aminmax(norm)
-    if low.item() < 1e-15 or not high.item() < 1e18:
-        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
-    return norm
 
 
 def gains(size_n: Tensor, size_r: Tensor, rest: Tensor, more: float, eps: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ class Case:
         """Neither random nor quantized, so that an oracle can follow it."""
         return (self.option("state_bits") == 32 and self.option("projection") != "random"
                 and self.option("basis_bits") is None
-                and self.option("error_feedback_bits") in (None, 32))
+                and self.option("error_feedback_bits") in (None, 32)
+                and self.option("polar_dtype") != "bfloat16")
 
     def __call__(self, params: Any, **more: Any) -> MatrixOptimizer:
         return self.make(params, **{**self.options, **more})
@@ -61,6 +62,7 @@ COMMON_BAD = {
     "amsgrad": ["yes"],
     "state_bits": [0, 7, 2, "32", 32.0],
     "rounding": ["up", 1],
+    "master_bits": [32, 4, "8", True],
     "nonfinite": ["ignore", None],
     "seed": [-1, 1.5],
 }
@@ -148,10 +150,9 @@ def polargrad(**options: Any) -> Case:
                 scaling)
 
 
-CASES = [
+ROWS = [
     Case("adamw", AdamW, bad=COMMON_BAD),
     Case("adamw-amsgrad", AdamW, {"amsgrad": True}, bad=COMMON_BAD),
-    *(Case(f"adamw-{bits}bit", AdamW, {"state_bits": bits}, bad=COMMON_BAD) for bits in (16, 8, 4)),
     Case("adamw8bit", AdamW8bit, bad=COMMON_BAD),
     Case("adamw-nearest", AdamW, {"rounding": "nearest"}, bad=COMMON_BAD),
     galore(),
@@ -164,37 +165,52 @@ CASES = [
     galore(refresh="synchronous"),
     galore(basis_bits=4, error_feedback_bits=8),
     galore(keep_energy=0.9),
-    *(galore(state_bits=bits) for bits in (16, 8, 4)),
     galore(rounding="nearest"),
     low_rank(GaLoreAdamW8bit, oracle.lowrank),
     dctadamw(),
     dctadamw(update_proj_gap=1, error_feedback_bits=32),
-    dctadamw(error_feedback_bits=4, state_bits=16),
+    dctadamw(error_feedback_bits=4),
     dctadamw(dct_basis=3, column_norm=2, proj_type="full", similarity="fft"),
-    dctadamw(inner="factored", state_bits=8),
+    dctadamw(inner="factored"),
     fira(projection="svd"),
     fira(residual_scale="released", projection="svd"),
     fira(projection="dct", inner="lion", proj_type="full"),
-    fira(limiter=None, state_bits=16),
-    fira(state_bits=8, basis_bits=8),
+    fira(limiter=None),
+    fira(basis_bits=8),
     apollo(),
-    apollo(state_bits=4),
     apollo(scale_type="channel", projection="svd"),
     apollo(scale_type="tensor", projection="svd"),
     trion(),
     trion(adjust_lr_fn="match_rms_adamw", dct_basis=3),
-    trion(state_bits=16, polar_dtype="bfloat16"),
-    trion(state_bits=8),
+    trion(polar_dtype="bfloat16"),
     muon(),
     *(muon(polar=x) for x in ("polar-express", "qdwh", "zolo-pd", "svd")),
     muon(adjust_lr_fn="match_rms_adamw", nesterov=False, matricize="batch"),
-    muon(state_bits=16, polar_dtype="bfloat16"),
-    muon(state_bits=8, adjust_lr_fn="spectral"),
+    muon(polar_dtype="bfloat16"),
+    muon(adjust_lr_fn="spectral"),
     polargrad(),
     polargrad(polar_first=True),
     polargrad(momentum=0.0, polar="svd"),
     polargrad(polar="zolo-pd", nuclear_scaling=False),
     polargrad(polar="qdwh", polar_steps=2, lower_bound="eps"),
-    polargrad(polar="polar-express", state_bits=4),
+    polargrad(polar="polar-express"),
 ]
+
+
+def first_of_each_class() -> list[Case]:
+    seen: dict[type[MatrixOptimizer], Case] = {}
+    for row in ROWS:
+        seen.setdefault(row.make, row)
+    return list(seen.values())
+
+
+#: Storage of state is a column: every class meets it.
+CASES = ROWS + [replace(row, name=f"{row.name}-{bits}bit",
+                        options={**row.options, "state_bits": bits})
+                for row in first_of_each_class() for bits in (16, 8, 4)
+                if row.option("state_bits") != bits]
+#: How 16-bit weights are written, the columns beside: options, and whether the result is random.
+WRITING = [({"rounding": "nearest"}, False), ({"rounding": "stochastic"}, True), ({}, True),
+           ({"master_bits": 8}, True), ({"master_bits": 16}, False),
+           ({"master_bits": 8, "rounding": "nearest"}, False)]
 SHAPES = [(), (5,), (0, 3), (7, 5), (5, 7), (6, 6), (1, 4), (4, 1), (2, 3), (4, 3, 2), (3, 2, 2, 2)]

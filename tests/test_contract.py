@@ -12,7 +12,7 @@ from lissom.optim.checks import check_gradient
 from lissom.optim.codec import MOMENTS as _MOMENTS
 from lissom.optim.options import nearest
 
-from .cases import CASES, SHAPES
+from .cases import CASES, SHAPES, WRITING
 from .helpers import assert_same, feed, parameters, run, snapshot, tensors, through_disk
 
 MOMENTS = set(_MOMENTS)
@@ -235,6 +235,51 @@ def test_resume_is_bitwise(case, dtype, cut):
     twin.load_state_dict(saved["o"])
     run(twin, qs, range(cut, 11))
     assert_same(snapshot(optimizer), snapshot(twin))
+
+
+@pytest.mark.parametrize(("options", "random"), WRITING, ids=str)
+def test_ways_to_write_16_bit_weights(case, options, random):
+    """Resumed bit for bit; the seed decides where rounding is random, and only there."""
+    shapes = [(9, 6), (6, 9), (3, 4, 2), (50,)]
+    more = {"rank": 3} if "rank" in case.options else {}
+    results = []
+    for seed, cut in ((0, None), (0, 2), (1, None)):
+        ps = parameters(shapes, dtype=torch.bfloat16)
+        optimizer = case(ps, lr=1e-2, seed=seed, **options, **more)
+        for i in range(5):
+            if i == cut:
+                saved = through_disk({"o": optimizer.state_dict(), "w": [p.detach() for p in ps]})
+                ps = [torch.nn.Parameter(w) for w in saved["w"]]
+                optimizer = case(ps, lr=0.5, **options, **more)
+                optimizer.load_state_dict(saved["o"])
+            feed(ps, i)
+            optimizer.step()
+        results.append(snapshot(optimizer))
+        held = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
+        assert optimizer.plan().state_bytes == held
+        for p in ps:
+            bits = options.get("master_bits")
+            assert ("master" in optimizer.state[p]) == (bits is not None)
+            exact = optimizer.full_precision(p)
+            assert exact.dtype == torch.float32
+            # what the weight shows is the nearest bf16 number of what is kept
+            assert (exact - p.float()).abs().max() <= 2.0**-8 * p.float().abs().max()
+            if bits is None:
+                assert torch.equal(exact, p.float())
+    assert_same(results[0], results[1])
+    # the seed also draws random bases and rounds 16-bit state; vectors have no basis
+    if case.option("state_bits") != 16:
+        written = [(r["weights"][3].tolist(), r["state"][3].get("master", torch.ones(1)).tolist())
+                   for r in results]
+        assert (written[0] == written[2]) != random
+
+
+def test_master_bits_need_bf16(case):
+    (p,) = parameters([(6, 4)], dtype=torch.float16)
+    with pytest.raises(ValueError, match="master_bits=16, but it must be None for fp16"):
+        case([p], master_bits=16)
+    (q,) = parameters([(6, 4)])
+    assert "master" not in case([q], master_bits=16).state[q]  # fp32 lacks nothing
 
 
 def test_loading_something_damaged_changes_nothing(case):

@@ -1,0 +1,41 @@
+"""Norms of gradients of any size: neither 1e30 nor 1e-30 leaves the range of the sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import codec
+
+__all__ = ["ALONG", "norms"]
+
+#: Along which dimensions of (..., m, n) norms are taken, by the side that is projected.
+ALONG = {"left": (-2,), "right": (-1,), "full": (-2, -1)}
+# Elements in one block of a sum of squares.
+_BLOCK = 1 << 18
+
+
+def norms(x: Tensor, side: str) -> Tensor:
+    """Euclidean norms along the dimensions of a side, kept as 1, in float64.
+
+    Squares of entries near 1e30 overflow in fp32, and the differences of squares that follow
+    cancel. On the CPU, where a sum in float64 takes several times as long, fp32 sums are taken
+    where they are in range.
+    """
+    dim = ALONG[side]
+    norm: Tensor
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+        return norm
+    if side == "left":
+        rows = max(1, _BLOCK // max(1, x[..., :1, :].numel()))
+        square = sum(codec.wide(part).square().sum(-2, keepdim=True, dtype=torch.float32)
+                     for part in torch.split(x, rows, -2))
+        assert isinstance(square, Tensor)
+        norm = square.double().sqrt()
+    else:
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32).double()
+    low, high = torch.aminmax(norm)
+    if low.item() < 1e-15 or not high.item() < 1e18:
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
+    return norm
