@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["cdiv", "define", "jit", "signed32", "tl", "use_triton"]
+__all__ = ["INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32", "tl",
+           "use_triton"]
 
 triton: Any
 tl: Any
@@ -36,8 +38,8 @@ def _probe() -> None:
     pass
 
 
-# Under TRITON_INTERPRET=1 kernels run on CPU tensors.
-_INTERPRETED = triton is not None and not isinstance(_probe, triton.JITFunction)
+#: Under TRITON_INTERPRET=1 kernels run on CPU tensors.
+INTERPRETED = triton is not None and not isinstance(_probe, triton.JITFunction)
 
 
 def use_triton(backend: str | None, device: torch.device) -> bool:
@@ -53,13 +55,19 @@ def use_triton(backend: str | None, device: torch.device) -> bool:
     """
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend: expected None, 'torch' or 'triton', got {backend!r}")
-    able = triton is not None and (device.type == "cuda" or (_INTERPRETED and device.type == "cpu"))
+    able = triton is not None and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
     if backend == "triton" and not able:
         raise RuntimeError(
             f"backend: 'triton' cannot run on {device}: "
             + ("triton is not installed" if triton is None else
                "it needs a CUDA device, or TRITON_INTERPRET=1 and a CPU one"))
     return backend == "triton" or (backend is None and able and device.type == "cuda")
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
+    """Run a kernel on the device of its tensors, which need not be the current one."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*args, **constants)
 
 
 def define(schema: str, run: Callable[..., None]) -> Callable[..., None]:

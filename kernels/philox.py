@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, check, define, jit, signed32, tl, use_triton
+from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
 
-__all__ = ["random16", "random16_rows", "random_bits16_ref", "round_bf16", "round_fp16",
-           "stochastic_bf16_ref", "stochastic_fp16_ref", "stochastic_round"]
+__all__ = ["nearest_bf16", "random16", "random16_rows", "random_bits16_ref", "round_bf16",
+           "round_fp16", "stochastic_bf16_ref", "stochastic_fp16_ref", "stochastic_round"]
 
 _MASK = 0xFFFFFFFF
 # Multipliers and Weyl constants of Philox 4x32 (Salmon et al., 2011).
@@ -219,6 +219,16 @@ def round_bf16(x: Any, random: Any) -> Any:
 
 
 @jit
+def nearest_bf16(x: Any) -> Any:
+    """fp32 to the nearest bf16, of two the even: what a GPU's conversion does, and the
+    interpreter's does not.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@jit
 def round_fp16(x: Any, random: Any) -> Any:
     """fp32 to fp16 by :func:`stochastic_fp16_ref`."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
@@ -252,8 +262,8 @@ def _stochastic_round(x: Tensor, out: Tensor, start: int, key: list[int], stream
         _round_ref(x, start, (key[0], key[1]), (stream[0], stream[1]), out)
     elif x.numel():
         tiles = cdiv(start % 8 + x.numel(), _TILE)
-        _stochastic_round_kernel[(tiles,)](x, out, x.numel(), start,
-                                           *map(signed32, (*key, *stream)), TILE=_TILE)
+        launch(_stochastic_round_kernel, tiles, x.device, x, out, x.numel(), start,
+               *map(signed32, (*key, *stream)), TILE=_TILE)
 
 
 _op = define("stochastic_round(Tensor x, Tensor(a!) out, int start, int[] key, int[] stream, "

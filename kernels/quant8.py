@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, check, define, jit, tl, use_triton
+from ._triton import cdiv, check, define, jit, launch, tl, use_triton
 from .linear import BLOCK, linear_shapes, pack4, unpack4
 
 __all__ = ["block_codes", "block_place", "block_values", "check_store", "codebook",
@@ -29,7 +29,7 @@ __all__ = ["block_codes", "block_place", "block_values", "check_store", "codeboo
            "quantize_dynamic_ref", "search", "store_codes", "tile"]
 
 # Elements of one program.
-_TILE = 2048
+_TILE = 1024
 
 
 @functools.lru_cache(maxsize=32)
@@ -230,9 +230,8 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, signed: bool, 
     elif x.numel():
         columns = x.shape[-1]
         rows, (height, width) = x.numel() // columns, tile(columns)
-        _quantize_kernel[(cdiv(scale.numel(), height),)](
-            x, codes, scale, *search(bits, signed, x.device), rows, columns, BITS=bits, R=height,
-            W=width)
+        launch(_quantize_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
+               *search(bits, signed, x.device), rows, columns, BITS=bits, R=height, W=width)
 
 
 def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, signed: bool, triton: bool
@@ -242,9 +241,8 @@ def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, signed: bo
         out.copy_(dequantize_dynamic_ref(codes, scale, columns, bits, signed))
     elif out.numel():
         rows, (height, width) = out.numel() // columns, tile(columns)
-        _dequantize_kernel[(cdiv(scale.numel(), height),)](
-            codes, scale, out, codebook(bits, signed, out.device), rows, columns, BITS=bits,
-            R=height, W=width)
+        launch(_dequantize_kernel, cdiv(scale.numel(), height), out.device, codes, scale, out,
+               codebook(bits, signed, out.device), rows, columns, BITS=bits, R=height, W=width)
 
 
 _quantize_op = define("quantize_dynamic(Tensor x, Tensor(a!) codes, Tensor(b!) scale, int bits, "
