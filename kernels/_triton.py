@@ -65,9 +65,12 @@ def use_triton(backend: str | None, device: torch.device) -> bool:
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
-    """Run a kernel on the device of its tensors, which need not be the current one."""
+    """Run a kernel on the device of its tensors, which need not be the current one.
+
+    Products and sums are not fused, whatever the version of Triton does by default.
+    """
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants)
+        kernel[(programs,)](*args, **constants, enable_fp_fusion=False)
 
 
 def define(schema: str, run: Callable[..., None]) -> Callable[..., None]:

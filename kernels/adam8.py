@@ -114,8 +114,8 @@ def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | Non
 
 
 @jit
-def _random(index: Any, seed: Any, parameter: Any, step: Any, stream: Any, ALIGNED: tl.constexpr,
-            W: tl.constexpr) -> Any:
+def _random(index: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+            stream: tl.tensor, ALIGNED: tl.constexpr, W: tl.constexpr) -> tl.tensor:
     """Random bits of W elements from each index on: int64 [R] to int32 [R, W]."""
     if ALIGNED:
         block = (index >> 3)[:, None] + tl.arange(0, W // 8)[None, :]
@@ -125,14 +125,15 @@ def _random(index: Any, seed: Any, parameter: Any, step: Any, stream: Any, ALIGN
 
 
 @jit
-def _adam_kernel(target_ptr: Any, g_ptr: Any, m_ptr: Any, v_ptr: Any, m_scale_ptr: Any,
-                 v_scale_ptr: Any, m_book_ptr: Any, v_book_ptr: Any, m_table_ptr: Any,
-                 m_ends_ptr: Any, v_table_ptr: Any, v_ends_ptr: Any, rows: Any, columns: Any,
-                 start: Any, seed: Any, parameter: Any, step: Any, weight1: Any, beta2: Any,
-                 weight2: Any, eps: Any, correction: Any, keep: Any, factor: Any,
-                 BITS: tl.constexpr, WEIGHT: tl.constexpr, MAXIMIZE: tl.constexpr,
-                 STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr
-                 ) -> None:
+def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor,
+                 m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, m_book_ptr: tl.tensor,
+                 v_book_ptr: tl.tensor, m_table_ptr: tl.tensor, m_ends_ptr: tl.tensor,
+                 v_table_ptr: tl.tensor, v_ends_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor,
+                 start: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+                 weight1: tl.tensor, beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor,
+                 correction: tl.tensor, keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr,
+                 WEIGHT: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
+                 ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
     row, first, block, inside = block_place(rows, columns, R, W)
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)  # [R, W], as all that follows

@@ -8,7 +8,6 @@ grouping or any global generator. Source: Salmon et al., "Parallel random number
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,7 +180,8 @@ def stochastic_fp16_ref(
 
 
 @jit
-def _words(block: Any, seed: Any, parameter: Any, step: Any, stream: Any) -> Any:
+def _words(block: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+           stream: tl.tensor) -> tl.tensor:
     """The four words of each Philox block; key and stream are int32."""
     key = parameter.to(tl.uint32, bitcast=True).to(tl.uint64) << 32
     key = key | seed.to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -191,7 +191,8 @@ def _words(block: Any, seed: Any, parameter: Any, step: Any, stream: Any) -> Any
 
 
 @jit
-def random16(index: Any, seed: Any, parameter: Any, step: Any, stream: Any) -> Any:
+def random16(index: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+             stream: tl.tensor) -> tl.tensor:
     """Sixteen random bits (int32) for each global index (int64), in any order."""
     w0, w1, w2, w3 = _words(index >> 3, seed, parameter, step, stream)
     place = (index & 7).to(tl.uint32)
@@ -200,7 +201,8 @@ def random16(index: Any, seed: Any, parameter: Any, step: Any, stream: Any) -> A
 
 
 @jit
-def random16_rows(block: Any, seed: Any, parameter: Any, step: Any, stream: Any) -> Any:
+def random16_rows(block: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+                  stream: tl.tensor) -> tl.tensor:
     """The bits of whole Philox blocks: int64 (..., n) to int32 (..., 8 n), an eighth the work."""
     w0, w1, w2, w3 = _words(block, seed, parameter, step, stream)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
@@ -208,7 +210,7 @@ def random16_rows(block: Any, seed: Any, parameter: Any, step: Any, stream: Any)
 
 
 @jit
-def round_bf16(x: Any, random: Any) -> Any:
+def round_bf16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
     """fp32 to bf16 by :func:`stochastic_bf16_ref`."""
     largest = 3.3895313892515355e38
     inside = tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
@@ -219,7 +221,7 @@ def round_bf16(x: Any, random: Any) -> Any:
 
 
 @jit
-def nearest_bf16(x: Any) -> Any:
+def nearest_bf16(x: tl.tensor) -> tl.tensor:
     """fp32 to the nearest bf16, of two the even: what a GPU's conversion does, and the
     interpreter's does not.
     """
@@ -229,7 +231,7 @@ def nearest_bf16(x: Any) -> Any:
 
 
 @jit
-def round_fp16(x: Any, random: Any) -> Any:
+def round_fp16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
     """fp32 to fp16 by :func:`stochastic_fp16_ref`."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
     step = tl.where(exponent < 113, 113, exponent) - 10
@@ -242,8 +244,9 @@ def round_fp16(x: Any, random: Any) -> Any:
 
 
 @jit
-def _stochastic_round_kernel(x_ptr: Any, out_ptr: Any, count: Any, start: Any, seed: Any,
-                             parameter: Any, step: Any, stream: Any, TILE: tl.constexpr) -> None:
+def _stochastic_round_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, count: tl.tensor,
+                             start: tl.tensor, seed: tl.tensor, parameter: tl.tensor,
+                             step: tl.tensor, stream: tl.tensor, TILE: tl.constexpr) -> None:
     # Tiles begin where a Philox block does: [TILE] elements are [TILE / 8] blocks.
     first = tl.program_id(0).to(tl.int64) * (TILE // 8) + start // 8
     random = random16_rows(first + tl.arange(0, TILE // 8), seed, parameter, step, stream)

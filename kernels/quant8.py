@@ -16,7 +16,6 @@ arXiv 2309.01507.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +134,7 @@ def tile(columns: int) -> tuple[int, int]:
 
 
 @jit
-def block_place(rows: Any, columns: Any, R: tl.constexpr, W: tl.constexpr) -> Any:
+def block_place(rows: tl.tensor, columns: tl.tensor, R: tl.constexpr, W: tl.constexpr) -> tl.tensor:
     """Which R blocks a program works on: their rows, first columns, scales, and what is inside."""
     per_row = (columns + W - 1) // W
     block = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)  # [R]
@@ -144,8 +143,8 @@ def block_place(rows: Any, columns: Any, R: tl.constexpr, W: tl.constexpr) -> An
 
 
 @jit
-def load_codes(ptr: Any, row: Any, first: Any, inside: Any, columns: Any, BITS: tl.constexpr,
-               W: tl.constexpr) -> Any:
+def load_codes(ptr: tl.tensor, row: tl.tensor, first: tl.tensor, inside: tl.tensor,
+               columns: tl.tensor, BITS: tl.constexpr, W: tl.constexpr) -> tl.tensor:
     """Codes of [R] blocks: int32 [R, W]."""
     if BITS == 8:
         column = first[:, None] + tl.arange(0, W)[None, :]
@@ -160,8 +159,9 @@ def load_codes(ptr: Any, row: Any, first: Any, inside: Any, columns: Any, BITS: 
 
 
 @jit
-def store_codes(ptr: Any, codes: Any, row: Any, first: Any, inside: Any, columns: Any,
-                BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
+def store_codes(ptr: tl.tensor, codes: tl.tensor, row: tl.tensor, first: tl.tensor,
+                inside: tl.tensor, columns: tl.tensor, BITS: tl.constexpr, R: tl.constexpr,
+                W: tl.constexpr) -> None:
     """Store int32 codes [R, W] of [R] blocks."""
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)
@@ -177,7 +177,7 @@ def store_codes(ptr: Any, codes: Any, row: Any, first: Any, inside: Any, columns
 
 
 @jit
-def block_codes(x: Any, table_ptr: Any, ends_ptr: Any) -> Any:
+def block_codes(x: tl.tensor, table_ptr: tl.tensor, ends_ptr: tl.tensor) -> tl.tensor:
     """Codes (int32) and scales of blocks [R, W], zero where there is nothing."""
     # As integers magnitudes are ordered too, and NaN is above all.
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -191,15 +191,15 @@ def block_codes(x: Any, table_ptr: Any, ends_ptr: Any) -> Any:
 
 
 @jit
-def block_values(codes: Any, scale: Any, book_ptr: Any) -> Any:
+def block_values(codes: tl.tensor, scale: tl.tensor, book_ptr: tl.tensor) -> tl.tensor:
     """What codes [R, W] and scales [R] stand for."""
     return tl.load(book_ptr + codes) * scale[:, None]
 
 
 @jit
-def _quantize_kernel(x_ptr: Any, codes_ptr: Any, scale_ptr: Any, table_ptr: Any, ends_ptr: Any,
-                     rows: Any, columns: Any, BITS: tl.constexpr, R: tl.constexpr,
-                     W: tl.constexpr) -> None:
+def _quantize_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: tl.tensor,
+                     table_ptr: tl.tensor, ends_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor,
+                     BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
     row, first, block, inside = block_place(rows, columns, R, W)
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)
@@ -210,9 +210,9 @@ def _quantize_kernel(x_ptr: Any, codes_ptr: Any, scale_ptr: Any, table_ptr: Any,
 
 
 @jit
-def _dequantize_kernel(codes_ptr: Any, scale_ptr: Any, out_ptr: Any, book_ptr: Any, rows: Any,
-                       columns: Any, BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr
-                       ) -> None:
+def _dequantize_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.tensor,
+                       book_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, BITS: tl.constexpr,
+                       R: tl.constexpr, W: tl.constexpr) -> None:
     row, first, block, inside = block_place(rows, columns, R, W)
     codes = load_codes(codes_ptr, row, first, inside, columns, BITS, W)
     scale = tl.load(scale_ptr + block, mask=inside, other=0.0)

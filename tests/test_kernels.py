@@ -7,6 +7,9 @@ Kernels run on CUDA, and on the CPU under TRITON_INTERPRET=1. Every output is fi
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,7 +73,7 @@ def clones(values):
 
 
 def opened(stored, bits, columns):
-    """What stored moments stand for, each beside the size of an error of one code."""
+    """What stored moments stand for."""
     for x, scale, signed in ((stored[0], stored[2], True), (stored[1], stored[3], False)):
         yield x.float() if scale is None else dequantize_dynamic_ref(x, scale, columns, bits,
                                                                      signed)
@@ -86,8 +89,8 @@ def codes_apart(a, b, bits):
 def assert_stores_close(ours, theirs, bits):
     """Scales to 2 ulp; of codes one in 200, and one per tensor, may be the neighbour's.
 
-    Codes differ where a moment is at the edge of two cells: whether a product and a sum are one
-    operation (fused) or two is left to the compiler. So is the bit that a sum in bf16 hangs on.
+    Codes differ where a moment is at the edge of two cells: torch on the CPU fuses products and
+    sums, the kernel does not. So do the bf16 moments whose random bits are at the edge.
     """
     for i in (0, 1):
         if bits == 32:
@@ -372,6 +375,61 @@ def test_large_weight_on_gpu(bits):
     assert int(apart.count_nonzero()) <= p.numel() // 200
     assert apart.max() <= 1
     assert_stores_close(ours, theirs, bits)
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lissom.kernels import adam8, philox, quant8
+
+F, H, C, I = "*fp32", "*bf16", "*u8", "i32"
+pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "table_ptr": "*i32",
+            "codes_ptr": C, "g_ptr": H}
+scalars = {n: "fp32" for n in ("weight1", "beta2", "weight2", "eps", "correction", "keep",
+                               "factor")}
+
+def build(kernel, constants, **types):
+    names = [p.name for p in kernel.params]
+    end = lambda n: n.removeprefix("m_").removeprefix("v_")
+    signature = {n: "constexpr" if n in constants else types.get(n) or pointers.get(end(n))
+                 or scalars.get(n, I) for n in names}
+    values = {(names.index(n),): v for n, v in constants.items()}
+    built = compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 80, 32),
+                    options={"enable_fp_fusion": False})
+    assert len(built.asm["cubin"])
+    return built.asm["ptx"]
+
+for kind in (H, "*fp16"):
+    build(philox._stochastic_round_kernel, {"TILE": 1024}, out_ptr=kind, start="i64")
+for bits, width in ((8, 256), (4, 8)):
+    shape = {"BITS": bits, "R": 1024 // width, "W": width}
+    build(quant8._quantize_kernel, shape)
+    build(quant8._dequantize_kernel, shape, out_ptr=F)
+    for weight in (True, False):
+        flags = {"WEIGHT": weight, "MAXIMIZE": weight, "STOCHASTIC": weight, "ALIGNED": weight}
+        ptx = build(adam8._adam_kernel, {**shape, **flags}, m_ptr=C, v_ptr=C,
+                    target_ptr=H if weight else F)
+        assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
+        assert not any(x in ptx for x in ("fma.rn", ".ftz", ".approx", "div.full"))
+for bits, kind in ((32, F), (16, H)):
+    none = {f"{x}_{y}_ptr": None for x in "mv" for y in ("scale", "book", "table", "ends")}
+    build(adam8._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
+          "STOCHASTIC": False, "ALIGNED": bits == 16, "R": 4, "W": 256}, m_ptr=kind, v_ptr=kind,
+          target_ptr=F)
+"""
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="needs triton")
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """To machine code, which needs no GPU: the interpreter takes more than the compiler does."""
+    script = tmp_path / "build.py"
+    script.write_text(COMPILE)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- operators, compile, errors
