@@ -7,37 +7,69 @@ grouping or any global generator. Source: Salmon et al., "Parallel random number
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-__all__ = ["random_bits16_ref", "stochastic_bf16_ref", "stochastic_fp16_ref"]
+from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
+
+__all__ = ["nearest_bf16", "random16", "random16_rows", "random_bits16_ref", "round_bf16",
+           "round_fp16", "stochastic_bf16_ref", "stochastic_fp16_ref", "stochastic_round"]
 
 _MASK = 0xFFFFFFFF
 # Multipliers and Weyl constants of Philox 4x32 (Salmon et al., 2011).
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
+# torch shares an operation among threads from this many elements on.
+_GRAIN = 1 << 15
+# Elements of one program.
+_TILE = 1024
+_LARGEST = {kind: torch.finfo(kind).max for kind in (torch.bfloat16, torch.float16)}
 
 
-def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b, for a and b below 2**32.
+def _random_pieces(start: int, count: int, key: tuple[int, int], stream: tuple[int, int],
+                   device: torch.device | str) -> Iterator[tuple[int, Tensor]]:
+    """Random bits piece by piece: (offset from ``start``, uint16 in a buffer that is reused).
 
-    int64 products wrap modulo 2**64, so their 64 bits are those of the unsigned product.
+    Words of 32 bits are held in int64, whose products wrap modulo 2**64 to the bits of the
+    unsigned product.
     """
-    product = b * (a - (1 << 64) if a >= 1 << 63 else a)
-    return (product >> 32).bitwise_and_(_MASK), product.bitwise_and_(_MASK)
-
-
-def _philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Ten rounds on four words of 32 bits, held in int64."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key[0] & _MASK, key[1] & _MASK
-    for _ in range(10):
-        h0, l0 = _multiply(_M0, c0)
-        h1, l1 = _multiply(_M1, c2)
-        c0, c1 = h1.bitwise_xor_(c1).bitwise_xor_(k0), l1
-        c2, c3 = h0.bitwise_xor_(c3).bitwise_xor_(k1), l0
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return [c0, c1, c2, c3]
+    # As many blocks as stay in the cores' caches. A hundred operations on each piece are a hundred
+    # barriers, which few threads do not pay for: they get pieces that are not shared.
+    threads = torch.get_num_threads()
+    piece = _GRAIN // 2 if threads < 4 else _GRAIN * threads
+    first, last = start // 8, (start + count + 7) // 8
+    size = min(piece, last - first)
+    words = torch.empty((6, size), dtype=torch.int64, device=device)
+    # Little-endian halves of words 0 .. 3 are elements 0 .. 7 of a block.
+    block = torch.empty((size, 4), dtype=torch.int32, device=device)
+    for at in range(first, last, piece):
+        n = min(piece, last - at)
+        c0, c1, c2, c3, p0, p1 = words[:, :n]
+        torch.arange(at, at + n, out=c1)
+        torch.bitwise_and(c1, _MASK, out=c0)
+        c1.bitwise_right_shift_(32)
+        c2.fill_(stream[0] & _MASK)
+        c3.fill_(stream[1] & _MASK)
+        k0, k1 = key[0] & _MASK, key[1] & _MASK
+        for _ in range(10):
+            torch.mul(c0, _M0, out=p0)
+            torch.mul(c2, _M1, out=p1)
+            torch.bitwise_right_shift(p1, 32, out=c0)
+            c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+            torch.bitwise_right_shift(p0, 32, out=c2)
+            c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+            # Only the low halves of c1 and c3 are used.
+            c1, p1, c3, p0 = p1, c1, p0, c3
+            k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+        for i, word in enumerate((c0, c1, c2, c3)):
+            block[:n, i] = word
+        begin, end = max(start, 8 * at), min(start + count, 8 * (at + n))
+        halves = block[:n].view(torch.uint16).view(-1)[begin - 8 * at : end - 8 * at]
+        for part in halves.split(2 * piece):
+            yield begin - start, part
+            begin += len(part)
 
 
 def random_bits16_ref(
@@ -58,19 +90,57 @@ def random_bits16_ref(
     Returns:
         int32 tensor of shape (count,), values 0 .. 65535.
     """
-    first, last = start // 8, (start + count + 7) // 8
-    block = torch.arange(first, last, device=device, dtype=torch.int64)
-    words = _philox(
-        [block & _MASK, block >> 32, torch.full_like(block, stream[0] & _MASK),
-         torch.full_like(block, stream[1] & _MASK)],
-        key,
-    )
-    halves = torch.empty((len(block), 8), device=device, dtype=torch.int32)
-    for i, word in enumerate(words):
-        halves[:, 2 * i] = word & 0xFFFF
-        halves[:, 2 * i + 1] = word >> 16
-    offset = start - 8 * first
-    return halves.view(-1)[offset : offset + count]
+    out = torch.empty(count, dtype=torch.int32, device=device)
+    for at, random in _random_pieces(start, count, key, stream, device):
+        out[at : at + len(random)] = random
+    return out
+
+
+def _bounded(x: Tensor, largest: float) -> bool:
+    """Whether x is known to be finite and within +-largest, where that can be had cheaply."""
+    if x.device.type != "cpu" or not x.numel():
+        return False
+    low, high = torch.aminmax(x)
+    return low.item() >= -largest and high.item() <= largest
+
+
+def _bf16_ref(x: Tensor, random: Tensor) -> Tensor:
+    """((bits(x) + random) >> 16) << 16, as fp32; random (int32) is overwritten."""
+    largest = _LARGEST[torch.bfloat16]
+    if _bounded(x, largest):
+        return random.add_(x.view(torch.int32)).bitwise_and_(-65536).view(torch.float32)
+    # Rounded up, a number above the largest of bf16 would be infinite.
+    bits = x.clamp(-largest, largest).view(torch.int32)
+    rounded = random.add_(bits).bitwise_and_(-65536).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x)
+
+
+def _fp16_ref(x: Tensor, random: Tensor) -> Tensor:
+    """floor(x / step + random / 2^16) * step, as fp32."""
+    # x = m 2^e with m in [1, 2) and e + 127 in the exponent's bits: ten bits below the leading
+    # one, none below 2^-24. Steps are put together as the bits of powers of two.
+    step = (x.view(torch.int32) >> 23).bitwise_and_(255).clamp_min_(113).sub_(10)
+    inverse = torch.sub(254, step).bitwise_left_shift_(23).view(torch.float32)
+    exact = random.float().mul_(2.0**-16).addcmul_(x, inverse)
+    # torch.floor would share even small pieces among threads.
+    floor = random.copy_(exact)
+    floor.add_(exact < floor, alpha=-1)
+    rounded = floor * step.bitwise_left_shift_(23).view(torch.float32)
+    largest = _LARGEST[torch.float16]
+    if _bounded(x, largest):
+        return rounded.clamp_(-largest, largest)
+    return torch.where(x.abs() <= largest, rounded.clamp_(-largest, largest), x)
+
+
+def _round_ref(x: Tensor, start: int, key: tuple[int, int], stream: tuple[int, int], out: Tensor
+               ) -> Tensor:
+    """Round x into out, piece by piece; both in row-major order."""
+    rounding = _bf16_ref if out.dtype == torch.bfloat16 else _fp16_ref
+    flat, target = x.contiguous().view(-1), out.view(-1)
+    for at, random in _random_pieces(start, x.numel(), key, stream, x.device):
+        piece = slice(at, at + len(random))
+        target[piece] = rounding(flat[piece], random.to(torch.int32))
+    return out
 
 
 def stochastic_bf16_ref(
@@ -87,12 +157,8 @@ def stochastic_bf16_ref(
         key: two words, such as (seed, parameter).
         stream: two more words of the counter, such as (step, slot).
     """
-    random = random_bits16_ref(start, x.numel(), key, stream, x.device).view(x.shape)
-    # Rounded up, a number above the largest of bf16 would be infinite.
-    largest = torch.finfo(torch.bfloat16).max
-    bits = x.clamp(-largest, largest).contiguous().view(torch.int32)
-    rounded = ((bits + random) & -65536).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    return _round_ref(x, start, key, stream, out)
 
 
 def stochastic_fp16_ref(
@@ -109,11 +175,132 @@ def stochastic_fp16_ref(
         key: two words, such as (seed, parameter).
         stream: two more words of the counter, such as (step, slot).
     """
-    random = random_bits16_ref(start, x.numel(), key, stream, x.device).view(x.shape)
-    # x = m 2^e with m in [1/2, 1): ten bits below the leading one, none below 2^-24.
-    exponent = torch.frexp(x).exponent.clamp_min(-13) - 11
-    steps = torch.floor(torch.ldexp(x, -exponent) + random * 2.0**-16)
-    rounded = torch.ldexp(steps, exponent)
-    largest = torch.finfo(torch.float16).max
-    rounded = torch.where(x.abs() <= largest, rounded.clamp(-largest, largest), x)
-    return torch.where(x.isfinite(), rounded, x).to(torch.float16)
+    out = torch.empty(x.shape, dtype=torch.float16, device=x.device)
+    return _round_ref(x, start, key, stream, out)
+
+
+@jit
+def _words(block: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+           stream: tl.tensor) -> tl.tensor:
+    """The four words of each Philox block; key and stream are int32."""
+    key = parameter.to(tl.uint32, bitcast=True).to(tl.uint64) << 32
+    key = key | seed.to(tl.uint32, bitcast=True).to(tl.uint64)
+    low = block.to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    return tl.philox(key, low, high, tl.zeros_like(low) + step, tl.zeros_like(low) + stream)
+
+
+@jit
+def random16(index: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+             stream: tl.tensor) -> tl.tensor:
+    """Sixteen random bits (int32) for each global index (int64), in any order."""
+    w0, w1, w2, w3 = _words(index >> 3, seed, parameter, step, stream)
+    place = (index & 7).to(tl.uint32)
+    word = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
+    return ((word >> ((place & 1) * 16)) & 0xFFFF).to(tl.int32)
+
+
+@jit
+def random16_rows(block: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+                  stream: tl.tensor) -> tl.tensor:
+    """The bits of whole Philox blocks: int64 (..., n) to int32 (..., 8 n), an eighth the work."""
+    w0, w1, w2, w3 = _words(block, seed, parameter, step, stream)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)
+
+
+@jit
+def round_bf16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
+    """fp32 to bf16 by :func:`stochastic_bf16_ref`."""
+    largest = 3.3895313892515355e38
+    inside = tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
+    bits = inside.to(tl.int32, bitcast=True) + random
+    special = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)
+    bits = tl.where(tl.abs(x) < float("inf"), bits, special)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@jit
+def nearest_bf16(x: tl.tensor) -> tl.tensor:
+    """fp32 to the nearest bf16, of two the even: what a GPU's conversion does, and the
+    interpreter's does not.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@jit
+def round_fp16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
+    """fp32 to fp16 by :func:`stochastic_fp16_ref`."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
+    step = tl.where(exponent < 113, 113, exponent) - 10
+    inverse = ((254 - step) << 23).to(tl.float32, bitcast=True)
+    # Both products are exact, so that a fused multiply-add changes nothing.
+    rounded = tl.floor(x * inverse + random.to(tl.float32) * 1.52587890625e-05)
+    rounded = rounded * (step << 23).to(tl.float32, bitcast=True)
+    rounded = tl.where(rounded > 65504.0, 65504.0, tl.where(rounded < -65504.0, -65504.0, rounded))
+    return tl.where(tl.abs(x) <= 65504.0, rounded, x).to(tl.float16)
+
+
+@jit
+def _stochastic_round_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, count: tl.tensor,
+                             start: tl.tensor, seed: tl.tensor, parameter: tl.tensor,
+                             step: tl.tensor, stream: tl.tensor, TILE: tl.constexpr) -> None:
+    # Tiles begin where a Philox block does: [TILE] elements are [TILE / 8] blocks.
+    first = tl.program_id(0).to(tl.int64) * (TILE // 8) + start // 8
+    random = random16_rows(first + tl.arange(0, TILE // 8), seed, parameter, step, stream)
+    i = first * 8 + tl.arange(0, TILE) - start
+    mask = (i >= 0) & (i < count)
+    x = tl.load(x_ptr + i, mask=mask, other=0.0)
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        tl.store(out_ptr + i, round_bf16(x, random), mask=mask)
+    else:
+        tl.store(out_ptr + i, round_fp16(x, random), mask=mask)
+
+
+def _stochastic_round(x: Tensor, out: Tensor, start: int, key: list[int], stream: list[int],
+                      triton: bool) -> None:
+    if not triton:
+        _round_ref(x, start, (key[0], key[1]), (stream[0], stream[1]), out)
+    elif x.numel():
+        tiles = cdiv(start % 8 + x.numel(), _TILE)
+        launch(_stochastic_round_kernel, tiles, x.device, x, out, x.numel(), start,
+               *map(signed32, (*key, *stream)), TILE=_TILE)
+
+
+_op = define("stochastic_round(Tensor x, Tensor(a!) out, int start, int[] key, int[] stream, "
+             "bool triton) -> ()", _stochastic_round)
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, start: int, key: tuple[int, int],
+                     stream: tuple[int, int], *, out: Tensor | None = None,
+                     backend: str | None = None) -> Tensor:
+    """fp32 to bf16 or fp16, up or down with probabilities that make the mean exact.
+
+    Defined by :func:`stochastic_bf16_ref` and :func:`stochastic_fp16_ref`, whose bits it gives on
+    every device.
+
+    Args:
+        x: fp32, any shape; element i of its row-major order has global index ``start + i``.
+        dtype: torch.bfloat16 or torch.float16.
+        start: global index of the first element.
+        key: two words, such as (seed, parameter).
+        stream: two more words of the counter, such as (step, slot).
+        out: where the result goes, contiguous, of x's shape and the dtype; None for a new tensor.
+        backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
+
+    Raises:
+        TypeError: a dtype is another one.
+        ValueError: out does not fit x.
+        RuntimeError: "triton" was asked for and cannot run there.
+    """
+    if dtype not in _LARGEST:
+        raise TypeError(f"dtype: expected torch.bfloat16 or torch.float16, got {dtype}")
+    x = x.contiguous()
+    check("x", x, shape=tuple(x.shape), dtypes=(torch.float32,), device=x.device)
+    if out is None:
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    check("out", out, shape=tuple(x.shape), dtypes=(dtype,), device=x.device)
+    _op(x, out, start, key, stream, use_triton(backend, x.device))
+    return out

@@ -20,9 +20,15 @@ import functools
 import torch
 from torch import Tensor
 
-from .linear import BLOCK, pack4, unpack4
+from ._triton import cdiv, check, define, jit, launch, tl, use_triton
+from .linear import BLOCK, linear_shapes, pack4, unpack4
 
-__all__ = ["codebook", "dequantize_dynamic_ref", "quantize_dynamic_ref"]
+__all__ = ["block_codes", "block_place", "block_values", "check_store", "codebook",
+           "dequantize_dynamic", "dequantize_dynamic_ref", "load_codes", "quantize_dynamic",
+           "quantize_dynamic_ref", "search", "store_codes", "tile"]
+
+# Elements of one program.
+_TILE = 1024
 
 
 @functools.lru_cache(maxsize=32)
@@ -49,11 +55,11 @@ def codebook(bits: int, signed: bool, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _search(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def search(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """A table over the upper half of a float's bits, and the upper ends of the codes' cells.
 
     The table gives the code of the smallest number with that upper half. No two cell ends share
-    an upper half, so one comparison settles the code.
+    an upper half, so one comparison settles the code: table[upper] + (x > ends[table[upper]]).
     """
     book = codebook(bits, signed, torch.device("cpu")).double()
     ends = torch.cat([(book[:-1] + book[1:]) / 2, torch.tensor([torch.inf]).double()]).float()
@@ -78,7 +84,7 @@ def quantize_dynamic_ref(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Te
     """
     columns = x.shape[-1]
     scales, parts = [], []
-    table, ends = _search(bits, signed, x.device)
+    table, ends = search(bits, signed, x.device)
     for part in _blocks(x):
         scale = part.abs().amax(-1) if part.numel() else part.new_zeros(part.shape[:-1])
         unit = part / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
@@ -117,3 +123,209 @@ def dequantize_dynamic_ref(codes: Tensor, scale: Tensor, columns: int, bits: int
     if columns > whole:
         x[..., whole:].mul_(scale[..., -1:])
     return x
+
+
+def tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of what one program works on: parts of rows, each within a block."""
+    width = 8
+    while width < min(columns, BLOCK):
+        width *= 2
+    return _TILE // width, width
+
+
+@jit
+def block_place(rows: tl.tensor, columns: tl.tensor, R: tl.constexpr, W: tl.constexpr) -> tl.tensor:
+    """Which R blocks a program works on: their rows, first columns, scales, and what is inside."""
+    per_row = (columns + W - 1) // W
+    block = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)  # [R]
+    row = block // per_row
+    return row, (block - row * per_row) * W, block, row < rows
+
+
+@jit
+def load_codes(ptr: tl.tensor, row: tl.tensor, first: tl.tensor, inside: tl.tensor,
+               columns: tl.tensor, BITS: tl.constexpr, W: tl.constexpr) -> tl.tensor:
+    """Codes of [R] blocks: int32 [R, W]."""
+    if BITS == 8:
+        column = first[:, None] + tl.arange(0, W)[None, :]
+        mask = inside[:, None] & (column < columns)
+        return tl.load(ptr + row[:, None] * columns + column, mask=mask, other=0).to(tl.int32)
+    else:
+        width = (columns + 1) // 2
+        byte = first[:, None] // 2 + tl.arange(0, W // 2)[None, :]
+        mask = inside[:, None] & (byte < width)
+        packed = tl.load(ptr + row[:, None] * width + byte, mask=mask, other=0).to(tl.int32)
+        return tl.interleave(packed & 15, packed >> 4)
+
+
+@jit
+def store_codes(ptr: tl.tensor, codes: tl.tensor, row: tl.tensor, first: tl.tensor,
+                inside: tl.tensor, columns: tl.tensor, BITS: tl.constexpr, R: tl.constexpr,
+                W: tl.constexpr) -> None:
+    """Store int32 codes [R, W] of [R] blocks."""
+    column = first[:, None] + tl.arange(0, W)[None, :]
+    mask = inside[:, None] & (column < columns)
+    if BITS == 8:
+        tl.store(ptr + row[:, None] * columns + column, codes.to(tl.uint8), mask=mask)
+    else:
+        # The half byte after an odd row is zero.
+        low, high = tl.split(tl.reshape(tl.where(mask, codes, 0), [R, W // 2, 2]))
+        width = (columns + 1) // 2
+        byte = first[:, None] // 2 + tl.arange(0, W // 2)[None, :]
+        tl.store(ptr + row[:, None] * width + byte, (low | (high << 4)).to(tl.uint8),
+                 mask=inside[:, None] & (byte < width))
+
+
+@jit
+def block_codes(x: tl.tensor, table_ptr: tl.tensor, ends_ptr: tl.tensor) -> tl.tensor:
+    """Codes (int32) and scales of blocks [R, W], zero where there is nothing."""
+    # As integers magnitudes are ordered too, and NaN is above all.
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    scale = tl.max(magnitude, 1).to(tl.float32, bitcast=True)  # [R]
+    # Unlike a maximum this keeps NaN.
+    divisor = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
+    unit = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
+    upper = (unit.to(tl.int32, bitcast=True) >> 16) + 32768
+    codes = tl.load(table_ptr + upper)
+    return codes + (unit > tl.load(ends_ptr + codes)).to(tl.int32), scale
+
+
+@jit
+def block_values(codes: tl.tensor, scale: tl.tensor, book_ptr: tl.tensor) -> tl.tensor:
+    """What codes [R, W] and scales [R] stand for."""
+    return tl.load(book_ptr + codes) * scale[:, None]
+
+
+@jit
+def _quantize_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: tl.tensor,
+                     table_ptr: tl.tensor, ends_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor,
+                     BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
+    row, first, block, inside = block_place(rows, columns, R, W)
+    column = first[:, None] + tl.arange(0, W)[None, :]
+    mask = inside[:, None] & (column < columns)
+    x = tl.load(x_ptr + row[:, None] * columns + column, mask=mask, other=0.0)
+    codes, scale = block_codes(x, table_ptr, ends_ptr)
+    store_codes(codes_ptr, codes, row, first, inside, columns, BITS, R, W)
+    tl.store(scale_ptr + block, scale, mask=inside)
+
+
+@jit
+def _dequantize_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.tensor,
+                       book_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, BITS: tl.constexpr,
+                       R: tl.constexpr, W: tl.constexpr) -> None:
+    row, first, block, inside = block_place(rows, columns, R, W)
+    codes = load_codes(codes_ptr, row, first, inside, columns, BITS, W)
+    scale = tl.load(scale_ptr + block, mask=inside, other=0.0)
+    column = first[:, None] + tl.arange(0, W)[None, :]
+    tl.store(out_ptr + row[:, None] * columns + column, block_values(codes, scale, book_ptr),
+             mask=inside[:, None] & (column < columns))
+
+
+def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, signed: bool, triton: bool
+              ) -> None:
+    if not triton:
+        fresh, step = quantize_dynamic_ref(x, bits, signed)
+        codes.copy_(fresh)
+        scale.copy_(step)
+    elif x.numel():
+        columns = x.shape[-1]
+        rows, (height, width) = x.numel() // columns, tile(columns)
+        launch(_quantize_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
+               *search(bits, signed, x.device), rows, columns, BITS=bits, R=height, W=width)
+
+
+def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, signed: bool, triton: bool
+                ) -> None:
+    columns = out.shape[-1]
+    if not triton:
+        out.copy_(dequantize_dynamic_ref(codes, scale, columns, bits, signed))
+    elif out.numel():
+        rows, (height, width) = out.numel() // columns, tile(columns)
+        launch(_dequantize_kernel, cdiv(scale.numel(), height), out.device, codes, scale, out,
+               codebook(bits, signed, out.device), rows, columns, BITS=bits, R=height, W=width)
+
+
+_quantize_op = define("quantize_dynamic(Tensor x, Tensor(a!) codes, Tensor(b!) scale, int bits, "
+                      "bool signed, bool triton) -> ()", _quantize)
+_dequantize_op = define("dequantize_dynamic(Tensor codes, Tensor scale, Tensor(a!) out, int bits, "
+                        "bool signed, bool triton) -> ()", _dequantize)
+
+
+def check_store(codes: Tensor, scale: Tensor, shape: tuple[int, ...], bits: int,
+                device: torch.device, name: str = "codes") -> None:
+    """Raise if codes and scales are not the contiguous store of a tensor of this shape.
+
+    Raises:
+        TypeError, ValueError: the message gives expected and received.
+    """
+    of_codes, of_scale = _store_shapes(shape, bits)
+    check(name, codes, shape=of_codes, dtypes=(torch.uint8,), device=device)
+    check(f"{name}'s scale", scale, shape=of_scale, dtypes=(torch.float32,), device=device)
+
+
+def _store_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if bits not in (8, 4):
+        raise ValueError(f"bits: expected 8 or 4, got {bits}")
+    if not shape:
+        raise ValueError("expected a tensor of one dimension or more, got shape ()")
+    return linear_shapes(shape, bits)
+
+
+def quantize_dynamic(x: Tensor, bits: int, signed: bool, *,
+                     out: tuple[Tensor, Tensor] | None = None, backend: str | None = None
+                     ) -> tuple[Tensor, Tensor]:
+    """Codes and scales of x, those of :func:`quantize_dynamic_ref`.
+
+    Args:
+        x: (..., columns), fp32, contiguous. A NaN or Inf spoils its block.
+        bits: 8 or 4.
+        signed: which codebook.
+        out: where codes and scales go, contiguous; None for new tensors.
+        backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
+
+    Returns:
+        uint8 codes (..., columns), or (..., ceil(columns / 2)) at 4 bits, and fp32 scales
+        (..., ceil(columns / 256)).
+
+    Raises:
+        TypeError: a dtype is another one.
+        ValueError: a shape, layout or option is wrong.
+        RuntimeError: "triton" was asked for and cannot run there.
+    """
+    shape = tuple(x.shape)
+    check("x", x, shape=shape, dtypes=(torch.float32,), device=x.device)
+    if out is None:
+        of_codes, of_scale = _store_shapes(shape, bits)
+        out = (torch.empty(of_codes, dtype=torch.uint8, device=x.device),
+               torch.empty(of_scale, dtype=torch.float32, device=x.device))
+    codes, scale = out
+    check_store(codes, scale, shape, bits, x.device)
+    _quantize_op(x, codes, scale, bits, signed, use_triton(backend, x.device))
+    return codes, scale
+
+
+def dequantize_dynamic(codes: Tensor, scale: Tensor, columns: int, bits: int, signed: bool, *,
+                       out: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """The fp32 tensor (..., columns) that the codes stand for: :func:`dequantize_dynamic_ref`.
+
+    Args:
+        codes: as from :func:`quantize_dynamic`, contiguous.
+        scale: the scales beside them.
+        columns: length of the last dimension, which packed codes do not tell.
+        bits: 8 or 4.
+        signed: which codebook.
+        out: where the result goes, contiguous; None for a new tensor.
+        backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
+
+    Raises:
+        TypeError: a dtype is another one.
+        ValueError: a shape, layout or option is wrong.
+        RuntimeError: "triton" was asked for and cannot run there.
+    """
+    shape = (*codes.shape[:-1], columns)
+    check_store(codes, scale, shape, bits, codes.device)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float32, device=codes.device)
+    check("out", out, shape=shape, dtypes=(torch.float32,), device=codes.device)
+    _dequantize_op(codes, scale, out, bits, signed, use_triton(backend, codes.device))
+    return out

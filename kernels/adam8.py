@@ -1,0 +1,351 @@
+"""Adam on moments as they are stored, in one pass: decode, update, encode.
+
+``bits`` is how both moments are stored: 8 or 4 (codes and scales of :mod:`.quant8`), 16 (bf16,
+rounded stochastically) or 32 (fp32, scales None). Arithmetic is fp32:
+
+    M <- b1 M + (1 - b1) G;  V <- b2 V + (1 - b2) G o G;
+    N = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps);  P <- (1 - lr weight_decay) P - lr N
+
+with M and V as they are before they are encoded. Finite entries of G are brought to where their
+squares are finite; infinities and NaN stay what they are.
+
+Sources: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101; Dettmers et al.,
+arXiv 2110.02861.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
+from .philox import (
+    nearest_bf16,
+    random16,
+    random16_rows,
+    round_bf16,
+    round_fp16,
+    stochastic_bf16_ref,
+    stochastic_fp16_ref,
+)
+from .quant8 import (
+    block_codes,
+    block_place,
+    block_values,
+    check_store,
+    codebook,
+    dequantize_dynamic_ref,
+    load_codes,
+    quantize_dynamic_ref,
+    search,
+    store_codes,
+    tile,
+)
+
+__all__ = ["STREAMS", "adam8", "adam8_ref", "adamw8", "adamw8_ref"]
+
+#: Streams of the random bits that round M, V and the weight.
+STREAMS = (0, 1, 64)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Squares of larger numbers are infinite in fp32.
+_LIMIT = math.sqrt(torch.finfo(torch.float32).max)
+# Elements that torch code works on at once.
+_PIECE = 1 << 17
+
+
+def _decode_ref(x: Tensor, scale: Tensor | None, columns: int, bits: int, signed: bool) -> Tensor:
+    return x.float() if scale is None else dequantize_dynamic_ref(x, scale, columns, bits, signed)
+
+
+def _encode_ref(x: Tensor, stored: Tensor, scale: Tensor | None, bits: int, stream: int, start: int,
+                key: tuple[int, int], t: int) -> None:
+    if scale is not None:
+        codes, step = quantize_dynamic_ref(x, bits, stream == STREAMS[0])
+        stored.copy_(codes)
+        scale.copy_(step)
+    elif bits == 16:
+        stored.copy_(stochastic_bf16_ref(x, start, key, (t, stream)))
+
+
+def _moments_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
+                 bits: int, beta1: float, beta2: float, eps: float, t: int, key: tuple[int, int],
+                 start: int) -> tuple[Tensor, Tensor]:
+    """Update the stored moments; M and sqrt(V / (1 - b2^t)) + eps in fp32."""
+    g = g.float()
+    g = torch.where(g.isinf(), g, g.clamp(-_LIMIT, _LIMIT))
+    columns = g.shape[-1] if g.ndim else 1
+    wide_m = _decode_ref(m, m_scale, columns, bits, True)
+    wide_v = _decode_ref(v, v_scale, columns, bits, False)
+    wide_m.lerp_(g, 1 - beta1)
+    wide_v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = torch.sqrt(wide_v).div_(math.sqrt(1 - beta2**t)).add_(eps)
+    _encode_ref(wide_m, m, m_scale, bits, STREAMS[0], start, key, t)
+    _encode_ref(wide_v, v, v_scale, bits, STREAMS[1], start, key, t)
+    return wide_m, denominator
+
+
+def adam8_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
+              v_scale: Tensor | None = None, *, bits: int, beta1: float, beta2: float, eps: float,
+              t: int, key: tuple[int, int] = (0, 0), start: int = 0) -> Tensor:
+    """Define :func:`adam8`."""
+    numerator, denominator = _moments_ref(g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t,
+                                          key, start)
+    return torch.div(numerator, denominator, out=denominator).mul_(1 / (1 - beta1**t))
+
+
+def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
+               v_scale: Tensor | None = None, *, bits: int, lr: float, weight_decay: float,
+               beta1: float, beta2: float, eps: float, t: int, maximize: bool = False,
+               key: tuple[int, int] = (0, 0), stochastic: bool = False, start: int = 0) -> None:
+    """Define :func:`adamw8`."""
+    numerator, denominator = _moments_ref(-g if maximize else g, m, v, m_scale, v_scale, bits,
+                                          beta1, beta2, eps, t, key, start)
+    x = p.float().mul_(1 - lr * weight_decay)
+    x.addcdiv_(numerator, denominator, value=-lr * (1 / (1 - beta1**t)))
+    if stochastic and p.dtype != torch.float32:
+        rounding = stochastic_bf16_ref if p.dtype == torch.bfloat16 else stochastic_fp16_ref
+        x = rounding(x, start, key, (t, STREAMS[2]))
+    p.copy_(x)
+
+
+@jit
+def _random(index: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+            stream: tl.tensor, ALIGNED: tl.constexpr, W: tl.constexpr) -> tl.tensor:
+    """Random bits of W elements from each index on: int64 [R] to int32 [R, W]."""
+    if ALIGNED:
+        block = (index >> 3)[:, None] + tl.arange(0, W // 8)[None, :]
+        return random16_rows(block, seed, parameter, step, stream)
+    else:
+        return random16(index[:, None] + tl.arange(0, W)[None, :], seed, parameter, step, stream)
+
+
+@jit
+def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor,
+                 m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, m_book_ptr: tl.tensor,
+                 v_book_ptr: tl.tensor, m_table_ptr: tl.tensor, m_ends_ptr: tl.tensor,
+                 v_table_ptr: tl.tensor, v_ends_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor,
+                 start: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+                 weight1: tl.tensor, beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor,
+                 correction: tl.tensor, keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr,
+                 WEIGHT: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
+                 ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
+    row, first, block, inside = block_place(rows, columns, R, W)
+    column = first[:, None] + tl.arange(0, W)[None, :]
+    mask = inside[:, None] & (column < columns)  # [R, W], as all that follows
+    offset = row[:, None] * columns + column
+    index = row * columns + first + start
+
+    g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if MAXIMIZE:
+        g = -g
+    limit = 1.8446742974197924e19  # the root of fp32's largest number
+    bounded = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))
+    g = tl.where(tl.abs(g) == float("inf"), g, bounded)
+
+    if BITS < 16:
+        m = block_values(load_codes(m_ptr, row, first, inside, columns, BITS, W),
+                         tl.load(m_scale_ptr + block, mask=inside, other=0.0), m_book_ptr)
+        v = block_values(load_codes(v_ptr, row, first, inside, columns, BITS, W),
+                         tl.load(v_scale_ptr + block, mask=inside, other=0.0), v_book_ptr)
+        # Codes of 0 beyond a row's end stand for numbers that would count in its scale.
+        m = tl.where(mask, m, 0.0)
+        v = tl.where(mask, v, 0.0)
+    else:
+        m = tl.load(m_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    # torch.lerp, which is exact at both ends.
+    m = tl.where(weight1 < 0.5, m + weight1 * (g - m), g - (g - m) * (1 - weight1))
+    v = v * beta2 + weight2 * g * g
+    denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction) + eps
+
+    if WEIGHT:
+        x = tl.load(target_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        x = x * keep + tl.div_rn(factor * m, denominator)
+        if STOCHASTIC:
+            random = _random(index, seed, parameter, step, 64, ALIGNED, W)
+            if target_ptr.dtype.element_ty == tl.bfloat16:
+                x = round_bf16(x, random)
+            else:
+                x = round_fp16(x, random)
+        elif target_ptr.dtype.element_ty == tl.bfloat16:
+            x = nearest_bf16(x)
+        tl.store(target_ptr + offset, x.to(target_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(target_ptr + offset, tl.div_rn(m, denominator) * factor, mask=mask)
+
+    if BITS < 16:
+        codes, scale = block_codes(m, m_table_ptr, m_ends_ptr)
+        store_codes(m_ptr, codes, row, first, inside, columns, BITS, R, W)
+        tl.store(m_scale_ptr + block, scale, mask=inside)
+        codes, scale = block_codes(v, v_table_ptr, v_ends_ptr)
+        store_codes(v_ptr, codes, row, first, inside, columns, BITS, R, W)
+        tl.store(v_scale_ptr + block, scale, mask=inside)
+    else:
+        if BITS == 16:
+            m = round_bf16(m, _random(index, seed, parameter, step, 0, ALIGNED, W))
+            v = round_bf16(v, _random(index, seed, parameter, step, 1, ALIGNED, W))
+        tl.store(m_ptr + offset, m, mask=mask)
+        tl.store(v_ptr + offset, v, mask=mask)
+
+
+def _pieces(tensors: tuple[Tensor | None, ...], bits: int) -> Iterator[tuple[Any, ...]]:
+    """Views that hold the same rows of all tensors, so many that temporaries stay in the cache."""
+    given = [x for x in tensors if x is not None]
+    columns = given[0].shape[-1] if bits < 16 else 1
+    rows = max(1, _PIECE // columns)
+    parts = iter(zip(*((x.view(-1, x.shape[-1]) if bits < 16 else x.view(-1)).split(rows)
+                       for x in given), strict=True))
+    for part in parts:
+        pieces = iter(part)
+        yield tuple(None if x is None else next(pieces) for x in tensors)
+
+
+def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None,
+           v_scale: Tensor | None, bits: int, beta1: float, beta2: float, eps: float, t: int,
+           lr: float | None, weight_decay: float, maximize: bool, key: list[int], stochastic: bool,
+           start: int, triton: bool) -> None:
+    """Both operations: with ``lr`` the target is the weight, else the direction's place."""
+    if not g.numel():
+        return
+    if not triton:
+        words = (key[0], key[1])
+        for p_, g_, m_, v_, m_scale_, v_scale_ in _pieces((target, g, m, v, m_scale, v_scale),
+                                                          bits):
+            if lr is None:
+                p_.copy_(adam8_ref(g_, m_, v_, m_scale_, v_scale_, bits=bits, beta1=beta1,
+                                   beta2=beta2, eps=eps, t=t, key=words, start=start))
+            else:
+                adamw8_ref(p_, g_, m_, v_, m_scale_, v_scale_, bits=bits, lr=lr,
+                           weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps, t=t,
+                           maximize=maximize, key=words, stochastic=stochastic, start=start)
+            start += p_.numel()
+        return
+    # Without scales rows mean nothing.
+    columns = g.shape[-1] if bits < 16 else g.numel()
+    rows, (height, width) = g.numel() // columns, tile(columns)
+    tables: list[Tensor | None] = [None] * 6
+    if bits < 16:
+        tables = [codebook(bits, True, g.device), codebook(bits, False, g.device),
+                  *search(bits, True, g.device), *search(bits, False, g.device)]
+    factor = 1 / (1 - beta1**t)
+    launch(_adam_kernel, cdiv(rows * cdiv(columns, width), height), g.device, target, g, m, v,
+           m_scale, v_scale, *tables, rows, columns, start, *map(signed32, (*key, t)), 1 - beta1,
+           beta2, 1 - beta2, eps, math.sqrt(1 - beta2**t), 1 - (lr or 0.0) * weight_decay,
+           factor if lr is None else -lr * factor, BITS=bits, WEIGHT=lr is not None,
+           MAXIMIZE=maximize, STOCHASTIC=stochastic and target.dtype != torch.float32,
+           ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width)
+    torch.autograd.graph.increment_version(target)
+
+
+_op = define(
+    "adam8(Tensor(a!) target, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_scale, "
+    "Tensor(e!)? v_scale, int bits, float beta1, float beta2, float eps, int t, float? lr, "
+    "float weight_decay, bool maximize, int[] key, bool stochastic, int start, bool triton) -> ()",
+    _adam8)
+
+
+def _check(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
+           bits: int, t: int, random: bool, key: tuple[int, int] | None) -> None:
+    shape = tuple(g.shape)
+    if bits not in (32, 16, 8, 4):
+        raise ValueError(f"bits: expected 32, 16, 8 or 4, got {bits}")
+    if t < 1:
+        raise ValueError(f"t: expected a count of 1 or more, got {t}")
+    if random and key is None:
+        raise ValueError("key: expected two words for stochastic rounding, got None")
+    check("g", g, shape=shape, dtypes=_FLOATS, device=g.device)
+    for name, x, scale in (("m", m, m_scale), ("v", v, v_scale)):
+        if bits < 16:
+            if scale is None:
+                raise ValueError(f"{name}_scale: expected a tensor at {bits} bits, got None")
+            check_store(x, scale, shape, bits, g.device, name)
+        elif scale is not None:
+            raise ValueError(f"{name}_scale: expected None at {bits} bits, got a tensor")
+        else:
+            kind = torch.float32 if bits == 32 else torch.bfloat16
+            check(name, x, shape=shape, dtypes=(kind,), device=g.device)
+
+
+def adam8(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
+          v_scale: Tensor | None = None, *, bits: int, beta1: float, beta2: float, eps: float,
+          t: int, key: tuple[int, int] | None = None, start: int = 0, out: Tensor | None = None,
+          backend: str | None = None) -> Tensor:
+    """Adam's direction N, as the module says; moments change in place.
+
+    Args:
+        g: gradient (..., columns), fp32, bf16 or fp16.
+        m: stored first moment: fp32 or bf16 of g's shape, or uint8 codes (..., columns) at 8 and
+            (..., ceil(columns / 2)) at 4 bits.
+        v: stored second moment, likewise.
+        m_scale: fp32 (..., ceil(columns / 256)) at 8 and 4 bits, else None.
+        v_scale: likewise.
+        bits: of a stored moment: 32, 16, 8 or 4.
+        beta1: decay of M.
+        beta2: decay of V.
+        eps: added to the root of V.
+        t: 1-based count of this update; at 16 bits also the random streams' step.
+        key: (seed, parameter) of the random bits, needed at 16 bits.
+        start: index in the whole parameter of g's first element.
+        out: where N goes, fp32 of g's shape, such as g itself; None for a new tensor.
+        backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
+
+    Returns:
+        N, fp32 of g's shape.
+
+    Raises:
+        TypeError: a dtype is another one.
+        ValueError: a shape, layout or option is wrong.
+        RuntimeError: "triton" was asked for and cannot run there.
+    """
+    _check(g, m, v, m_scale, v_scale, bits, t, bits == 16, key)
+    if out is None:
+        out = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    check("out", out, shape=tuple(g.shape), dtypes=(torch.float32,), device=g.device)
+    _op(out, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t, None, 0.0, False,
+        key or (0, 0), False, start, use_triton(backend, g.device))
+    return out
+
+
+def adamw8(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
+           v_scale: Tensor | None = None, *, bits: int, lr: float, weight_decay: float,
+           beta1: float, beta2: float, eps: float, t: int, maximize: bool = False,
+           key: tuple[int, int] | None = None, stochastic: bool = False, start: int = 0,
+           backend: str | None = None) -> None:
+    """AdamW on a weight, as the module says; weight and moments change in place.
+
+    The new weight is rounded once. A tensor of no dimension is taken at 32 and 16 bits.
+
+    Args:
+        p: weight (..., columns), fp32, bf16 or fp16.
+        g: gradient of p's shape, fp32, bf16 or fp16.
+        m: as for :func:`adam8`.
+        v: as for :func:`adam8`.
+        m_scale: as for :func:`adam8`.
+        v_scale: as for :func:`adam8`.
+        bits: of a stored moment: 32, 16, 8 or 4.
+        lr: learning rate.
+        weight_decay: decoupled decay, multiplied by lr.
+        beta1: decay of M.
+        beta2: decay of V.
+        eps: added to the root of V.
+        t: 1-based count of this update, and the random streams' step.
+        maximize: go up the gradient.
+        key: (seed, parameter) of the random bits, needed at 16 bits and with ``stochastic``.
+        stochastic: round a bf16 or fp16 weight at random instead of to nearest.
+        start: index in the whole parameter of p's first element.
+        backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
+
+    Raises:
+        TypeError: a dtype is another one.
+        ValueError: a shape, layout or option is wrong.
+        RuntimeError: "triton" was asked for and cannot run there.
+    """
+    _check(g, m, v, m_scale, v_scale, bits, t, bits == 16 or stochastic, key)
+    check("p", p, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
+    _op(p, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t, lr, weight_decay, maximize,
+        key or (0, 0), stochastic, start, use_triton(backend, g.device))

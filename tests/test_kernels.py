@@ -1,0 +1,503 @@
+"""Kernels against their torch definitions, those against the optimizers' own arithmetic.
+
+Kernels run on CUDA, and on the CPU under TRITON_INTERPRET=1. Every output is filled with NaN or
+0xFF first, so that what a kernel leaves out shows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lissom.kernels import _triton
+from lissom.kernels.adam8 import STREAMS, adam8, adam8_ref, adamw8, adamw8_ref
+from lissom.kernels.linear import linear_shapes
+from lissom.kernels.philox import (
+    random16,
+    random16_rows,
+    random_bits16_ref,
+    stochastic_bf16_ref,
+    stochastic_fp16_ref,
+    stochastic_round,
+)
+from lissom.kernels.quant8 import (
+    codebook,
+    dequantize_dynamic,
+    dequantize_dynamic_ref,
+    quantize_dynamic,
+    quantize_dynamic_ref,
+)
+from lissom.optim import codec, inner
+from torch.library import opcheck
+
+from .helpers import assert_same, tensors
+
+tl = _triton.tl
+CUDA = torch.cuda.is_available() and _triton.triton is not None
+DEVICES = (["cuda"] if CUDA else []) + (["cpu"] if _triton.INTERPRETED else [])
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+SHAPES = [(1, 1), (3, 7), (5, 255), (3, 256), (1, 257), (2, 2, 300), (3, 1030), (0, 5), (3, 0),
+          (9,), (40, 16)]
+KEY = (0x9234567890, 7)
+BETAS = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+
+
+@pytest.fixture(params=DEVICES or ["none"])
+def device(request):
+    if request.param == "none":
+        pytest.skip("kernels run on CUDA, or on the CPU under TRITON_INTERPRET=1")
+    return request.param
+
+
+def store(shape, bits, device, seed):
+    """Both moments as stored, with and without scales: (m, v, m_scale, v_scale)."""
+    m, v = tensors([shape, shape], seed, 1e-2)
+    m, v = m.to(device), v.square().to(device)
+    if bits == 32:
+        return m, v, None, None
+    if bits == 16:
+        return m.bfloat16(), v.bfloat16(), None, None
+    (m, m_scale), (v, v_scale) = (quantize_dynamic_ref(x, bits, s) for x, s in ((m, True),
+                                                                              (v, False)))
+    return m, v, m_scale, v_scale
+
+
+def clones(values):
+    return [x if x is None else x.clone() for x in values]
+
+
+def opened(stored, bits, columns):
+    """What stored moments stand for."""
+    for x, scale, signed in ((stored[0], stored[2], True), (stored[1], stored[3], False)):
+        yield x.float() if scale is None else dequantize_dynamic_ref(x, scale, columns, bits,
+                                                                     signed)
+
+
+def codes_apart(a, b, bits):
+    """Of two stores of codes: how many differ, and the largest difference."""
+    halves = [x.short() if bits == 8 else torch.stack([x & 15, x >> 4]).short() for x in (a, b)]
+    apart = (halves[0] - halves[1]).abs()
+    return int(apart.count_nonzero()), int(apart.max()) if apart.numel() else 0
+
+
+def assert_stores_close(ours, theirs, bits):
+    """Scales to 2 ulp; of codes one in 200, and one per tensor, may be the neighbour's.
+
+    Codes differ where a moment is at the edge of two cells: torch on the CPU fuses products and
+    sums, the kernel does not. So do the bf16 moments whose random bits are at the edge.
+    """
+    for i in (0, 1):
+        if bits == 32:
+            torch.testing.assert_close(ours[i], theirs[i], rtol=1e-6, atol=(1e-8, 1e-12)[i])
+        elif bits == 16:
+            apart = (ours[i].view(torch.int16).int() - theirs[i].view(torch.int16).int()).abs()
+            assert int(apart.count_nonzero()) <= 1 + apart.numel() // 200
+            assert not apart.numel() or apart.max() <= 1
+        else:
+            count, most = codes_apart(ours[i], theirs[i], bits)
+            assert count <= 1 + ours[i].numel() // 200
+            assert most <= 1
+            torch.testing.assert_close(ours[i + 2], theirs[i + 2], rtol=3e-7, atol=0)
+
+
+# -------------------------------------------------------------------- random bits, rounding
+
+
+def test_frozen_bits():
+    assert random_bits16_ref(5, 8, (1, 2), (3, 4)).tolist() == [
+        8137, 18766, 64423, 9941, 39761, 54356, 54030, 54522]
+    assert random_bits16_ref((8 << 32) + 5, 8, (1, 2), (3, 4)).tolist() == [
+        61656, 23543, 1043, 32561, 60673, 40603, 778, 34293]
+
+
+@_triton.jit
+def bits_kernel(rows_ptr, any_ptr, start, seed, parameter, step, stream, N: tl.constexpr):
+    block = start // 8 + tl.arange(0, N // 8)
+    i = tl.arange(0, N)
+    tl.store(rows_ptr + i, random16_rows(block, seed, parameter, step, stream))
+    tl.store(any_ptr + i, random16(start + i, seed, parameter, step, stream))
+
+
+@pytest.mark.parametrize("start", [0, 64, (1 << 35) - 64])
+def test_kernel_bits_are_those_of_the_reference(device, start):
+    words = [_triton.signed32(w) for w in (*KEY, 3, 64)]
+    rows, single = torch.full((2, 256), -1, dtype=torch.int32, device=device)
+    _triton.launch(bits_kernel, 1, rows.device, rows, single, start, *words, N=256)
+    expected = random_bits16_ref(start, 256, KEY, (3, 64), device)
+    assert torch.equal(rows, expected)
+    assert torch.equal(single, expected)
+
+
+@pytest.mark.parametrize(("dtype", "reference"), [(torch.bfloat16, stochastic_bf16_ref),
+                                                  (torch.float16, stochastic_fp16_ref)])
+def test_rounding_is_that_of_the_reference(device, dtype, reference):
+    generator = torch.Generator().manual_seed(0)
+    any_bits = torch.randint(-(1 << 31), 1 << 31, (4001,), generator=generator).to(torch.int32)
+    values = [any_bits.view(torch.float32), *tensors([(3, 401)], 1, 5e4), torch.zeros(7),
+              *tensors([(1030,)], 2, 1e-6), torch.empty(0, 3), torch.tensor(1.7)]
+    values.append(torch.tensor([math.inf, -math.inf, math.nan, 3.4e38, -3.4e38, 65519.0, 65520.0]))
+    for start in (0, 13, (1 << 35) - 9):
+        for x in values:
+            x = x.to(device)
+            out = torch.full(x.shape, math.nan, dtype=dtype, device=device)
+            assert stochastic_round(x, dtype, start, KEY, (5, 64), out=out,
+                                    backend="triton") is out
+            assert_same(out, reference(x, start, KEY, (5, 64)))
+
+
+def test_pieces_and_threads_do_not_change_bits():
+    x = tensors([(300_001,)], 3)[0]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            results.append([random_bits16_ref(3, x.numel(), KEY, (1, 2)),
+                            stochastic_bf16_ref(x, 3, KEY, (1, 2)),
+                            stochastic_fp16_ref(x, 3, KEY, (1, 2))])
+    finally:
+        torch.set_num_threads(threads)
+    at = 200_005
+    results.append([random_bits16_ref(3 + at, x.numel() - at, KEY, (1, 2)),
+                    stochastic_bf16_ref(x[at:], 3 + at, KEY, (1, 2)),
+                    stochastic_fp16_ref(x[at:], 3 + at, KEY, (1, 2))])
+    assert_same(results[0], results[1])
+    assert_same([y[at:] for y in results[0]], results[2])
+
+
+# ------------------------------------------------------------------------------ quantizer
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_codes_are_those_of_the_reference(device, shape, signed, bits):
+    for scale in (1e-41, 1e-30, 1.0, 1e30, 0.0, math.nan):
+        x = tensors([shape], 3)[0].pow(3).mul(scale if scale == scale else 1.0)
+        if scale != scale and x.numel():
+            x.view(-1)[x.numel() // 2] = math.nan
+            x.view(-1)[-1] = math.inf
+        x = (x if signed else x.abs()).to(device)
+        of_codes, of_scale = linear_shapes(shape, bits)
+        out = (torch.full(of_codes, 255, dtype=torch.uint8, device=device),
+               torch.full(of_scale, math.nan, device=device))
+        ours = quantize_dynamic(x, bits, signed, out=out, backend="triton")
+        theirs = quantize_dynamic_ref(x, bits, signed)
+        assert_same(ours, theirs)
+        filled = torch.full(shape, math.nan, device=device)
+        back = dequantize_dynamic(*ours, shape[-1], bits, signed, out=filled, backend="triton")
+        assert_same(back, dequantize_dynamic_ref(*theirs, shape[-1], bits, signed))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("signed", [True, False])
+def test_ties_go_where_the_reference_has_them(device, signed, bits):
+    book = codebook(bits, signed, torch.device("cpu"))
+    ends = ((book[:-1].double() + book[1:].double()) / 2).float()
+    x = torch.cat([ends, ends.nextafter(torch.tensor(2.0)), ends.nextafter(torch.tensor(-2.0)),
+                   book])
+    x = torch.nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
+    x = torch.cat([torch.ones(len(x), 1), x], 1).to(device)  # a scale of 1 each
+    assert_same(quantize_dynamic(x, bits, signed, backend="triton"),
+                quantize_dynamic_ref(x, bits, signed))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_those_of_bitsandbytes(signed):
+    """All but one in a thousand, and those by one: at cell edges it multiplies by 1 / absmax.
+
+    That holds for its search for the nearest. On the CPU it looks codes up on an even grid of
+    [-1, 1] instead: where those differ from ours, they are the ones farther off.
+    """
+    functional = pytest.importorskip("bitsandbytes.functional")
+    x = tensors([(16, 512)], 5)[0].pow(3)
+    x = x if signed else x.abs()
+    book = functional.create_dynamic_map(signed=signed)
+    assert torch.equal(codebook(8, signed, x.device), book)
+    codes, scale = quantize_dynamic(x, 8, signed)
+    search = torch.ops.bitsandbytes.quantize_blockwise.default
+    theirs, absmax = search._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, x, book, 256)
+    apart = (codes.short() - theirs.short()).abs()
+    assert int(apart.count_nonzero()) <= x.numel() // 1000
+    assert apart.max() <= 1
+    assert torch.equal(scale.view(-1), absmax)
+    theirs, state = functional.quantize_blockwise(x, code=book, blocksize=256)
+    unit = (x.view(-1, 256) / state.absmax[:, None]).view(x.shape)
+    ours_off, theirs_off = ((unit - book[c.view(x.shape).long()]).abs() for c in (codes, theirs))
+    assert (ours_off <= theirs_off + 1e-7).all()
+    assert (theirs_off - ours_off).max() < 2**-14
+
+
+# ----------------------------------------------------------------------------------- Adam
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_reference_is_decode_adam_encode(kind, bits):
+    """Bit for bit what the optimizers do with the codec and the rule."""
+    shape, t = (40, 257), 3
+    o = {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": False, "state_bits": bits, "seed": KEY[0],
+         "rounding": None}
+    g, p = tensors([shape, shape], 4)
+    g.view(-1)[5:8] = torch.tensor([1e30, math.inf, 0.0])
+    p, g = p.to(kind), g.to(kind)
+    ours = store(shape, bits, "cpu", 6)
+    theirs = clones(ours)
+    direct = clones(ours)
+    n = adam8(g, *ours, bits=bits, t=t, key=KEY, start=16, **BETAS)
+    weight = p.clone()
+    adamw8(weight, g, *direct, bits=bits, t=t, lr=1e-2, weight_decay=0.1, key=KEY, start=16,
+           stochastic=True, maximize=True, **BETAS)
+
+    names = ("exp_avg", "exp_avg_sq", "exp_avg.scale", "exp_avg_sq.scale")
+    kept = {k: x for k, x in zip(names, theirs, strict=True) if x is not None}
+    kept["index"] = torch.tensor(KEY[1])
+    slots = inner.adam_slots(shape, p, o)
+    before = {k: x.clone() for k, x in kept.items()}
+    s = codec.decode(kept, slots, p)
+    u = inner.adam(g.float(), s, o, t)
+    assert_same(n, u.numerator / u.denominator * u.factor)
+    codec.encode(s, kept, slots, o, t, 16)
+    assert_same(ours, theirs)
+
+    s = codec.decode(before, slots, p)
+    u = inner.adam(-g.float(), s, o, t)
+    x = p.float().mul_(1 - 1e-3).addcdiv_(u.numerator, u.denominator, value=-1e-2 * u.factor)
+    expected = p.clone()
+    codec.write_weight(expected, x, before, o, t, 16)
+    codec.encode(s, before, slots, o, t, 16)
+    assert_same(weight, expected)
+    assert_same(direct, [before.get(k) for k in names])
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_direction_is_that_of_the_reference(device, shape, bits):
+    for kind, t, start in ((torch.float32, 1, 0), (torch.bfloat16, 20, 64), (torch.float16, 5, 3)):
+        g = tensors([shape], t, 1e-2)[0].to(device, kind)
+        ours = store(shape, bits, device, 6)
+        theirs = clones(ours)
+        out = torch.full(shape, math.nan, device=device)
+        options = {"bits": bits, "t": t, "key": KEY, "start": start, **BETAS}
+        adam8(g, *ours, out=out, backend="triton", **options)
+        expected = adam8_ref(g, *theirs, **options)
+        torch.testing.assert_close(out, expected, rtol=2e-6, atol=1e-7)
+        assert_stores_close(ours, theirs, bits)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 300), (5, 7), (2, 256), (11,), (0, 4)])
+def test_weight_is_that_of_the_reference(device, shape, kind, bits):
+    for stochastic, maximize, start in ((False, False, 0), (True, True, 5), (True, False, 8)):
+        p, g = (x.to(device, kind) for x in tensors([shape, shape], 1))
+        q = p.clone()
+        ours = store(shape, bits, device, 6)
+        theirs = clones(ours)
+        options = {"bits": bits, "lr": 1e-2, "weight_decay": 0.1, "t": 4, "maximize": maximize,
+                   "key": KEY, "stochastic": stochastic, "start": start, **BETAS}
+        version = p._version
+        adamw8(p, g, *ours, backend="triton", **options)
+        assert p._version > version or not p.numel()
+        adamw8_ref(q, g, *theirs, **options)
+        if kind == torch.float32:
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        else:
+            apart = (p.view(torch.int16).int() - q.view(torch.int16).int()).abs()
+            assert int(apart.count_nonzero()) <= 1 + p.numel() // 200
+            assert not p.numel() or apart.max() <= 1
+        assert_stores_close(ours, theirs, bits)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_hard_gradients(device, bits):
+    """Zeros move nothing, 1e30 moves by the rate, NaN and Inf stay in their block."""
+    shape = (6, 600)
+    g = torch.zeros(shape, device=device)
+    g[1], g[2] = 1e-30, 1e30
+    g[3] = torch.linspace(-1, 1, 600)
+    g[4, 5], g[5, 300] = math.nan, math.inf
+    m, v, m_scale, v_scale = (None if x is None else x.to(device) for x in (
+        *(torch.zeros(linear_shapes(shape, bits)[0] if bits < 32 else shape,
+                      dtype=torch.uint8 if bits < 32 else torch.float32) for _ in range(2)),
+        *(torch.zeros(linear_shapes(shape, bits)[1]) if bits < 32 else None for _ in range(2))))
+    ours, theirs = [m, v, m_scale, v_scale], clones((m, v, m_scale, v_scale))
+    for t in (1, 2):
+        options = {"bits": bits, "t": t, **BETAS, "eps": 1e-30}
+        n = adam8(g, *ours, backend="triton", **options)
+        expected = adam8_ref(g, *theirs, **options)
+        assert torch.equal(n.isnan(), expected.isnan())
+        torch.testing.assert_close(n, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert torch.equal(n[0], torch.zeros(600, device=device))
+    torch.testing.assert_close(n[2], torch.ones(600, device=device), rtol=1e-5, atol=0)
+    for x in opened(ours, bits, 600):
+        assert x[:4].isfinite().all()
+        if bits < 32:
+            assert x[4, :256].isnan().all()
+            assert x[4, 256:].eq(0).all()
+
+
+def test_pieces_are_the_whole(monkeypatch):
+    """The torch code works on a few rows at a time."""
+    shape = (30, 260)
+    p, g = tensors([shape, shape], 2)
+    results = []
+    for piece in (1 << 17, 1000):
+        monkeypatch.setattr("lissom.kernels.adam8._PIECE", piece)
+        for bits in (32, 16, 8, 4):
+            state = store(shape, bits, "cpu", 6)
+            weight = p.bfloat16()
+            adamw8(weight, g, *state, bits=bits, lr=1e-2, weight_decay=0.0, t=2, key=KEY,
+                   stochastic=True, start=7, **BETAS)
+            n = adam8(g, *state, bits=bits, t=3, key=KEY, **BETAS)
+            results.append([weight, n, *(x for x in state if x is not None)])
+    assert_same(results[:4], results[4:])
+
+
+@pytest.mark.skipif(_triton.INTERPRETED or not CUDA, reason="needs CUDA")
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_large_weight_on_gpu(bits):
+    shape = (4096, 4096 + 40)
+    p, g = (x.cuda().bfloat16() for x in tensors([shape, shape], 1))
+    ours = store(shape, bits, "cuda", 6)
+    q, theirs = p.clone(), clones(ours)
+    options = {"bits": bits, "lr": 1e-2, "weight_decay": 0.1, "t": 4, "key": KEY,
+               "stochastic": True, **BETAS}
+    adamw8(p, g, *ours, **options)
+    adamw8_ref(q, g, *theirs, **options)
+    apart = (p.view(torch.int16).int() - q.view(torch.int16).int()).abs()
+    assert int(apart.count_nonzero()) <= p.numel() // 200
+    assert apart.max() <= 1
+    assert_stores_close(ours, theirs, bits)
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lissom.kernels import adam8, philox, quant8
+
+F, H, C, I = "*fp32", "*bf16", "*u8", "i32"
+pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "table_ptr": "*i32",
+            "codes_ptr": C, "g_ptr": H}
+scalars = {n: "fp32" for n in ("weight1", "beta2", "weight2", "eps", "correction", "keep",
+                               "factor")}
+
+def build(kernel, constants, **types):
+    names = [p.name for p in kernel.params]
+    end = lambda n: n.removeprefix("m_").removeprefix("v_")
+    signature = {n: "constexpr" if n in constants else types.get(n) or pointers.get(end(n))
+                 or scalars.get(n, I) for n in names}
+    values = {(names.index(n),): v for n, v in constants.items()}
+    built = compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 80, 32),
+                    options={"enable_fp_fusion": False})
+    assert len(built.asm["cubin"])
+    return built.asm["ptx"]
+
+for kind in (H, "*fp16"):
+    build(philox._stochastic_round_kernel, {"TILE": 1024}, out_ptr=kind, start="i64")
+for bits, width in ((8, 256), (4, 8)):
+    shape = {"BITS": bits, "R": 1024 // width, "W": width}
+    build(quant8._quantize_kernel, shape)
+    build(quant8._dequantize_kernel, shape, out_ptr=F)
+    for weight in (True, False):
+        flags = {"WEIGHT": weight, "MAXIMIZE": weight, "STOCHASTIC": weight, "ALIGNED": weight}
+        ptx = build(adam8._adam_kernel, {**shape, **flags}, m_ptr=C, v_ptr=C,
+                    target_ptr=H if weight else F)
+        assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
+        assert not any(x in ptx for x in ("fma.rn", ".ftz", ".approx", "div.full"))
+for bits, kind in ((32, F), (16, H)):
+    none = {f"{x}_{y}_ptr": None for x in "mv" for y in ("scale", "book", "table", "ends")}
+    build(adam8._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
+          "STOCHASTIC": False, "ALIGNED": bits == 16, "R": 4, "W": 256}, m_ptr=kind, v_ptr=kind,
+          target_ptr=F)
+"""
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="needs triton")
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """To machine code, which needs no GPU: the interpreter takes more than the compiler does."""
+    script = tmp_path / "build.py"
+    script.write_text(COMPILE)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- operators, compile, errors
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_operators_are_declared_as_they_are(device, triton):
+    x = tensors([(3, 20)], 1)[0].to(device)
+    ops = torch.ops.lissom
+    m, v, m_scale, v_scale = store((3, 20), 8, device, 2)
+    cases = [
+        (ops.stochastic_round, (x, x.bfloat16(), 3, [1, 2], [3, 4], triton)),
+        (ops.quantize_dynamic, (x, m, m_scale, 8, True, triton)),
+        (ops.dequantize_dynamic, (m, m_scale, x, 8, True, triton)),
+        (ops.adam8, (x.clone(), x, m, v, m_scale, v_scale, 8, 0.9, 0.99, 1e-8, 3, 1e-3, 0.1, False,
+                     [1, 2], False, 0, triton)),
+        (ops.adam8, (x.clone(), x, x.clone(), x.square(), None, None, 32, 0.9, 0.99, 1e-8, 3, None,
+                     0.0, False, [1, 2], False, 0, triton)),
+    ]
+    for op, arguments in cases:
+        opcheck(op.default, arguments)
+
+
+def test_compile_passes_through():
+    def step(p, g, m, v, m_scale, v_scale):
+        adamw8(p, g * 2, m, v, m_scale, v_scale, bits=8, lr=1e-2, weight_decay=0.1, t=2, **BETAS)
+        return adam8(g, m, v, m_scale, v_scale, bits=8, t=3, **BETAS) + 1
+
+    p, g = tensors([(3, 300), (3, 300)], 1)
+    eager = [p.clone(), g, *store((3, 300), 8, "cpu", 6)]
+    compiled = clones(eager)
+    expected = step(*eager)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled)
+    assert_same([got, compiled], [expected, eager])
+
+
+def test_streams_are_those_of_the_codec():
+    assert (codec._ORDER.index("exp_avg"), codec._ORDER.index("exp_avg_sq"),
+                       codec._WEIGHT) == STREAMS
+
+
+def test_refusals():
+    x = torch.zeros(4, 300)
+    m, v, m_scale, v_scale = store((4, 300), 8, "cpu", 1)
+    options = {"bits": 8, "t": 1, **BETAS}
+    with pytest.raises(ValueError, match=r"m: expected shape \(4, 150\), got \(4, 300\)"):
+        adam8(x, m, v, m_scale, v_scale, **{**options, "bits": 4})
+    with pytest.raises(ValueError, match=r"m_scale: expected a tensor at 8 bits, got None"):
+        adam8(x, m, v, **options)
+    with pytest.raises(ValueError, match=r"v's scale: expected shape \(4, 2\), got \(4, 1\)"):
+        adam8(x, m, v, m_scale, v_scale[:, :1], **options)
+    with pytest.raises(ValueError, match=r"g: expected a contiguous tensor, got strides"):
+        adam8(torch.zeros(300, 4).mT, m, v, m_scale, v_scale, **options)
+    with pytest.raises(TypeError, match=r"g: expected torch\.float32 or .*, got torch\.float64"):
+        adam8(x.double(), m, v, m_scale, v_scale, **options)
+    with pytest.raises(ValueError, match=r"bits: expected 32, 16, 8 or 4, got 5"):
+        adam8(x, m, v, m_scale, v_scale, **{**options, "bits": 5})
+    with pytest.raises(ValueError, match=r"t: expected a count of 1 or more, got 0"):
+        adam8(x, m, v, m_scale, v_scale, **{**options, "t": 0})
+    with pytest.raises(ValueError, match=r"key: expected two words"):
+        adamw8(x, x, m, v, m_scale, v_scale, lr=0.1, weight_decay=0.0, stochastic=True, **options)
+    with pytest.raises(ValueError, match=r"p: expected shape \(4, 300\), got \(3, 300\)"):
+        adamw8(x[:3], x, m, v, m_scale, v_scale, lr=0.1, weight_decay=0.0, **options)
+    with pytest.raises(TypeError, match=r"dtype: expected torch\.bfloat16 or torch\.float16"):
+        stochastic_round(x, torch.float32, 0, KEY, (0, 0))
+    with pytest.raises(ValueError, match=r"bits: expected 8 or 4, got 16"):
+        quantize_dynamic(x, 16, True)
+    with pytest.raises(ValueError, match=r"backend: expected None, 'torch' or 'triton', got 'cu'"):
+        quantize_dynamic(x, 8, True, backend="cu")
+    with pytest.raises(RuntimeError, match=r"backend: 'triton' cannot run on meta"):
+        quantize_dynamic(x.to("meta"), 8, True, backend="triton")
