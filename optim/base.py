@@ -29,6 +29,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
+from ..kernels.adam8 import adamw8
 from . import codec
 from .checks import TORCH_ONLY, check_gradient, check_parameter, refuse_torch_only
 from .codec import Slot
@@ -539,7 +540,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             shape = self.matrix_shape(p, o)
             matrix = p.reshape(shape)  # a copy where the memory format allows no view
             slots = self._layouts[p]
-            s = codec.decode(stored, slots, p)
+            s = codec.Decoded(stored, slots, p)
             u = self.update(_negated(g.reshape(shape), o), s, o, t)
             if isinstance(u, Generator):
                 u = yield from u
@@ -552,16 +553,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _step_adamw(p: Tensor, g: Tensor, stored: dict[str, Tensor], slots: Mapping[str, Slot],
                     o: dict[str, Any], t: int) -> None:
-        """AdamW on row blocks, so that no temporary is larger than a block.
+        """AdamW in one kernel, or on row blocks, so that no temporary is larger than a block.
 
         Source: Loshchilov and Hutter, arXiv 1711.05101; decay before the update, as in torch.
         """
+        fused = codec.Decoded(stored, slots, p).stored_pair(g, o)
+        if fused is not None and p.is_contiguous() and "master" not in stored:
+            adamw8(p, g, **fused, lr=o["lr"], weight_decay=o["weight_decay"], t=t,
+                   maximize=o["maximize"], stochastic=codec.random_rounding(p, o))
+            return
         keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
         names = [k for k in stored if k.partition(".")[0] in codec.MOMENTS or k == "master"]
         start = 0
         for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
             block = {**stored, **dict(zip(names, moments, strict=True))}
-            s = codec.decode(block, slots, p)
+            s = codec.Decoded(block, slots, p)
             x = codec.read_weight(p_, block)
             u = adam(_negated(codec.wide(g_), o), s, o, t)
             x.mul_(keep).addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels._triton import use_triton
 from ..kernels.linear import dequantize_linear_ref, linear_shapes, quantize_linear_ref
 from ..kernels.philox import random_bits16_ref, stochastic_bf16_ref, stochastic_fp16_ref
 from ..kernels.quant8 import dequantize_dynamic_ref, quantize_dynamic_ref
 
-__all__ = ["MOMENTS", "SMALL", "Slot", "counter", "decode", "encode", "held", "key_of",
+__all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "counter", "encode", "held", "key_of",
            "master_slots", "moment", "pieces", "random_rounding", "read", "read_weight", "rounded",
            "stored", "wide", "write", "write_weight"]
 
@@ -187,28 +188,57 @@ def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
     return int(o["seed"]), int(s["index"])
 
 
-def decode(kept: Mapping[str, Tensor], slots: Mapping[str, Slot], p: Tensor
-           ) -> dict[str, Tensor]:
-    """The state as the arithmetic sees it: moments in fp32, which is the store itself at 32.
+class Decoded(dict[str, Tensor]):
+    """State as the arithmetic sees it: a moment is decoded to fp32 when it is first read.
+
+    What is stored in the precision of the arithmetic is the store itself.
 
     Args:
         kept: state of a parameter, or of a block of its rows.
         slots: of which quantized moments tell bits and columns.
         p: the parameter; a float64 one has float64 arithmetic.
     """
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    s = dict(kept)
-    for name in MOMENTS & kept.keys():
-        slot, scale = slots[name], kept.get(f"{name}.scale")
+
+    def __init__(self, kept: Mapping[str, Tensor], slots: Mapping[str, Slot], p: Tensor) -> None:
+        super().__init__({k: x for k, x in kept.items() if k not in MOMENTS})
+        self.kept, self.slots = kept, slots
+        self.dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+
+    def __missing__(self, name: str) -> Tensor:
+        if name not in MOMENTS:
+            raise KeyError(name)
+        slot, scale, stored = self.slots[name], self.kept.get(f"{name}.scale"), self.kept[name]
         if scale is not None:
             columns, bits, signed = slot.shape[-1], slot.bits, name not in _SQUARES
-            s[name] = _unpacked(
-                kept[name], scale, columns,
-                functools.partial(dequantize_dynamic_ref, columns=columns, bits=bits,
-                                  signed=signed)).to(dtype)
-        else:
-            s[name] = kept[name].to(dtype)
-    return s
+            stored = _unpacked(stored, scale, columns, functools.partial(
+                dequantize_dynamic_ref, columns=columns, bits=bits, signed=signed))
+        self[name] = stored.to(self.dtype)
+        return self[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The entry, decoded, or the default."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def stored_pair(self, g: Tensor, o: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Adam's moments as they are stored, for a kernel that decodes and encodes in one pass.
+
+        None where that kernel does not run: on a CPU, in float64, with a third moment, after one
+        has been decoded, or where moments are not contiguous.
+        """
+        names = ("exp_avg", "exp_avg_sq")
+        if (not use_triton(None, g.device) or o["amsgrad"] or self.dtype != torch.float32
+                or g.dtype == torch.float64 or not g.is_contiguous()
+                or any(name in self or name not in self.kept for name in names)):
+            return None
+        m, v = (self.kept[name] for name in names)
+        bits = self.slots["exp_avg"].bits or 8 * m.element_size()
+        return {"m": m, "v": v, "m_scale": self.kept.get("exp_avg.scale"),
+                "v_scale": self.kept.get("exp_avg_sq.scale"), "bits": bits,
+                "beta1": o["betas"][0], "beta2": o["betas"][1], "eps": o["eps"],
+                "key": key_of(self, o)}
 
 
 def encode(
@@ -218,15 +248,15 @@ def encode(
     """Write decoded moments back to their store.
 
     Args:
-        s: moments in fp32, as changed by the update.
+        s: moments in fp32, as changed by the update; one that was never read has not changed.
         kept: their store; where it is the same tensor nothing is to be done.
-        slots: as for :func:`decode`.
+        slots: as for :class:`Decoded`.
         o: options of the group.
         step: 1-based count of this update, part of the random key.
         start: index in the whole parameter of the first element of these tensors.
     """
     for stream, name in enumerate(_ORDER):
-        if name not in kept or kept[name] is s[name]:
+        if name not in kept or name not in s or kept[name] is s[name]:
             continue
         x = s[name].float()
         if slots[name].bits:

@@ -216,7 +216,10 @@ class LowRankOptimizer(MatrixOptimizer):
         moments = _turned(rule, s, space, o)
         measured = residual.measure(g, low, space.bases, side, o)
         # N = inner(R); state is written from here on
-        n, factor = rule.direction(low, {**s, **moments}, o, t, not residual.needs_low)
+        for name in moments:  # decoded, so that the turned ones are written to their store
+            s[name]
+        turned = {**s, **moments} if moments else s
+        n, factor = rule.direction(low, turned, o, t, not residual.needs_low)
         if factor != 1.0:
             n.mul_(factor)
         for name, x in moments.items():

@@ -97,7 +97,8 @@ class Trion(LowRankOptimizer):
         m, n = g.shape[-2:]
         left = project.side_of(m, n, "std") == "left"
         # B = M + G
-        full = s.pop("momentum_buffer") + g
+        full = s["momentum_buffer"] + g
+        del s["momentum_buffer"]  # decoded, it would be a third matrix
         # b = columns of B Q, or rows of Q^T B
         index, low = dct.project(full, min(o["rank"], m, n), kind=o["dct_basis"],
                                  dim=-2 if left else -1, norm=o["column_norm"],

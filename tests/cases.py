@@ -210,7 +210,8 @@ CASES = ROWS + [replace(row, name=f"{row.name}-{bits}bit",
                 for row in first_of_each_class() for bits in (16, 8, 4)
                 if row.option("state_bits") != bits]
 #: How 16-bit weights are written, the columns beside: options, and whether the result is random.
-WRITING = [({"rounding": "nearest"}, False), ({"rounding": "stochastic"}, True), ({}, True),
-           ({"master_bits": 8}, True), ({"master_bits": 16}, False),
-           ({"master_bits": 8, "rounding": "nearest"}, False)]
+WRITING = [({"rounding": "nearest"}, False), ({"rounding": "stochastic"}, True),
+           ({"rounding": None}, True), ({"rounding": None, "master_bits": 8}, True),
+           ({"rounding": None, "master_bits": 16}, False),
+           ({"rounding": "nearest", "master_bits": 8}, False)]
 SHAPES = [(), (5,), (0, 3), (7, 5), (5, 7), (6, 6), (1, 4), (4, 1), (2, 3), (4, 3, 2), (3, 2, 2, 2)]

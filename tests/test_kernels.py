@@ -31,10 +31,11 @@ from lissom.kernels.quant8 import (
     quantize_dynamic,
     quantize_dynamic_ref,
 )
-from lissom.optim import codec, inner
+from lissom.optim import AdamW, FiraAdamW, GaLoreAdamW, codec, inner
 from torch.library import opcheck
 
-from .helpers import assert_same, tensors
+from .cases import CASES
+from .helpers import assert_same, parameters, run, tensors
 
 tl = _triton.tl
 CUDA = torch.cuda.is_available() and _triton.triton is not None
@@ -243,7 +244,7 @@ def test_reference_is_decode_adam_encode(kind, bits):
     """Bit for bit what the optimizers do with the codec and the rule."""
     shape, t = (40, 257), 3
     o = {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": False, "state_bits": bits, "seed": KEY[0],
-         "rounding": None}
+         "rounding": None, "master_bits": None}
     g, p = tensors([shape, shape], 4)
     g.view(-1)[5:8] = torch.tensor([1e30, math.inf, 0.0])
     p, g = p.to(kind), g.to(kind)
@@ -260,13 +261,13 @@ def test_reference_is_decode_adam_encode(kind, bits):
     kept["index"] = torch.tensor(KEY[1])
     slots = inner.adam_slots(shape, p, o)
     before = {k: x.clone() for k, x in kept.items()}
-    s = codec.decode(kept, slots, p)
+    s = codec.Decoded(kept, slots, p)
     u = inner.adam(g.float(), s, o, t)
     assert_same(n, u.numerator / u.denominator * u.factor)
     codec.encode(s, kept, slots, o, t, 16)
     assert_same(ours, theirs)
 
-    s = codec.decode(before, slots, p)
+    s = codec.Decoded(before, slots, p)
     u = inner.adam(-g.float(), s, o, t)
     x = p.float().mul_(1 - 1e-3).addcdiv_(u.numerator, u.denominator, value=-1e-2 * u.factor)
     expected = p.clone()
@@ -501,3 +502,23 @@ def test_refusals():
         quantize_dynamic(x, 8, True, backend="cu")
     with pytest.raises(RuntimeError, match=r"backend: 'triton' cannot run on meta"):
         quantize_dynamic(x.to("meta"), 8, True, backend="triton")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.make in (AdamW, GaLoreAdamW, FiraAdamW)
+                                  and "amsgrad" not in c.options], ids=lambda c: c.name)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_optimizers_step_through_the_kernel_as_without_it(device, case, kind, monkeypatch):
+    """What CUDA does by default: same weights, and the same codes but for one in a hundred."""
+    monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr("lissom.optim.codec.use_triton", lambda *a, on=fused: on)
+        monkeypatch.setattr("lissom.kernels.adam8.use_triton", lambda *a, on=fused: on)
+        ps = [torch.nn.Parameter(p.detach().to(device)) for p in
+              parameters([(7, 5), (5, 7), (6,)], dtype=kind)]
+        optimizer = case(ps, lr=1e-2)
+        run(optimizer, ps, range(5))
+        results.append([p.detach().float() for p in ps])
+    rough = 0.05 if kind == torch.bfloat16 or case.option("state_bits") < 32 else 1e-5
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=rough)
