@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
 from .philox import (
+    bounded,
     nearest_bf16,
     random16,
     random16_rows,
@@ -77,7 +78,8 @@ def _moments_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scal
                  start: int) -> tuple[Tensor, Tensor]:
     """Update the stored moments; M and sqrt(V / (1 - b2^t)) + eps in fp32."""
     g = g.float()
-    g = torch.where(g.isinf(), g, g.clamp(-_LIMIT, _LIMIT))
+    if not bounded(g, _LIMIT):
+        g = torch.where(g.isinf(), g, g.clamp(-_LIMIT, _LIMIT))
     columns = g.shape[-1] if g.ndim else 1
     wide_m = _decode_ref(m, m_scale, columns, bits, True)
     wide_v = _decode_ref(v, v_scale, columns, bits, False)
@@ -152,9 +154,9 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
                          tl.load(m_scale_ptr + block, mask=inside, other=0.0), m_book_ptr)
         v = block_values(load_codes(v_ptr, row, first, inside, columns, BITS, W),
                          tl.load(v_scale_ptr + block, mask=inside, other=0.0), v_book_ptr)
-        # Codes of 0 beyond a row's end stand for numbers that would count in its scale.
+        # Beyond a row's end codes are 0: M's lowest value, which would count in its scale, and
+        # V's smallest, which cannot.
         m = tl.where(mask, m, 0.0)
-        v = tl.where(mask, v, 0.0)
     else:
         m = tl.load(m_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(tl.float32)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
 
-__all__ = ["nearest_bf16", "random16", "random16_rows", "random_bits16_ref", "round_bf16",
-           "round_fp16", "stochastic_bf16_ref", "stochastic_fp16_ref", "stochastic_round"]
+__all__ = ["bounded", "nearest_bf16", "random16", "random16_rows", "random_bits16_ref",
+           "round_bf16", "round_fp16", "stochastic_bf16_ref", "stochastic_fp16_ref",
+           "stochastic_round"]
 
 _MASK = 0xFFFFFFFF
 # Multipliers and Weyl constants of Philox 4x32 (Salmon et al., 2011).
@@ -96,7 +97,7 @@ def random_bits16_ref(
     return out
 
 
-def _bounded(x: Tensor, largest: float) -> bool:
+def bounded(x: Tensor, largest: float) -> bool:
     """Whether x is known to be finite and within +-largest, where that can be had cheaply."""
     if x.device.type != "cpu" or not x.numel():
         return False
@@ -107,7 +108,7 @@ def _bounded(x: Tensor, largest: float) -> bool:
 def _bf16_ref(x: Tensor, random: Tensor) -> Tensor:
     """((bits(x) + random) >> 16) << 16, as fp32; random (int32) is overwritten."""
     largest = _LARGEST[torch.bfloat16]
-    if _bounded(x, largest):
+    if bounded(x, largest):
         return random.add_(x.view(torch.int32)).bitwise_and_(-65536).view(torch.float32)
     # Rounded up, a number above the largest of bf16 would be infinite.
     bits = x.clamp(-largest, largest).view(torch.int32)
@@ -127,7 +128,7 @@ def _fp16_ref(x: Tensor, random: Tensor) -> Tensor:
     floor.add_(exact < floor, alpha=-1)
     rounded = floor * step.bitwise_left_shift_(23).view(torch.float32)
     largest = _LARGEST[torch.float16]
-    if _bounded(x, largest):
+    if bounded(x, largest):
         return rounded.clamp_(-largest, largest)
     return torch.where(x.abs() <= largest, rounded.clamp_(-largest, largest), x)
 
