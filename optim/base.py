@@ -553,7 +553,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _step_adamw(p: Tensor, g: Tensor, stored: dict[str, Tensor], slots: Mapping[str, Slot],
                     o: dict[str, Any], t: int) -> None:
-        """AdamW in one kernel, or on row blocks, so that no temporary is larger than a block.
+        """AdamW in one operation, or on row blocks: no temporary is larger than a block.
 
         Source: Loshchilov and Hutter, arXiv 1711.05101; decay before the update, as in torch.
         """

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels._triton import use_triton
 from ..kernels.linear import dequantize_linear_ref, linear_shapes, quantize_linear_ref
-from ..kernels.philox import random_bits16_ref, stochastic_bf16_ref, stochastic_fp16_ref
-from ..kernels.quant8 import dequantize_dynamic_ref, quantize_dynamic_ref
+from ..kernels.philox import random_bits16_ref, stochastic_round
+from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
 
 __all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "counter", "encode", "held", "key_of",
            "master_slots", "moment", "pieces", "random_rounding", "read", "read_weight", "rounded",
@@ -211,7 +210,7 @@ class Decoded(dict[str, Tensor]):
         if scale is not None:
             columns, bits, signed = slot.shape[-1], slot.bits, name not in _SQUARES
             stored = _unpacked(stored, scale, columns, functools.partial(
-                dequantize_dynamic_ref, columns=columns, bits=bits, signed=signed))
+                dequantize_dynamic, columns=columns, bits=bits, signed=signed))
         self[name] = stored.to(self.dtype)
         return self[name]
 
@@ -225,12 +224,12 @@ class Decoded(dict[str, Tensor]):
     def stored_pair(self, g: Tensor, o: Mapping[str, Any]) -> dict[str, Any] | None:
         """Adam's moments as they are stored, for a kernel that decodes and encodes in one pass.
 
-        None where that kernel does not run: on a CPU, in float64, with a third moment, after one
-        has been decoded, or where moments are not contiguous.
+        None where there is none: in float64, with a third moment, after one has been decoded, or
+        where the gradient is not contiguous.
         """
         names = ("exp_avg", "exp_avg_sq")
-        if (not use_triton(None, g.device) or o["amsgrad"] or self.dtype != torch.float32
-                or g.dtype == torch.float64 or not g.is_contiguous()
+        if (o["amsgrad"] or self.dtype != torch.float32 or g.dtype == torch.float64
+                or not g.is_contiguous()
                 or any(name in self or name not in self.kept for name in names)):
             return None
         m, v = (self.kept[name] for name in names)
@@ -261,12 +260,13 @@ def encode(
         x = s[name].float()
         if slots[name].bits:
             _pack(kept[name], kept[f"{name}.scale"], x,
-                  functools.partial(quantize_dynamic_ref, bits=slots[name].bits,
+                  functools.partial(quantize_dynamic, bits=slots[name].bits,
                                     signed=name not in _SQUARES))
         elif kept[name].dtype == s[name].dtype:
             kept[name].copy_(s[name])
         else:
-            kept[name].copy_(stochastic_bf16_ref(x, start, key_of(kept, o), (step, stream)))
+            kept[name].copy_(stochastic_round(x, torch.bfloat16, start, key_of(kept, o),
+                                              (step, stream)))
 
 
 def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
@@ -340,6 +340,5 @@ def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[st
         _split_weight(p, x, kept["master"], random)
         return
     if random_rounding(p, o):
-        rounding = stochastic_bf16_ref if p.dtype == torch.bfloat16 else stochastic_fp16_ref
-        x = rounding(x, start, key_of(kept, o), (step, _WEIGHT))
+        x = stochastic_round(x, p.dtype, start, key_of(kept, o), (step, _WEIGHT))
     p.copy_(x)

@@ -512,7 +512,7 @@ def test_optimizers_step_through_the_kernel_as_without_it(device, case, kind, mo
     monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
     results = []
     for fused in (False, True):
-        monkeypatch.setattr("lissom.optim.codec.use_triton", lambda *a, on=fused: on)
+        monkeypatch.setattr("lissom.optim.inner.use_triton", lambda *a, on=fused: on)
         monkeypatch.setattr("lissom.kernels.adam8.use_triton", lambda *a, on=fused: on)
         ps = [torch.nn.Parameter(p.detach().to(device)) for p in
               parameters([(7, 5), (5, 7), (6,)], dtype=kind)]
