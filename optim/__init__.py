@@ -9,9 +9,12 @@ from .galore import GaLoreAdamW, GaLoreAdamW8bit
 from .groups import param_groups
 from .lowrank import LowRankOptimizer
 from .plan import Plan
+from .reparam import adapter_groups, base_weights, lora, merge
+from .switchlora import SwitchLoRAAdamW
 from .trion import Trion
 from .version import __version__
 
 __all__ = ["APOLLO", "AdamW", "AdamW8bit", "DCTAdamW", "FiraAdamW", "GaLoreAdamW",
-           "GaLoreAdamW8bit", "LowRankOptimizer", "PartialStepError", "Plan", "Trion",
-           "__version__", "param_groups"]
+           "GaLoreAdamW8bit", "LowRankOptimizer", "PartialStepError", "Plan",
+           "SwitchLoRAAdamW", "Trion", "__version__", "adapter_groups", "base_weights", "lora",
+           "merge", "param_groups"]

@@ -46,7 +46,7 @@ from .options import (
 from .plan import Plan, Row
 
 __all__ = ["COMMON", "FORMAT", "AdamWPart", "CommonOptions", "MatrixOptimizer",
-           "PartialStepError", "Update"]
+           "PartialStepError", "Update", "Work"]
 
 #: Version of the state dict, kept in every group.
 FORMAT = 1
@@ -114,6 +114,8 @@ class Update(NamedTuple):
         factor: multiplies their product.
         dense: (..., m, n), or None for no such term.
         gain: multiplies it, a number or a tensor that broadcasts to it.
+        keep: what is left of p, p <- keep * p - lr * u: a tensor that broadcasts to p, or None
+            for 1 - lr * weight_decay.
     """
 
     left: Tensor | None = None
@@ -121,9 +123,10 @@ class Update(NamedTuple):
     factor: float = 1.0
     dense: Tensor | None = None
     gain: Tensor | float = 1.0
+    keep: Tensor | None = None
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """One parameter of a step: its name, itself, its gradient, its options."""
 
     name: str
@@ -184,9 +187,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
                ) -> Update:
         """The class's own rule: gradient as a matrix (m, n), or a batch (b, m, n), to update.
 
-        Everything that can fail comes before the first write to s.
+        Everything that can fail comes before the first write to s. ``s["weight"]`` is p as the
+        rule sees it, to be read.
         """
         raise AssertionError("a class that declines nothing must have an update")
+
+    def check_state(self, p: Tensor, state: Mapping[str, Tensor], o: Mapping[str, Any], at: str
+                    ) -> None:
+        """Rules of a method about what its slots hold when they are loaded; raises ValueError."""
+
+    def before_updates(self, work: list[Work]) -> None:
+        """What a step does to parameters that act together, after all checks of the step.
+
+        Args:
+            work: every parameter that is about to be updated; empty for a skipped step.
+        """
 
     def matrix_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
         """Shape of p as the rule sees it: (m, n), or (b, m, n) for a batch of matrices."""
@@ -201,7 +216,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Rules about several options or the parameters of a group; raises ValueError.
 
         Args:
-            o: all options of the group.
+            o: all options of the group, and ``param_names`` where there are any.
             params: its parameters.
             explicit: options that the group itself states; none where it comes from a saved state.
             where: beginning of a message.
@@ -244,7 +259,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         # torch adds names of its own to the defaults
         full = {k: v for k, v in self.defaults.items() if k in self.table()} | own
         plain = [p for p in group.get("params", []) if isinstance(p, Tensor)]
-        self.check_combination(full, plain, set(own) if entering else set(), where)
+        self.check_combination({**full, "param_names": group.get("param_names")}, plain,
+                               set(own) if entering else set(), where)
         return {**{k: v for k, v in group.items() if k in apart}, **full}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -273,7 +289,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             check_parameter(p, name or f"parameter {i}", where)
         group["params"] = [p for _, p in named]
         explicit = {self.spellings.get(k, k) for k in group}
-        group = self.checked_group(group, where)
+        names = [name for name, _ in named]
+        # for messages: torch writes the names into the group itself
+        group = self.checked_group({**group, "param_names": names} if all(names) else group, where)
+        group.pop("param_names", None)
         group["params"] = params
         count = len(self.param_groups)
         try:
@@ -427,6 +446,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = self._checked_work()
+        self.before_updates(work)
         moved: list[str] = []
         for name, p, g, o in work:
             touched = [p, *self.state[p].values()]
@@ -444,9 +464,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             moved.append(name)
         return loss
 
-    def _checked_work(self) -> list[_Work]:
+    def _checked_work(self) -> list[Work]:
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
-        work = [_Work(name, p, p.grad, o) for name, p, o in self._named() if p.grad is not None]
+        work = [Work(name, p, p.grad, o) for name, p, o in self._named() if p.grad is not None]
         for name, p, g, _ in work:
             check_gradient(p, g, name)
         self._sync_state()
@@ -481,7 +501,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             shape = self.matrix_shape(p, o)
             matrix = p.reshape(shape)  # a copy where the memory format allows no view
             slots = self._layouts[p]
-            s = codec.decode(stored, slots, p)
+            s = {**codec.decode(stored, slots, p), "weight": matrix}
             u = self.update(_negated(g.reshape(shape), o), s, o, t)
             _apply(matrix, u, stored, o, t)
             if matrix.data_ptr() != p.data_ptr():
@@ -568,7 +588,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 rank, side, reason = self.describe(p, o)
             held = p in self.state
             if not held:
-                reason = "frozen: no state until it has a gradient"
+                reason = f"{reason}; frozen: no state until it has a gradient"
             size = sum(slot.nbytes for slot in self.stored_slots(p, o).values()) if held else 0
             rows.append(Row(name, tuple(p.shape), rule, rank, side, size, reason))
         return Plan(tuple(rows))
@@ -603,7 +623,8 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
            start: int = 0) -> None:
     """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is (m, n) or (b, m, n)."""
-    keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
+    lr = o["lr"]
+    keep: Tensor | float = 1 - lr * o["weight_decay"] if u.keep is None else u.keep.expand(p.shape)
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
     if p.ndim == 3 and codec.random_rounding(p, o):
         # One matrix after the other, whose elements have consecutive numbers.
@@ -611,7 +632,7 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
             left, right, dense = (None if x is None else x.expand(len(p), *x.shape[-2:])[i]
                                   for x in (u.left, u.right, u.dense))
             part = Update(left, right, u.factor, dense, gain[i] if isinstance(gain, Tensor)
-                          else gain)
+                          else gain, keep[i] if isinstance(keep, Tensor) else None)
             _apply(p_, part, kept, o, t, start + i * p_.numel())
         return
     rows = p.shape[-2]
@@ -619,20 +640,23 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.
         rows = max(1, _BLOCK // max(1, p[..., :1, :].numel()))
     cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else repeat(x)
-           for x in (p, u.left, u.dense, gain)]
-    for p_, left, dense, gain_ in zip(*cut, strict=False):
+           for x in (p, u.left, u.dense, gain, keep)]
+    for p_, left, dense, gain_, keep_ in zip(*cut, strict=False):
         x = codec.wide(p_)
+        if isinstance(keep_, Tensor):
+            x.mul_(keep_)
+            keep_ = 1.0
         if left is None or u.right is None:
-            x.mul_(keep)
+            x.mul_(keep_)
         elif x is p_ and p.ndim == 2:
             # The decay is the product's beta: one pass over p.
-            x.addmm_(left, u.right, beta=keep, alpha=-lr * u.factor)
+            x.addmm_(left, u.right, beta=keep_, alpha=-lr * u.factor)
         elif x is p_:
             right = u.right.expand(len(p), *u.right.shape[-2:])
-            x.baddbmm_(left.expand(len(p), *left.shape[-2:]), right, beta=keep,
+            x.baddbmm_(left.expand(len(p), *left.shape[-2:]), right, beta=keep_,
                        alpha=-lr * u.factor)
         else:
-            x.mul_(keep).add_(codec.wide(left @ u.right), alpha=-lr * u.factor)
+            x.mul_(keep_).add_(codec.wide(left @ u.right), alpha=-lr * u.factor)
         if dense is not None and isinstance(gain_, Tensor):
             x.addcmul_(codec.wide(dense), gain_, value=-lr)
         elif dense is not None:

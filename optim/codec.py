@@ -47,13 +47,15 @@ _STORAGE = {32: torch.float32, 16: torch.bfloat16}
 class Slot(NamedTuple):
     """Shape, dtype and device of one state tensor, which starts at zero.
 
-    With ``bits`` of 8 or 4 it stands for the two tensors that :func:`stored` gives.
+    With ``bits`` of 8 or 4 it stands for the two tensors that :func:`stored` gives. On the host it
+    may be ``pinned``, which is done where there is CUDA.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     bits: int = 0
+    pinned: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +67,8 @@ class Slot(NamedTuple):
 
     def empty(self) -> Tensor:
         """The slot's first value: zeros."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device,
+                           pin_memory=self.pinned and torch.cuda.is_available())
 
 
 def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
