@@ -6,6 +6,7 @@ from .base import PartialStepError
 from .dctadamw import DCTAdamW
 from .fira import FiraAdamW
 from .galore import GaLoreAdamW, GaLoreAdamW8bit
+from .gradnormlorp import GradNormLoRPAdamW
 from .groups import param_groups
 from .lowrank import LowRankOptimizer
 from .plan import Plan
@@ -15,6 +16,6 @@ from .trion import Trion
 from .version import __version__
 
 __all__ = ["APOLLO", "AdamW", "AdamW8bit", "DCTAdamW", "FiraAdamW", "GaLoreAdamW",
-           "GaLoreAdamW8bit", "LowRankOptimizer", "PartialStepError", "Plan",
+           "GaLoreAdamW8bit", "GradNormLoRPAdamW", "LowRankOptimizer", "PartialStepError", "Plan",
            "SwitchLoRAAdamW", "Trion", "__version__", "adapter_groups", "base_weights", "lora",
            "merge", "param_groups"]

@@ -29,7 +29,8 @@ __all__ = ["MOMENTS", "SMALL", "Slot", "counter", "decode", "encode", "held", "k
 
 # Their positions are the streams of random bits that round them.
 _ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
-          "momentum_buffer")
+          "momentum_buffer", "magnitude_exp_avg", "magnitude_exp_avg_sq",
+          "magnitude_max_exp_avg_sq")
 # The stream of the weight itself.
 _WEIGHT = 64
 #: Names of the slots that are averages of gradients; all others are stored as they are.
@@ -38,7 +39,8 @@ MOMENTS = frozenset(_ORDER)
 #: Moments of fewer elements are not quantized: their scales and their noise would not pay.
 SMALL = 4096
 # Averages of squares, which have no sign to store.
-_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
+            "magnitude_exp_avg_sq", "magnitude_max_exp_avg_sq"}
 # Elements that are quantized at once.
 _PIECE = 1 << 17
 _STORAGE = {32: torch.float32, 16: torch.bfloat16}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from lissom.optim import (
     FiraAdamW,
     GaLoreAdamW,
     GaLoreAdamW8bit,
+    GradNormLoRPAdamW,
+    SwitchLoRAAdamW,
     Trion,
 )
 from lissom.optim.base import MatrixOptimizer
@@ -34,6 +36,8 @@ class Case:
     #: What a scaled gradient does to the update: nothing down to epsilon ("adam"), nothing at all
     #: ("sign"), or the same ("linear").
     scaling: str = "adam"
+    #: Words of the warning that plain parameters give rise to.
+    warns: str = ""
 
     def option(self, name: str) -> Any:
         """An option, given or by default."""
@@ -122,6 +126,19 @@ def trion(**options: Any) -> Case:
     return Case(name, Trion, given, oracle.trion, COMMON_BAD | TRION_BAD, "sign")
 
 
+def gradnormlorp(**options: Any) -> Case:
+    case = low_rank(GradNormLoRPAdamW, oracle.gradnormlorp, **options)
+    return replace(case, bad={**case.bad, "axis": ["column", 0],
+                              "roles": [("A",), ("A", "B", "base"), "A", 3]})
+
+
+# Pairs need a model: what they promise is in test_reparam.py.
+SWITCHLORA_BAD = {
+    "roles": [("A", "B"), "A", 3], "scaling": [0.0, "x"], "interval": [0, "often"],
+    "interval_decay": [0.0, 1.5], "decay_steps": [0, 1.5], "freeze_steps": [0, 2.0],
+    "candidates": [1, 2.5], "candidate_device": ["disk", None],
+}
+
 CASES = [
     Case("adamw", AdamW, bad=COMMON_BAD),
     Case("adamw-amsgrad", AdamW, {"amsgrad": True}, bad=COMMON_BAD),
@@ -159,5 +176,12 @@ CASES = [
     trion(adjust_lr_fn="match_rms_adamw", dct_basis=3),
     trion(state_bits=16, polar_dtype="bfloat16"),
     trion(state_bits=8),
+    Case("switchlora", SwitchLoRAAdamW, bad=COMMON_BAD | SWITCHLORA_BAD, warns="no pair"),
+    gradnormlorp(projection="svd"),
+    gradnormlorp(projection="svd", axis="output", amsgrad=True),
+    gradnormlorp(projection="svd", proj_type="full"),
+    gradnormlorp(projection="dct", moments="rotate", inner="factored"),
+    gradnormlorp(state_bits=8, basis_bits=8),
+    gradnormlorp(state_bits=16, matricize="batch", axis="output", projection="random"),
 ]
 SHAPES = [(), (5,), (0, 3), (7, 5), (5, 7), (6, 6), (1, 4), (4, 1), (2, 3), (4, 3, 2), (3, 2, 2, 2)]

@@ -198,3 +198,47 @@ def trion(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
         w = (1 - lr * wd) * w - lr * s * p @ quintic(low, o.get("ns_steps", 5)) @ q.mT
         out.append(w.view(start.shape))
     return out
+
+
+def gradnormlorp(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
+    """arXiv 2412.19616, W = V diag(mu / c): Adam on mu, GaLore on V, in full size.
+
+    After a step V is scaled to V diag(mu / c), which leaves W; zero columns are not tested.
+    """
+    lr, wd, eps = o.get("lr", 1e-3), o.get("weight_decay", 1e-2), o.get("eps", 1e-8)
+    b1, b2 = o.get("betas", (0.9, 0.999))
+    gap, scale, dim = o["update_proj_gap"], o.get("scale", 0.25), int(o.get("axis") == "output")
+    v = start.double().flatten(1)
+    r = min(o["rank"], *v.shape)
+    side = _side(*v.shape, o.get("proj_type", "std"))
+    mu = v.norm(dim=dim, keepdim=True)
+    m_mu, v_mu, top_mu = (torch.zeros_like(mu) for _ in range(3))
+    bases, s, top, out = None, {}, None, []
+    for t, g in enumerate(gradients, 1):
+        g = g.double().flatten(1) * (-1 if o.get("maximize") else 1)
+        c = v.norm(dim=dim, keepdim=True)
+        unit = v / c
+        slope = (unit * g).sum(dim, keepdim=True)  # N3
+        d = (g - unit * slope) * mu / c  # N4
+        if t == 1 or (t - 1) % gap == 0:
+            before, bases = bases, _bases(d, bases, r, side, o)
+            if before and o.get("moments", "keep") == "rotate":
+                s = _turn(s, bases[0].mT @ before[0], before[1].mT @ bases[1], r)
+        p, q = bases
+        if o.get("amsgrad"):
+            low = p.mT @ d @ q
+            _inner(low, s, t, o)
+            top = s["v"] if top is None else torch.maximum(top, s["v"])
+            n = (s["m"] / (1 - b1**t)) / ((top / (1 - b2**t)).sqrt() + eps)
+        else:
+            n = _inner(p.mT @ d @ q, s, t, o)
+        v = v - lr * scale * p @ n @ q.mT  # N6
+        m_mu = b1 * m_mu + (1 - b1) * slope
+        v_mu = b2 * v_mu + (1 - b2) * slope**2
+        top_mu = torch.maximum(top_mu, v_mu)
+        second = top_mu if o.get("amsgrad") else v_mu
+        mu = (1 - lr * wd) * mu - lr * (m_mu / (1 - b1**t)) / ((second / (1 - b2**t)).sqrt() + eps)
+        v = v * mu / v.norm(dim=dim, keepdim=True)
+        mu = v.norm(dim=dim, keepdim=True) * mu.sign()
+        out.append(v.view(start.shape))
+    return out
