@@ -131,12 +131,11 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         for pair in _pairs({**o, "params": params}):
             at = f"{where}, {pair.name}"
             a, b, base = pair[1:]
-            r = len(a)
+            r, shapes = len(a), [tuple(x.shape) for x in (a, b, base)]
+            if len(shapes[2]) != 2 or shapes[:2] != [(r, base.shape[1]), (len(base), r)]:
+                raise ValueError(f"{at}: A, B and base have shapes {shapes}, but they must be "
+                                 "r x n, m x r and m x n")
             check_base(base, r, at)
-            m, n = base.shape
-            if tuple(a.shape) != (r, n) or tuple(b.shape) != (m, r):
-                raise ValueError(f"{at}: A {tuple(a.shape)}, B {tuple(b.shape)} beside {m} x {n}, "
-                                 "but they must be r x n and m x r")
             if base.requires_grad or base.grad is not None:
                 raise ValueError(f"{at}: its base weight has requires_grad={base.requires_grad}, "
                                  "but it must be frozen: switches alone move it")
@@ -144,9 +143,9 @@ class SwitchLoRAAdamW(MatrixOptimizer):
                 raise ValueError(f"{at}: A, B and base are {a.dtype}, {b.dtype} on {a.device}, "
                                  f"{b.device}, {base.device}, but A and B must have one dtype and "
                                  "all one device")
-            if not r < _pool_size(o, base) <= min(m, n):
+            if not r < _pool_size(o, base) <= min(base.shape):
                 raise ValueError(f"{at}: candidates={o['candidates']}, but it must be > rank {r} "
-                                 f"and <= the smaller side {min(m, n)}")
+                                 f"and <= the smaller side {min(base.shape)}")
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         pair = next(x for x in _pairs(o) if p is x.a or p is x.b or p is x.base)
