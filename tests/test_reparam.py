@@ -179,10 +179,13 @@ def test_a_column_of_zeros_is_no_trap():
 # ---- SwitchLoRA: figures
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "factors", "bound"), [
+    (torch.float32, None, 1e-6), (torch.bfloat16, None, 1e-2),
+    (torch.bfloat16, torch.float32, 1e-2)])
 @pytest.mark.parametrize("where", ["same", "cpu"])
-def test_a_switch_keeps_the_function(dtype, bound, where):
-    model = lora(nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 48)).to(dtype), 8)
+def test_a_switch_keeps_the_function(dtype, factors, bound, where):
+    model = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 48)).to(dtype)
+    lora(model, 8, dtype=factors)
     optimizer = SwitchLoRAAdamW(adapter_groups(model), lr=0.0, candidate_device=where, interval=8,
                                 freeze_steps=1, seed=1)
     x = tensors([(50, 40)])[0].to(dtype)
