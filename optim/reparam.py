@@ -192,11 +192,20 @@ def check_base(weight: Tensor, r: int, layer: str) -> None:
                          f"{tuple(weight.shape)}: a full-rank pair has nothing to switch or save")
 
 
-def _refuse_shared(model: nn.Module, layer: str, weight: Tensor) -> None:
-    places = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    if len(places) > 1:
-        raise ValueError(f"{layer}: its weight is shared ({', '.join(places)}), but a base weight "
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Every name that each parameter has, by id."""
+    places: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(p), []).append(name)
+    return places
+
+
+def _only_name(places: dict[int, list[str]], layer: str, p: Tensor) -> str:
+    names = places[id(p)]
+    if len(names) > 1:
+        raise ValueError(f"{layer}: its weight is shared ({', '.join(names)}), but a base weight "
                          "must belong to one layer: a change of it would reach the others")
+    return names[0]
 
 
 def _targets(model: nn.Module, target: str | Sequence[str] | None) -> dict[str, nn.Linear]:
@@ -270,9 +279,10 @@ def lora(
         raise ValueError(f"lora: alpha={alpha!r}, but it must be a finite number > 0")
     scaling = (alpha or (1.0 if init == "switchlora" else float(rank))) / rank
     chosen = _targets(model, target)
+    places = _places(model)
     for name, linear in chosen.items():
         check_base(linear.weight, rank, name)
-        _refuse_shared(model, name, linear.weight)
+        _only_name(places, name, linear.weight)
     generator = torch.Generator().manual_seed(seed)
     for name, linear in chosen.items():
         layer = LoRALinear(linear, rank, scaling, dtype) if normalize is None else \
@@ -335,8 +345,7 @@ def adapters(model: nn.Module) -> list[Adapter]:
             merged, several active at once, of another kind, with a quantized or shared base, or of
             a rank that is not below the smaller side.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = []
+    places, found = _places(model), []
     for layer, module in model.named_modules():
         if isinstance(module, LoRALinear):
             parts = {"A": module.lora_A, "B": module.lora_B, "base": module.weight}
@@ -349,9 +358,8 @@ def adapters(model: nn.Module) -> list[Adapter]:
                 continue
             parts, scaling = read
         check_base(parts["base"], len(parts["A"]), layer)
-        for part in parts.values():
-            _refuse_shared(model, layer, part)
-        found.append(Adapter(layer, {k: names[id(p)] for k, p in parts.items()}, parts, scaling))
+        names = {k: _only_name(places, layer, p) for k, p in parts.items()}
+        found.append(Adapter(layer, names, parts, scaling))
     return found
 
 

@@ -240,7 +240,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         n = (m / first).div_(v.sqrt().div_(second).add_(o["eps"])).masked_fill_(frozen, 0.0)
         s["updates"].copy_(count)
         s["frozen"].sub_(1).clamp_(min=0)
-        keep = torch.where(frozen, 1.0, 1 - o["lr"] * o["weight_decay"])
+        keep = torch.where(frozen, n.new_ones(()), 1 - o["lr"] * o["weight_decay"])
         return Update(dense=n, keep=keep)
 
 
