@@ -41,6 +41,9 @@ def account(model: nn.Module, optimizer_name: str, rank: int | None, **options: 
             ) -> dict[str, Any]:
     """Bytes of weights, gradients and state, in all and per kind of parameter.
 
+    Beside them ``trainable``, the number of parameters with a gradient, and ``candidates``, the
+    bytes of state that a switching optimizer can keep on the host.
+
     Args:
         model: its parameters say shapes and dtypes; it may be on the meta device.
         optimizer_name: a key of :data:`lissom.bench.names.OPTIMIZERS`.
@@ -69,7 +72,9 @@ def account(model: nn.Module, optimizer_name: str, rank: int | None, **options: 
         entry["gradients"] += p.nbytes if p.requires_grad else 0
         entry["optimizer_state"] += state.get(name, 0)
     total = {key: sum(entry[key] for entry in by_kind.values()) for key in zero}
-    return {**total, "by_kind": by_kind}
+    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    pools = sum(s["candidates"].nbytes for s in optimizer.state.values() if "candidates" in s)
+    return {**total, "trainable": trainable, "candidates": pools, "by_kind": by_kind}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,6 +137,9 @@ def _show(figures: dict[str, Any]) -> None:
     both = figures["weights"] + figures["optimizer_state"]
     print(f"weights + optimizer state {both / 1e9:.2f} GB, "
           f"with gradients {(both + figures['gradients']) / 1e9:.2f} GB")
+    if figures["candidates"]:
+        print(f"{figures['candidates'] / 1e9:.2f} GB of the state are candidates, which can stay "
+              f"on the host; {figures['trainable'] / 1e6:.1f}M parameters have a gradient")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,13 @@ from ..optim import (
     DCTAdamW,
     FiraAdamW,
     GaLoreAdamW,
+    GradNormLoRPAdamW,
     Muon,
     PolarGrad,
+    SwitchLoRAAdamW,
     Trion,
+    adapter_groups,
+    lora,
     param_groups,
 )
 from ..optim.base import COMMON, MatrixOptimizer
@@ -35,21 +39,42 @@ class Entry(NamedTuple):
         make: its class.
         lr: learning rate that suits the training demo (tuned on it).
         options: options that differ from the class's defaults there.
+        groups: from the model (which it may change) and the rank to what is optimized.
     """
 
     make: type[MatrixOptimizer]
     lr: float
     options: Mapping[str, Any] = {}
+    groups: Callable[[nn.Module, int | None], Any] = param_groups
+
+
+def _named(model: nn.Module, rank: int | None) -> Any:
+    return model.named_parameters()
+
+
+def _lora(model: nn.Module, rank: int | None) -> Any:
+    """Pairs as LoRA has them, everything else as it was."""
+    assert rank is not None
+    lora(model, rank, init="lora")
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _switchlora(model: nn.Module, rank: int | None) -> Any:
+    assert rank is not None
+    return adapter_groups(lora(model, rank))
 
 
 #: Optimizers by command-line name.
 OPTIMIZERS: dict[str, Entry] = {
-    "adamw": Entry(AdamW, 1.5e-3),
-    "adamw8bit": Entry(AdamW8bit, 1.5e-3),
+    "adamw": Entry(AdamW, 1.5e-3, groups=_named),
+    "adamw8bit": Entry(AdamW8bit, 1.5e-3, groups=_named),
+    "lora": Entry(AdamW, 1e-2, groups=_lora),
+    "switchlora": Entry(SwitchLoRAAdamW, 2e-2, groups=_switchlora),
     "galore": Entry(GaLoreAdamW, 4e-2),
     "dct-adamw": Entry(DCTAdamW, 4e-2, {"scale": 0.25, "update_proj_gap": 200}),
     "fira": Entry(FiraAdamW, 2e-2),
     "apollo": Entry(APOLLO, 1e-2),
+    "gradnormlorp": Entry(GradNormLoRPAdamW, 2e-2),
     # one rate for all parameters
     "trion": Entry(Trion, 2e-2, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),
     "muon": Entry(Muon, 5e-3, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None,
@@ -89,11 +114,10 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 def build(name: str, model: nn.Module, rank: int | None, lr: float, **options: Any
           ) -> MatrixOptimizer:
     """The named optimizer over the model; options of other classes are left out."""
-    cls, _, own = OPTIMIZERS[name]
+    cls, _, own, groups = OPTIMIZERS[name]
     known = {**own, **{k: v for k, v in options.items() if k in cls.table()}}
     make: Callable[..., MatrixOptimizer] = cls
-    params = model.named_parameters() if cls.algorithm == "adamw" else param_groups(model, rank)
-    return make(params, lr=lr, **known)
+    return make(groups(model, rank), lr=lr, **known)
 
 
 def build_peer(name: str, model: nn.Module, rank: int | None, lr: float, **options: Any

@@ -6,14 +6,18 @@ from .base import PartialStepError
 from .dctadamw import DCTAdamW
 from .fira import FiraAdamW
 from .galore import GaLoreAdamW, GaLoreAdamW8bit
+from .gradnormlorp import GradNormLoRPAdamW
 from .groups import param_groups
 from .lowrank import LowRankOptimizer
 from .muon import Muon
 from .plan import Plan
 from .polargrad import PolarGrad
+from .reparam import adapter_groups, base_weights, lora, merge
+from .switchlora import SwitchLoRAAdamW
 from .trion import Trion
 from .version import __version__
 
 __all__ = ["APOLLO", "AdamW", "AdamW8bit", "DCTAdamW", "FiraAdamW", "GaLoreAdamW",
-           "GaLoreAdamW8bit", "LowRankOptimizer", "Muon", "PartialStepError", "Plan", "PolarGrad",
-           "Trion", "__version__", "param_groups"]
+           "GaLoreAdamW8bit", "GradNormLoRPAdamW", "LowRankOptimizer", "Muon", "PartialStepError",
+           "Plan", "PolarGrad", "SwitchLoRAAdamW", "Trion", "__version__", "adapter_groups",
+           "base_weights", "lora", "merge", "param_groups"]

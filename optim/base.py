@@ -32,7 +32,7 @@ from torch import Tensor
 from ..kernels.adam8 import adamw8
 from . import codec
 from .checks import TORCH_ONLY, check_gradient, check_parameter, refuse_torch_only
-from .codec import Slot
+from .codec import Slot, State
 from .inner import adam, adam_slots
 from .loading import checked_load, checked_state
 from .options import (
@@ -50,7 +50,7 @@ from .plan import Plan, Row
 from .whole import Waiting, answered
 
 __all__ = ["COMMON", "FORMAT", "AdamWPart", "CommonOptions", "MatrixOptimizer",
-           "PartialStepError", "Update"]
+           "PartialStepError", "Update", "Work"]
 
 #: Version of the state dict, kept in every group.
 FORMAT = 1
@@ -122,6 +122,8 @@ class Update(NamedTuple):
         factor: multiplies their product.
         dense: (..., m, n), or None for no such term.
         gain: multiplies it, a number or a tensor that broadcasts to it.
+        keep: what is left of p, p <- keep * p - lr * u: a tensor that broadcasts to p, or None
+            for 1 - lr * weight_decay.
     """
 
     left: Tensor | None = None
@@ -129,9 +131,10 @@ class Update(NamedTuple):
     factor: float = 1.0
     dense: Tensor | None = None
     gain: Tensor | float = 1.0
+    keep: Tensor | None = None
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """One parameter of a step: its name, itself, its gradient, its options."""
 
     name: str
@@ -199,14 +202,26 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """State of the class's own rule for p, without ``step``."""
         raise AssertionError("a class that declines nothing must say what it keeps")
 
-    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
+    def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Update | Waiting[Update]:
         """The class's own rule: gradient as a matrix (m, n), or a batch (b, m, n), to update.
 
         Everything that can fail comes before the first write to s. A rule that needs a function of
         the whole matrix yields it (:mod:`lissom.optim.whole`) before its first write.
+        ``s["weight"]`` is p as the rule sees it, to be read.
         """
         raise AssertionError("a class that declines nothing must have an update")
+
+    def check_state(self, p: Tensor, state: Mapping[str, Tensor], o: Mapping[str, Any], at: str
+                    ) -> None:
+        """Rules of a method about what its slots hold when they are loaded; raises ValueError."""
+
+    def before_updates(self, work: list[Work]) -> None:
+        """What a step does to parameters that act together, after all checks of the step.
+
+        Args:
+            work: every parameter that is about to be updated; empty for a skipped step.
+        """
 
     def matrix_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
         """Shape of p as the rule sees it: (m, n), or (b, m, n) for a batch of matrices.
@@ -230,7 +245,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Rules about several options or the parameters of a group; raises ValueError.
 
         Args:
-            o: all options of the group.
+            o: all options of the group, and ``param_names`` where there are any.
             params: its parameters.
             explicit: options that the group itself states; none where it comes from a saved state.
             where: beginning of a message.
@@ -281,7 +296,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{where}: master_bits={full['master_bits']}, but it must be None for "
                              "fp16 weights: what they lack of fp32 has no fixed number of bits "
                              "(use bf16 weights)")
-        self.check_combination(full, plain, set(own) if entering else set(), where)
+        self.check_combination({**full, "param_names": group.get("param_names")}, plain,
+                               set(own) if entering else set(), where)
         return {**{k: v for k, v in group.items() if k in apart}, **full}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -310,7 +326,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             check_parameter(p, name or f"parameter {i}", where)
         group["params"] = [p for _, p in named]
         explicit = {self.spellings.get(k, k) for k in group}
-        group = self.checked_group(group, where)
+        names = [name for name, _ in named]
+        # for messages: torch writes the names into the group itself
+        group = self.checked_group({**group, "param_names": names} if all(names) else group, where)
+        group.pop("param_names", None)
         group["params"] = params
         count = len(self.param_groups)
         try:
@@ -464,8 +483,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        work = self._checked_work()
+        self.before_updates(work)
         moved: list[str] = []
-        for window in self._windows(self._checked_work()):
+        for window in self._windows(work):
             touched = {w.name: [w.p, *self.state[w.p].values()] for w in window}
             before = {name: [x._version for x in xs] for name, xs in touched.items()}
             updates = [self._step_one(w.p, w.g, w.o) for w in window]
@@ -487,9 +508,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             moved += [w.name for w in window]
         return loss
 
-    def _windows(self, work: Sequence[_Work]) -> Iterator[list[_Work]]:
+    def _windows(self, work: Sequence[Work]) -> Iterator[list[Work]]:
         """Parameters whose updates run together: one, or as many as fit where they may wait."""
-        window: list[_Work] = []
+        window: list[Work] = []
         held = 0
         for item in work:
             if not self.waits or self._reason(item.p, item.o) is not None:
@@ -503,9 +524,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if window:
             yield window
 
-    def _checked_work(self) -> list[_Work]:
+    def _checked_work(self) -> list[Work]:
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
-        work = [_Work(name, p, p.grad, o) for name, p, o in self._named() if p.grad is not None]
+        work = [Work(name, p, p.grad, o) for name, p, o in self._named() if p.grad is not None]
         for name, p, g, _ in work:
             check_gradient(p, g, name)
         self._sync_state()
@@ -541,6 +562,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             matrix = p.reshape(shape)  # a copy where the memory format allows no view
             slots = self._layouts[p]
             s = codec.Decoded(stored, slots, p)
+            s["weight"] = matrix
             u = self.update(_negated(g.reshape(shape), o), s, o, t)
             if isinstance(u, Generator):
                 u = yield from u
@@ -645,7 +667,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 rank, side, reason = self.describe(p, o)
             held = p in self.state
             if not held:
-                reason = "frozen: no state until it has a gradient"
+                reason = f"{reason}; frozen: no state until it has a gradient"
             size = sum(slot.nbytes for slot in self.stored_slots(p, o).values()) if held else 0
             rows.append(Row(name, tuple(p.shape), rule, rank, side, size, reason))
         return Plan(tuple(rows))
@@ -680,7 +702,8 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
            start: int = 0) -> None:
     """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is (m, n) or (b, m, n)."""
-    keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
+    lr = o["lr"]
+    keep: Tensor | float = 1 - lr * o["weight_decay"] if u.keep is None else u.keep.expand(p.shape)
     master = kept["master"].view(p.shape) if "master" in kept else None
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
     if p.ndim == 3 and codec.random_rounding(p, o):
@@ -689,7 +712,7 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
             left, right, dense = (None if x is None else x.expand(len(p), *x.shape[-2:])[i]
                                   for x in (u.left, u.right, u.dense))
             part = Update(left, right, u.factor, dense, gain[i] if isinstance(gain, Tensor)
-                          else gain)
+                          else gain, keep[i] if isinstance(keep, Tensor) else None)
             part_kept = kept if master is None else {**kept, "master": master[i]}
             _apply(p_, part, part_kept, o, t, start + i * p_.numel())
         return
@@ -698,21 +721,24 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.
         rows = max(1, _BLOCK // max(1, p[..., :1, :].numel()))
     cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else repeat(x)
-           for x in (p, u.left, u.dense, gain, master)]
-    for p_, left, dense, gain_, master_ in zip(*cut, strict=False):
+           for x in (p, u.left, u.dense, gain, keep, master)]
+    for p_, left, dense, gain_, keep_, master_ in zip(*cut, strict=False):
         kept_ = kept if master_ is None else {**kept, "master": master_}
         x = codec.read_weight(p_, kept_)
+        if isinstance(keep_, Tensor):
+            x.mul_(keep_)
+            keep_ = 1.0
         if left is None or u.right is None:
-            x.mul_(keep)
+            x.mul_(keep_)
         elif x is p_ and p.ndim == 2:
             # The decay is the product's beta: one pass over p.
-            x.addmm_(left, u.right, beta=keep, alpha=-lr * u.factor)
+            x.addmm_(left, u.right, beta=keep_, alpha=-lr * u.factor)
         elif x is p_:
             right = u.right.expand(len(p), *u.right.shape[-2:])
-            x.baddbmm_(left.expand(len(p), *left.shape[-2:]), right, beta=keep,
+            x.baddbmm_(left.expand(len(p), *left.shape[-2:]), right, beta=keep_,
                        alpha=-lr * u.factor)
         else:
-            x.mul_(keep).add_(codec.wide(left @ u.right), alpha=-lr * u.factor)
+            x.mul_(keep_).add_(codec.wide(left @ u.right), alpha=-lr * u.factor)
         if dense is not None and isinstance(gain_, Tensor):
             x.addcmul_(codec.wide(dense), gain_, value=-lr)
         elif dense is not None:

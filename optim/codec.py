@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +23,14 @@ from ..kernels.linear import dequantize_linear_ref, linear_shapes, quantize_line
 from ..kernels.philox import random_bits16_ref, stochastic_round
 from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
 
-__all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "counter", "encode", "held", "key_of",
+__all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "counter", "encode", "held", "key_of",
            "master_slots", "moment", "pieces", "random_rounding", "read", "read_weight", "rounded",
            "stored", "wide", "write", "write_weight"]
 
 # Their positions are the streams of random bits that round them.
 _ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
-          "momentum_buffer")
+          "momentum_buffer", "magnitude_exp_avg", "magnitude_exp_avg_sq",
+          "magnitude_max_exp_avg_sq")
 # The stream of the weight itself.
 _WEIGHT = 64
 #: Names of the slots that are averages of gradients; all others are stored as they are.
@@ -38,22 +39,29 @@ MOMENTS = frozenset(_ORDER)
 #: Moments of fewer elements are not quantized: their scales and their noise would not pay.
 SMALL = 4096
 # Averages of squares, which have no sign to store.
-_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
+            "magnitude_exp_avg_sq", "magnitude_max_exp_avg_sq"}
 # Elements that are quantized at once.
 _PIECE = 1 << 17
 _STORAGE = {32: torch.float32, 16: torch.bfloat16}
 
 
+#: State of one parameter, by name.
+State = MutableMapping[str, Tensor]
+
+
 class Slot(NamedTuple):
     """Shape, dtype and device of one state tensor, which starts at zero.
 
-    With ``bits`` of 8 or 4 it stands for the two tensors that :func:`stored` gives.
+    With ``bits`` of 8 or 4 it stands for the two tensors that :func:`stored` gives. On the host it
+    may be ``pinned``, which is done where there is CUDA.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     bits: int = 0
+    pinned: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +73,8 @@ class Slot(NamedTuple):
 
     def empty(self) -> Tensor:
         """The slot's first value: zeros."""
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device,
+                           pin_memory=self.pinned and torch.cuda.is_available())
 
 
 def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
@@ -187,7 +196,7 @@ def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
     return int(o["seed"]), int(s["index"])
 
 
-class Decoded(dict[str, Tensor]):
+class Decoded(MutableMapping[str, Tensor]):
     """State as the arithmetic sees it: a moment is decoded to fp32 when it is first read.
 
     What is stored in the precision of the arithmetic is the store itself.
@@ -199,27 +208,39 @@ class Decoded(dict[str, Tensor]):
     """
 
     def __init__(self, kept: Mapping[str, Tensor], slots: Mapping[str, Slot], p: Tensor) -> None:
-        super().__init__({k: x for k, x in kept.items() if k not in MOMENTS})
         self.kept, self.slots = kept, slots
         self.dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        #: What has been read or set.
+        self.opened: dict[str, Tensor] = {}
 
-    def __missing__(self, name: str) -> Tensor:
-        if name not in MOMENTS:
-            raise KeyError(name)
-        slot, scale, stored = self.slots[name], self.kept.get(f"{name}.scale"), self.kept[name]
-        if scale is not None:
-            columns, bits, signed = slot.shape[-1], slot.bits, name not in _SQUARES
-            stored = _unpacked(stored, scale, columns, functools.partial(
-                dequantize_dynamic, columns=columns, bits=bits, signed=signed))
-        self[name] = stored.to(self.dtype)
-        return self[name]
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.opened:
+            return self.opened[name]
+        stored = self.kept[name]
+        if name in MOMENTS:
+            slot, scale = self.slots[name], self.kept.get(f"{name}.scale")
+            if scale is not None:
+                columns, bits, signed = slot.shape[-1], slot.bits, name not in _SQUARES
+                stored = _unpacked(stored, scale, columns, functools.partial(
+                    dequantize_dynamic, columns=columns, bits=bits, signed=signed))
+            stored = self.opened[name] = stored.to(self.dtype)
+        return stored
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """The entry, decoded, or the default."""
-        try:
-            return self[name]
-        except KeyError:
-            return default
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.opened[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        """Forget what was read; the store is not changed."""
+        del self.opened[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.kept, **self.opened})
+
+    def __len__(self) -> int:
+        return len({**self.kept, **self.opened})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.opened or name in self.kept
 
     def stored_pair(self, g: Tensor, o: Mapping[str, Any]) -> dict[str, Any] | None:
         """Adam's moments as they are stored, for a kernel that decodes and encodes in one pass.
@@ -230,7 +251,7 @@ class Decoded(dict[str, Tensor]):
         names = ("exp_avg", "exp_avg_sq")
         if (o["amsgrad"] or self.dtype != torch.float32 or g.dtype == torch.float64
                 or not g.is_contiguous()
-                or any(name in self or name not in self.kept for name in names)):
+                or any(name in self.opened or name not in self.kept for name in names)):
             return None
         m, v = (self.kept[name] for name in names)
         bits = self.slots["exp_avg"].bits or 8 * m.element_size()
@@ -241,8 +262,8 @@ class Decoded(dict[str, Tensor]):
 
 
 def encode(
-    s: Mapping[str, Tensor], kept: Mapping[str, Tensor], slots: Mapping[str, Slot],
-    o: Mapping[str, Any], step: int, start: int = 0,
+    s: Decoded, kept: Mapping[str, Tensor], slots: Mapping[str, Slot], o: Mapping[str, Any],
+    step: int, start: int = 0,
 ) -> None:
     """Write decoded moments back to their store.
 
@@ -255,7 +276,7 @@ def encode(
         start: index in the whole parameter of the first element of these tensors.
     """
     for stream, name in enumerate(_ORDER):
-        if name not in kept or name not in s or kept[name] is s[name]:
+        if name not in kept or name not in s.opened or kept[name] is s[name]:
             continue
         x = s[name].float()
         if slots[name].bits:

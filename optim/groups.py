@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .options import nearest
 
-__all__ = ["param_groups"]
+__all__ = ["output_heads", "param_groups"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
                  nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -18,7 +18,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
 _HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "classifier", "score", "output_projection"}
 
 
-def _heads(model: nn.Module) -> set[int]:
+def output_heads(model: nn.Module) -> set[int]:
     """Ids of the weights of output heads."""
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tied = {id(m.weight) for m in tables}
@@ -83,7 +83,7 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups: model is a {type(model).__name__}, but it must be a module")
     overrides = overrides or {}
-    heads = _heads(model)
+    heads = output_heads(model)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     for pattern in overrides:
         if not fnmatch.filter(names, pattern):

@@ -18,7 +18,7 @@ from ..kernels.adam8 import adam8
 from . import codec
 from .codec import Slot
 
-__all__ = ["RULES", "Quotient", "Rule", "adam", "adam_slots", "representable"]
+__all__ = ["RULES", "Quotient", "Rule", "adam", "adam_slots", "averages", "representable"]
 
 Shape = tuple[int, ...]
 State = Mapping[str, Tensor]
@@ -57,6 +57,21 @@ def adam_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
     return {name: codec.moment(shape, p, o) for name in names}
 
 
+def averages(g: Tensor, s: State, o: Options) -> tuple[Tensor, Tensor]:
+    """M <- b1 M + (1 - b1) G;  V <- b2 V + (1 - b2) G o G, in place.
+
+    Returns:
+        M and V; with ``amsgrad`` the maximum that V has had.
+    """
+    beta1, beta2 = o["betas"]
+    m, v = s["exp_avg"], s["exp_avg_sq"]
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    if o["amsgrad"]:
+        v = torch.maximum(s["max_exp_avg_sq"], v, out=s["max_exp_avg_sq"])
+    return m, v
+
+
 def adam(g: Tensor, s: State, o: Options, t: int, *, consume: bool = False) -> Quotient:
     """Adam's direction, with epsilon placed as in torch.optim.AdamW.
 
@@ -77,11 +92,7 @@ def adam(g: Tensor, s: State, o: Options, t: int, *, consume: bool = False) -> Q
     g = representable(g)
     # The last allocation: state is written from here on.
     denominator = g if consume else torch.empty_like(g)
-    m, v = s["exp_avg"], s["exp_avg_sq"]
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    if o["amsgrad"]:
-        v = torch.maximum(s["max_exp_avg_sq"], v, out=s["max_exp_avg_sq"])
+    m, v = averages(g, s, o)
     torch.sqrt(v, out=denominator)
     denominator.div_(math.sqrt(1 - beta2**t)).add_(o["eps"])
     return Quotient(m, denominator, 1 / (1 - beta1**t))

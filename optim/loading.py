@@ -112,8 +112,7 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
         if value.layout != torch.strided or value.is_meta != (slot.device.type == "meta"):
             raise ValueError(f"{at}: {name} saved as a {value.layout} tensor on "
                              f"{value.device}, expected a dense one with values")
-        state[name] = value.detach().to(device=slot.device, dtype=slot.dtype, copy=True
-                                              ).contiguous()
+        state[name] = slot.empty().copy_(value.detach())
     for name, value in state.items():
         if name.endswith("step") and not (0 <= value.item() < 2**53
                                           and value.item() <= state["step"].item()
@@ -124,4 +123,5 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
             raise ValueError(f"{at}: index={value.item()}, but it must be >= 0")
         if name.endswith(("_sq", ".scale")) and not value.is_meta and bool((value < 0).any()):
             raise ValueError(f"{at}: {name} has a negative entry, but it must be >= 0")
+    optimizer.check_state(p, state, o, at)
     return state

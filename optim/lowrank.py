@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from . import codec, dct, project
 from .base import AdamWPart, MatrixOptimizer, Update
-from .codec import Slot
+from .codec import Slot, State
 from .inner import RULES, Rule
 from .options import Option, choice, fraction, integer, optional, real
 from .project import Bases, Turn
@@ -202,7 +202,7 @@ class LowRankOptimizer(MatrixOptimizer):
 
     # ---------------------------------------------------------------- the update
 
-    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
+    def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Update | Waiting[Update]:
         residual, rule = self.residual(o), RULES[o["inner"]]
         side = project.side_of(g.shape[-2], g.shape[-1], o["proj_type"])

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from . import codec, polar
 from .base import AdamWPart, MatrixOptimizer, Update
-from .codec import Slot
+from .codec import Slot, State
 from .options import Option, boolean, choice, fractions, integer, optional, real, sizes, triple
 from .whole import Waiting
 
@@ -123,7 +123,7 @@ class Muon(MatrixOptimizer):
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
 
-    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
+    def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
         mu = o["momentum"]
         # B <- mu B + (1 - mu) G, written when the factor is there; ahead of it mu B + (1 - mu) G.

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from . import codec, polar
 from .base import AdamWPart, MatrixOptimizer, Update
-from .codec import Slot
+from .codec import Slot, State
 from .options import Option, boolean, choice, fractions, real
 from .whole import Waiting
 
@@ -99,7 +99,7 @@ class PolarGrad(MatrixOptimizer):
             return {}
         return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
 
-    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
+    def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
         average, g = s.get("momentum_buffer"), codec.wide(g)
         # A = G, or M <- beta M + (1 - beta) G, written when the factor is there

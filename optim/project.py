@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import codec
 
-__all__ = ["FINDERS", "Bases", "Turn", "find", "gaussian", "gaussian_basis", "random_basis",
-           "shift", "side_of", "turn"]
+__all__ = ["FINDERS", "Bases", "Turn", "find", "gaussian", "gaussian_basis", "generator",
+           "random_basis", "shift", "side_of", "turn"]
 
 # torch.linalg.LinAlgError, which torch's annotations do not export.
 _NOT_CONVERGED: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009
@@ -61,12 +61,16 @@ def side_of(m: int, n: int, proj_type: str) -> str:
     return proj_type
 
 
-def gaussian(shape: tuple[int, ...], key: tuple[int, int], stream: int) -> Tensor:
-    """Standard normal numbers on the CPU, from (seed, parameter) and a stream alone."""
+def generator(key: tuple[int, int], stream: int) -> torch.Generator:
+    """Random numbers on the CPU that depend on (seed, parameter) and a stream alone."""
     # Weyl steps with odd 64-bit constants spread neighbouring keys over the seed space.
     mixed = key[0] * 0x9E3779B97F4A7C15 + key[1] * 0xC2B2AE3D27D4EB4F + stream * 0x165667B19E3779F9
-    generator = torch.Generator(device="cpu").manual_seed(mixed % 2**63)
-    return torch.randn(shape, generator=generator)
+    return torch.Generator(device="cpu").manual_seed(mixed % 2**63)
+
+
+def gaussian(shape: tuple[int, ...], key: tuple[int, int], stream: int) -> Tensor:
+    """Standard normal numbers on the CPU, from (seed, parameter) and a stream alone."""
+    return torch.randn(shape, generator=generator(key, stream))
 
 
 def _orthonormal(y: Tensor) -> Tensor:

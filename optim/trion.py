@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from . import codec, dct, polar, project
 from .base import AdamWPart, MatrixOptimizer, Update
-from .codec import Slot
+from .codec import Slot, State
 from .lowrank import LowRankOptimizer
 from .muon import ADJUST_LR
 from .options import Option, choice, fraction, integer, optional
@@ -92,7 +92,7 @@ class Trion(LowRankOptimizer):
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
 
-    def update(self, g: Tensor, s: dict[str, Tensor], o: Mapping[str, Any], t: int
+    def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
         m, n = g.shape[-2:]
         left = project.side_of(m, n, "std") == "left"

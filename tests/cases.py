@@ -15,8 +15,10 @@ from lissom.optim import (
     FiraAdamW,
     GaLoreAdamW,
     GaLoreAdamW8bit,
+    GradNormLoRPAdamW,
     Muon,
     PolarGrad,
+    SwitchLoRAAdamW,
     Trion,
 )
 from lissom.optim.base import MatrixOptimizer
@@ -36,6 +38,8 @@ class Case:
     #: What a scaled gradient does to the update: nothing down to epsilon ("adam"), nothing at all
     #: ("sign"), or the same ("linear").
     scaling: str = "adam"
+    #: Words of the warning that plain parameters give rise to.
+    warns: str = ""
 
     def option(self, name: str) -> Any:
         """An option, given or by default."""
@@ -150,6 +154,19 @@ def polargrad(**options: Any) -> Case:
                 scaling)
 
 
+def gradnormlorp(**options: Any) -> Case:
+    case = low_rank(GradNormLoRPAdamW, oracle.gradnormlorp, **options)
+    return replace(case, bad={**case.bad, "axis": ["column", 0],
+                              "roles": [("A",), ("A", "B", "base"), "A", 3]})
+
+
+# Pairs need a model: what they promise is in test_reparam.py.
+SWITCHLORA_BAD = {
+    "roles": [("A", "B"), "A", 3], "scaling": [0.0, "x"], "interval": [0, "often"],
+    "interval_decay": [0.0, 1.5], "decay_steps": [0, 1.5], "freeze_steps": [0, 2.0],
+    "candidates": [1, 2.5], "candidate_device": ["disk", None],
+}
+
 ROWS = [
     Case("adamw", AdamW, bad=COMMON_BAD),
     Case("adamw-amsgrad", AdamW, {"amsgrad": True}, bad=COMMON_BAD),
@@ -194,6 +211,13 @@ ROWS = [
     polargrad(polar="zolo-pd", nuclear_scaling=False),
     polargrad(polar="qdwh", polar_steps=2, lower_bound="eps"),
     polargrad(polar="polar-express"),
+    Case("switchlora", SwitchLoRAAdamW, bad=COMMON_BAD | SWITCHLORA_BAD, warns="no pair"),
+    gradnormlorp(projection="svd"),
+    gradnormlorp(projection="svd", axis="output", amsgrad=True),
+    gradnormlorp(projection="svd", proj_type="full"),
+    gradnormlorp(projection="dct", moments="rotate", inner="factored"),
+    gradnormlorp(basis_bits=8),
+    gradnormlorp(matricize="batch", axis="output", projection="random"),
 ]
 
 

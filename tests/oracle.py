@@ -287,4 +287,95 @@ def polargrad(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
             nuclear = (m * u).sum()
         w = (1 - lr * wd) * w - lr * (nuclear if o.get("nuclear_scaling", True) else 1.0) * u
         out.append(w.view(start.shape))
+
+
+def gradnormlorp(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
+    """arXiv 2412.19616, W = V diag(mu / c): Adam on mu, GaLore on V, in full size.
+
+    After a step V is scaled to V diag(mu / c), which leaves W; zero columns are not tested.
+    """
+    lr, wd, eps = o.get("lr", 1e-3), o.get("weight_decay", 1e-2), o.get("eps", 1e-8)
+    b1, b2 = o.get("betas", (0.9, 0.999))
+    gap, scale, dim = o["update_proj_gap"], o.get("scale", 0.25), int(o.get("axis") == "output")
+    v = start.double().flatten(1)
+    r = min(o["rank"], *v.shape)
+    side = _side(*v.shape, o.get("proj_type", "std"))
+    mu = v.norm(dim=dim, keepdim=True)
+    m_mu, v_mu, top_mu = (torch.zeros_like(mu) for _ in range(3))
+    bases, s, top, out = None, {}, None, []
+    for t, g in enumerate(gradients, 1):
+        g = g.double().flatten(1) * (-1 if o.get("maximize") else 1)
+        c = v.norm(dim=dim, keepdim=True)
+        unit = v / c
+        slope = (unit * g).sum(dim, keepdim=True)  # N3
+        d = (g - unit * slope) * mu / c  # N4
+        if t == 1 or (t - 1) % gap == 0:
+            before, bases = bases, _bases(d, bases, r, side, o)
+            if before and o.get("moments", "keep") == "rotate":
+                s = _turn(s, bases[0].mT @ before[0], before[1].mT @ bases[1], r)
+        p, q = bases
+        if o.get("amsgrad"):
+            low = p.mT @ d @ q
+            _inner(low, s, t, o)
+            top = s["v"] if top is None else torch.maximum(top, s["v"])
+            n = (s["m"] / (1 - b1**t)) / ((top / (1 - b2**t)).sqrt() + eps)
+        else:
+            n = _inner(p.mT @ d @ q, s, t, o)
+        v = v - lr * scale * p @ n @ q.mT  # N6
+        m_mu = b1 * m_mu + (1 - b1) * slope
+        v_mu = b2 * v_mu + (1 - b2) * slope**2
+        top_mu = torch.maximum(top_mu, v_mu)
+        second = top_mu if o.get("amsgrad") else v_mu
+        mu = (1 - lr * wd) * mu - lr * (m_mu / (1 - b1**t)) / ((second / (1 - b2**t)).sqrt() + eps)
+        v = v * mu / v.norm(dim=dim, keepdim=True)
+        mu = v.norm(dim=dim, keepdim=True) * mu.sign()
+        out.append(v.view(start.shape))
+    return out
+
+
+def switchlora(weight: Tensor, a: Tensor, b: Tensor, pool_a: Tensor, pool_b: Tensor,
+               gradients: list[Tensor], switches: list[Any], **o: Any
+               ) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """arXiv 2406.06564, one pair: L9 to L12, with the choices that were made at each step.
+
+    ``gradients`` are of W + s B A; a switch is (rows of A, their candidates, columns of B, theirs).
+    """
+    lr, wd, eps = o.get("lr", 1e-3), o.get("weight_decay", 0.0), o.get("eps", 1e-8)
+    (b1, b2), s, rest = o.get("betas", (0.9, 0.999)), o["scaling"], o["freeze_steps"]
+    weight, a, b, pool_a, pool_b = (x.double().clone() for x in (weight, a, b, pool_a, pool_b))
+    r = len(a)
+    b, out = b.mT.clone(), []
+    state = {k: {"m": torch.zeros_like(x), "v": torch.zeros_like(x), "active": list(range(r)),
+                 "count": [0] * r, "frozen": [0] * r} for k, x in (("a", a), ("b", b))}
+    for g, (rows, to_rows, columns, to_columns) in zip(gradients, switches, strict=True):
+        g = g.double()
+        grad = {"a": s * b @ g, "b": s * a @ g.mT}  # at the factors before the switch
+        for x, y, side, other, pool, chosen, places in (
+                (a, b, "a", "b", pool_a, rows, to_rows),
+                (b, a, "b", "a", pool_b, columns, to_columns)):
+            before = weight + s * b.mT @ a
+            for i in chosen:  # all go back first
+                pool[state[side]["active"][i]] = x[i]
+            for i, place in zip(chosen, places, strict=True):
+                change = torch.outer(y[i], x[i] - pool[place])
+                weight = weight + s * (change if side == "a" else change.mT)
+                x[i] = pool[place]
+                state[side]["active"][i] = place
+                state[other]["m"][i] = state[other]["v"][i] = 0
+                state[other]["count"][i] = 0
+                state[other]["frozen"][i] = rest
+            assert (weight + s * b.mT @ a - before).abs().max() < 1e-12
+        for side, x in (("a", a), ("b", b)):
+            z = state[side]
+            for i in range(r):
+                if z["frozen"][i]:
+                    z["frozen"][i] -= 1
+                    continue
+                z["count"][i] += 1
+                k = z["count"][i]
+                z["m"][i] = b1 * z["m"][i] + (1 - b1) * grad[side][i]
+                z["v"][i] = b2 * z["v"][i] + (1 - b2) * grad[side][i] ** 2
+                n = (z["m"][i] / (1 - b1**k)) / ((z["v"][i] / (1 - b2**k)).sqrt() + eps)
+                x[i] = (1 - lr * wd) * x[i] - lr * n
+        out.append((weight.clone(), a.clone(), b.mT.clone()))
     return out

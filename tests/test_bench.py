@@ -60,6 +60,30 @@ def test_memory_of_a_module_equals_what_is_held(capsys):
     assert "optimizer state" in capsys.readouterr().out
 
 
+def counted(capsys, *argv):
+    assert memory.main([*argv, "--json", "-"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_memory_of_reparameterizations(capsys):
+    full = counted(capsys, "--model", "llama-7b", "--optimizer", "adamw")
+    for projection, part in (("std", 0.9014), ("full", 0.9275)):
+        small = counted(capsys, "--model", "llama-7b", "--optimizer", "gradnormlorp", "--rank",
+                        "512", "--state-bits", "8", "--basis-bits", "8", "--proj-type", projection)
+        saved = 1 - small["optimizer_state"] / full["optimizer_state"]
+        assert saved == pytest.approx(part, abs=1e-4)
+        assert saved > 0.895  # the paper's claim
+    full = counted(capsys, "--model", "llama-1b", "--optimizer", "adamw")
+    pairs = counted(capsys, "--model", "llama-1b", "--optimizer", "switchlora", "--rank", "512")
+    assert round(pairs["trainable"] / 1e6, 1) == 609.3  # the paper prints 609.7 of 1339.5
+    assert pairs["gradients"] == 2 * pairs["trainable"]
+    assert full["trainable"] == full["parameters"]
+    assert full["candidates"] == 0
+    # pools of min(m, n) vectors beside A and beside B
+    sizes = [(2048, 2048)] * 4 + [(2048, 5461)] * 3
+    assert pairs["candidates"] == 24 * sum(2 * min(m, n) * (m + n) for m, n in sizes)
+
+
 def test_memory_refuses(capsys):
     for argv in (["--projection", "pca"], ["--module", "json"], ["--state-bits", "5"]):
         with pytest.raises(SystemExit):
@@ -98,8 +122,10 @@ def test_train_rows_table_and_picture(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("bits", ["32", "16"])
-def test_train_resumes_exactly(tmp_path, bits):
-    common = ["--optimizers", "galore", "--steps", "8", "--gap", "3", "--state-bits", bits]
+@pytest.mark.parametrize("name", ["galore", "switchlora", "gradnormlorp"])
+def test_train_resumes_exactly(tmp_path, name, bits):
+    common = ["--optimizers", name, "--steps", "8", "--gap", "3", "--state-bits", bits,
+              "--interval", "10"]
     whole = quick(tmp_path, *common)
     saved = str(tmp_path / "run.pt")
     quick(tmp_path, *common, "--until", "4", "--save", saved)

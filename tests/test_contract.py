@@ -521,9 +521,11 @@ def test_memory_formats_and_views(case):
                for f in (torch.contiguous_format, torch.channels_last)]
     wide = torch.nn.Parameter(tensors([(6, 9)])[0].mT)
     flat = torch.nn.Parameter(wide.detach().clone().contiguous())
+    # P^T D Q is diagonal at a refresh: the rest is rounding, which only eps holds down.
+    more = {"eps": 1e-2} if case.options.get("proj_type") == "full" else {}
     for a, b in (weights, (wide, flat)):
         for p in (a, b):
-            optimizer = case([p], lr=1e-2)
+            optimizer = case([p], lr=1e-2, **more)
             for i in range(5):
                 p.grad = torch.empty_like(p).copy_(tensors([p.shape], i)[0])
                 optimizer.step()
@@ -580,8 +582,9 @@ def test_equals_its_oracle(case):
 
 
 def test_warns_only_when_it_should(case):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(match=case.warns) if case.warns else warnings.catch_warnings():
+        if not case.warns:
+            warnings.simplefilter("error")
         case(parameters([(6, 4), (3,)]))
 
 

@@ -1,0 +1,141 @@
+"""GradNormLoRP: direction and magnitude of a weight apart, the direction's gradient low-rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import codec
+from .base import MatrixOptimizer, Update
+from .codec import Slot, State
+from .inner import adam, adam_slots
+from .lowrank import LowRankOptimizer, LowRankOptions
+from .options import Option, choice
+from .reparam import roles
+from .residual import RESIDUALS, Residual
+from .whole import Waiting
+
+__all__ = ["GradNormLoRPAdamW"]
+
+# Slots of the magnitude's moments begin with this.
+_MAGNITUDE = "magnitude_"
+# A column's direction step may shorten it to this share; below, it would be all rounding.
+_SHORTEST = 1e-6
+
+
+class GradNormLoRPOptions(LowRankOptions, total=False):
+    """Options of :class:`GradNormLoRPAdamW`, for type checkers."""
+
+    axis: str
+
+
+class GradNormLoRPAdamW(LowRankOptimizer):
+    """AdamW on the magnitudes of a weight, low-rank Adam on its direction.
+
+    W = V diag(mu / c), c the norms of V's columns. With G = dL/dW and V^ = V diag(1 / c):
+    dL/dmu_j = <G_j, V^_j>, and D = dL/dV = (G - V^ diag(V^^T G)) diag(mu / c), whose columns are
+    orthogonal to those of V. What the paper then projects is not settled; there are two forms here:
+
+    **A plain weight** (the default; reading A: GaLore on the direction). V is defined only up to
+    the length of its columns, so after each step it is W itself and mu its norms: no copy is kept,
+    and W' = V' diag(mu' / c') with V' = W - lr scale P N Q^T, N = Adam(P^T D Q), and
+    mu' = (1 - lr weight_decay) mu - lr Adam(dL/dmu). State: GaLore's, and 2 numbers for each
+    column. A zero column has no direction and takes the low-rank update as it is.
+
+    **The factors of a normalized layer** (reading B): groups of
+    :func:`lissom.optim.adapter_groups`, for layers of ``lora(model, rank, normalize=...)`` or
+    ``peft`` models with ``use_dora=True``. Gradients of A and B are projected as GaLore does it,
+    magnitudes get AdamW. The authors' code does this, with a rank of the projection that equals
+    the adapters', which rotates and saves nothing: give a smaller one, or ``proj_type="full"``.
+
+    Reading C, the factors' gradients from a D that was projected first, is not offered: it needs D
+    in full beside them. Other arguments, defaults and errors are those of
+    :class:`lissom.optim.LowRankOptimizer`; there is no ``residual``.
+
+    Args:
+        proj_type: ``"full"`` is the paper's two-sided projection, with a core of rank x rank.
+        axis: ``"input"`` (default): one magnitude per input feature, a column of W; ``"output"``:
+            per output feature, a row, as peft's DoRA. For plain weights.
+        roles: of a group, as ``adapter_groups`` declares them; None (default) is plain weights.
+
+    Source: Huang et al., "Gradient Weight-normalized Low-rank Projection for Efficient LLM
+    Training", arXiv 2412.19616.
+    """
+
+    algorithm: ClassVar[str] = "gradnormlorp"
+    options: ClassVar[Mapping[str, Option]] = {
+        **{k: v for k, v in LowRankOptimizer.options.items()
+           if k not in ("residual", "residual_scale", "error_feedback_bits", "limiter")},
+        "axis": choice("input", "input", "output"),
+        "roles": roles(("A", "B"), ("magnitude",)),
+    }
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
+        **options: Unpack[GradNormLoRPOptions],
+    ) -> None:
+        MatrixOptimizer.__init__(self, params, {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "amsgrad": amsgrad, **options})
+
+    def residual(self, o: Mapping[str, Any]) -> Residual:
+        return RESIDUALS["none"]
+
+    def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
+        rank, side, reason = super().describe(p, o)
+        return rank, side, reason if o["roles"] is None else f"factor of a pair, {reason}"
+
+    def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        slots = super().slots(p, o)
+        if o["roles"] is None:
+            *batch, m, n = self.matrix_shape(p, o)
+            count = (*batch, n if o["axis"] == "input" else m)
+            slots |= {_MAGNITUDE + k: slot for k, slot in adam_slots(count, p, o).items()}
+        return slots
+
+    def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
+               ) -> Update | Waiting[Update]:
+        if o["roles"] is not None:
+            return super().update(g, s, o, t)
+        columns, dim = o["axis"] == "input", -2 if o["axis"] == "input" else -1
+        w, x = s["weight"], codec.wide(g)
+        c = torch.linalg.vector_norm(codec.wide(w), dim=dim, keepdim=True)
+        inverse = torch.where(c > 0, 1 / c, 0.0)
+        # dL/dmu = <G_j, V^_j>
+        slope = (x * codec.wide(w)).sum(dim, keepdim=True) * inverse
+        # D = G - V^ diag(V^^T G), as mu = c
+        d = torch.addcmul(x, codec.wide(w), slope * inverse, value=-1).to(g.dtype)
+        # V' = W - lr f L R
+        u = super().update(d, s, o, t)
+        assert isinstance(u, Update)
+        assert u.left is not None
+        assert u.right is not None
+        # |V'_j|^2 / c_j^2 = 1 - 2 lr f <W_j, (L R)_j> / c_j^2 + (lr f)^2 |(L R)_j|^2 / c_j^2
+        left, right, step = codec.wide(u.left), codec.wide(u.right), o["lr"] * u.factor
+        if columns:
+            along = (codec.wide(u.left.mT @ w) * right).sum(dim, keepdim=True)
+            square = (right * (left.mT @ left @ right)).sum(dim, keepdim=True)
+        else:
+            along = (left * codec.wide(w @ u.right.mT)).sum(dim, keepdim=True)
+            square = (left * (left @ (right @ right.mT))).sum(dim, keepdim=True)
+        scaled = step * inverse
+        length = (1 - 2 * scaled * inverse * along + scaled.square() * square).clamp_min_(
+            _SHORTEST**2).sqrt()
+        # mu' / mu
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if o["amsgrad"] else ()))
+        moments = {name: s[_MAGNITUDE + name] for name in names}
+        n = adam(slope.squeeze(dim), moments, o, t)
+        ratio = (n.numerator / n.denominator).unsqueeze(dim) * inverse
+        decay = 1 - o["lr"] * o["weight_decay"]
+        growth = decay - o["lr"] * n.factor * ratio
+        # W' = W diag(a) - lr f L R diag(a), a = (mu' / mu) / (|V'| / c)
+        a = torch.where(c > 0, growth / length, decay)
+        shrink = torch.where(c > 0, a, 1.0)
+        if columns:
+            return Update(u.left, (right * shrink).to(u.right.dtype), u.factor, keep=a)
+        return Update((left * shrink).to(u.left.dtype), u.right, u.factor, keep=a)

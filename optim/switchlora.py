@@ -1,0 +1,318 @@
+"""SwitchLoRA: low-rank pairs whose vectors are exchanged with candidates, a few at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from . import codec, project
+from .base import AdamWPart, MatrixOptimizer, Update, Work
+from .codec import Slot, State
+from .inner import adam_slots, averages, representable
+from .options import Option, choice, fraction, integer, optional, real
+from .reparam import bounds, check_base, roles
+
+__all__ = ["SwitchLoRAAdamW"]
+
+_ROLES = ("A", "B", "base")
+# Elements of a base weight that are changed at once.
+_BLOCK = 1 << 18
+# Added to the index of B for the random rounding of the base weight, a stream of its own.
+_BASE = 1 << 30
+# Stream of random numbers from which candidates are drawn; those of switches are the steps.
+_POOL = 0
+
+
+class SwitchLoRAOptions(AdamWPart, total=False):
+    """Options of :class:`SwitchLoRAAdamW`, for type checkers."""
+
+    interval: float
+    interval_decay: float
+    decay_steps: int
+    freeze_steps: int
+    candidates: int | None
+    candidate_device: str
+
+
+class _Pair(NamedTuple):
+    """One layer: y = (base + scaling * B A) x."""
+
+    name: str
+    a: Tensor
+    b: Tensor
+    base: Tensor
+
+
+class SwitchLoRAAdamW(MatrixOptimizer):
+    """AdamW on low-rank pairs, whose vectors are exchanged: the changes add up to full rank.
+
+    For W + s B A, at each step before the updates, about r / interval(k) rows of A and as many
+    columns of B are replaced: A_i goes back to a pool, a random candidate A' takes its place, and
+    W <- W + s B_i (A_i - A') keeps the function. The moments of the counterpart B_i restart, and it
+    is frozen for some steps: skipped outright. interval(k) = interval / interval_decay^((k + 1) /
+    decay_steps). Adam's bias correction counts the updates of each vector.
+
+    Pairs are declared by the groups of :func:`lissom.optim.adapter_groups`, for models of
+    :func:`lissom.optim.lora` and of ``peft``; all other parameters get AdamW. The base weight is
+    frozen for autograd, but this optimizer moves it. With dropout on the input of A a switch keeps
+    the function of evaluation.
+
+    Args:
+        params: groups with ``roles=("A", "B", "base")`` and ``scaling``, as ``adapter_groups``
+            makes them; other parameters may stand beside.
+        lr: >= 0. Default 1e-3; the paper takes 10 to 20 times the rate of full training.
+        betas, eps, weight_decay, amsgrad and the options of every class: as
+            :class:`lissom.optim.AdamW`.
+        interval: steps in which r vectors of each factor are switched at the start, > 0 and at
+            least twice ``freeze_steps``. Default 40.
+        interval_decay: what is left of the frequency after ``decay_steps``, in (0, 1]. Default 0.3.
+        decay_steps: >= 1. Default 4000; the paper takes a tenth of the run.
+        freeze_steps: steps for which a counterpart is frozen, >= 1. Default 5.
+        candidates: vectors in the pool of each factor, those in use included, more than the rank
+            and at most the smaller side of W, which is the default (None) and the paper's.
+        candidate_device: ``"same"`` (default), or ``"cpu"``: pools stay on the host, pinned where
+            there is CUDA, and only what is switched goes over.
+
+    Raises:
+        TypeError, ValueError: an option or a pair that breaks its rule, by name and value.
+
+    Source: Zhou et al., "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank
+    Information", arXiv 2406.06564. Learned vectors go back to the pool as in the paper, before
+    candidates are drawn, so that one may be drawn again at once.
+    """
+
+    algorithm: ClassVar[str] = "switchlora"
+    remedy: ClassVar[str] = ("There is no pair to switch: put pairs into the model "
+                             "(lissom.optim.lora, or peft) and pass "
+                             "lissom.optim.adapter_groups(model).")
+    options: ClassVar[Mapping[str, Option]] = {
+        "roles": roles(_ROLES),
+        "scaling": real(1.0, above=True),
+        "interval": real(40.0, above=True),
+        "interval_decay": fraction(0.3),
+        "decay_steps": integer(4000, 1),
+        "freeze_steps": integer(5, 1),
+        "candidates": optional(integer(None, 2)),
+        "candidate_device": choice("same", "same", "cpu"),
+    }
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
+        **options: Unpack[SwitchLoRAOptions],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps,
+                                  "weight_decay": weight_decay, "amsgrad": amsgrad, **options})
+
+    # ---------------------------------------------------------------- which, and what is kept
+
+    def declines(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
+        return "no roles in its group" if o["roles"] is None else None
+
+    def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
+                          where: str) -> None:
+        if o["interval"] < 2 * o["freeze_steps"]:
+            raise ValueError(f"{where}: interval={o['interval']}, but it must be at least twice "
+                             f"freeze_steps={o['freeze_steps']}: only one of a pair can be frozen "
+                             "at a time")
+        if o["roles"] is None or o["algorithm"] == "adamw":
+            return
+        if len(params) % 3:
+            raise ValueError(f"{where}: {len(params)} parameters with roles={_ROLES}, but they "
+                             "must be triples: a pair needs its partner and its base weight")
+        for pair in _pairs({**o, "params": params}):
+            at = f"{where}, {pair.name}"
+            a, b, base = pair[1:]
+            r, shapes = len(a), [tuple(x.shape) for x in (a, b, base)]
+            if len(shapes[2]) != 2 or shapes[:2] != [(r, base.shape[1]), (len(base), r)]:
+                raise ValueError(f"{at}: A, B and base have shapes {shapes}, but they must be "
+                                 "r x n, m x r and m x n")
+            check_base(base, r, at)
+            if base.requires_grad or base.grad is not None:
+                raise ValueError(f"{at}: its base weight has requires_grad={base.requires_grad}, "
+                                 "but it must be frozen: switches alone move it")
+            if len({x.device for x in (a, b, base)}) > 1 or a.dtype != b.dtype:
+                raise ValueError(f"{at}: A, B and base are {a.dtype}, {b.dtype} on {a.device}, "
+                                 f"{b.device}, {base.device}, but A and B must have one dtype and "
+                                 "all one device")
+            if not r < _pool_size(o, base) <= min(base.shape):
+                raise ValueError(f"{at}: candidates={o['candidates']}, but it must be > rank {r} "
+                                 f"and <= the smaller side {min(base.shape)}")
+
+    def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        pair = next(x for x in _pairs(o) if p is x.a or p is x.b or p is x.base)
+        if p is pair.base:
+            return {}
+        r = len(pair.a)
+        host = o["candidate_device"] == "cpu" and not p.is_meta
+        pool = Slot((_pool_size(o, pair.base), p.numel() // r), p.dtype,
+                    torch.device("cpu") if host else p.device, pinned=host)
+        # Per-vector numbers are read on the host, where that waits for no device.
+        numbers = Slot((r,), torch.int32, torch.device("cpu"))
+        return {**adam_slots(tuple(p.shape), p, o), "updates": numbers, "frozen": numbers,
+                "active": numbers, "pointer": codec.counter(torch.int64),
+                "pool_step": codec.counter(), "candidates": pool}
+
+    def check_state(self, p: Tensor, state: Mapping[str, Tensor], o: Mapping[str, Any], at: str
+                    ) -> None:
+        if "candidates" not in state:
+            return
+        rows = {"active": len(state["candidates"]), "pointer": len(state["active"])}
+        for name in ("updates", "frozen", "active", "pointer"):
+            low, high = int(state[name].min()), int(state[name].max())
+            if low < 0 or high >= rows.get(name, high + 1):
+                end = f" and < {rows[name]}" if name in rows else ""
+                raise ValueError(f"{at}: {name} from {low} to {high}, but it must be >= 0{end}")
+
+    def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
+        pair = next(x for x in _pairs(o) if p is x.a or p is x.b or p is x.base)
+        if p is pair.base:
+            return None, "", "base of a pair, moved by switches alone"
+        pool = self.slots(p, o)["candidates"]
+        return len(pair.a), "", (f"{'A' if p is pair.a else 'B'} of a pair; {pool.nbytes:,} of "
+                                 f"these bytes are {pool.shape[0]} candidates on {pool.device}")
+
+    # ---------------------------------------------------------------- switches
+
+    def before_updates(self, work: list[Work]) -> None:
+        """The switches of this step, in every pair whose two factors have a gradient."""
+        ready = {w.p for w in work}
+        for group in self.param_groups:
+            for pair in _pairs(group):
+                if pair.base in ready:
+                    raise ValueError(f"the base weight of {pair.name!r} has a gradient, but it "
+                                     "must be frozen: switches alone move it")
+        for group in self.param_groups:
+            for pair in _pairs(group):
+                if pair.a in ready and pair.b in ready:
+                    self._switch(pair, group)
+
+    def _switch(self, pair: _Pair, o: Mapping[str, Any]) -> None:
+        """Exchange some vectors of one pair; the base weight takes up the difference."""
+        a, b, base = pair[1:]
+        sa, sb = self.state[a], self.state[b]
+        bound_a, bound_b = bounds(base, len(a), o["scaling"])
+        for s, bound in ((sa, bound_a), (sb, bound_b)):
+            if not int(s["pool_step"]):
+                _draw_pool(s, o, bound)
+        # A first: it freezes columns of B, which then are not switched.
+        i, to_a = _chosen(sa, sb, o)
+        sb["frozen"][i] = o["freeze_steps"]
+        j, to_b = _chosen(sb, sa, o)
+        sa["frozen"][j] = o["freeze_steps"]
+        if not len(i) and not len(j):
+            return
+        out_a = _exchanged(a, sa, i, to_a)
+        out_b = _exchanged(b.mT, sb, j, to_b)
+        # W <- W + s (B_I (A_I - A'_I) + (B_J - B'_J) A_J); I and J have nothing in common
+        wide = codec.wide(base).dtype
+        left = torch.cat([b[:, i.to(b.device)].to(wide), out_b.mT.to(wide)], 1)
+        right = torch.cat([out_a.to(wide), a[j.to(a.device)].to(wide)])
+        _add(base, left, right, {"index": sb["index"] + _BASE}, o, int(sb["step"]) + 1)
+
+    # ---------------------------------------------------------------- the update
+
+    def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update:
+        """AdamW with a count of updates for each vector; frozen ones are as if they were not there.
+
+        r is below both sides of the base, so A is wide and its rows are the vectors, B is tall.
+        """
+        shape = (-1, 1) if g.shape[0] < g.shape[1] else (1, -1)
+        beta1, beta2 = o["betas"]
+        resting = s["frozen"] > 0
+        count = torch.where(resting, 0, s["updates"] + 1)
+        k = count.clamp(min=1).double()
+        frozen = resting.to(g.device).view(shape)
+        g = representable(codec.wide(g)).masked_fill(frozen, 0.0)
+        first, second = (x.to(g).view(shape) for x in (1 - beta1**k, (1 - beta2**k).sqrt()))
+        for name in codec.MOMENTS & s.keys():  # a frozen vector's moments restart
+            s[name].masked_fill_(frozen, 0.0)
+        # N = (M / (1 - b1^k)) / (sqrt(V / (1 - b2^k)) + eps)
+        m, v = averages(g, s, o)
+        n = (m / first).div_(v.sqrt().div_(second).add_(o["eps"])).masked_fill_(frozen, 0.0)
+        s["updates"].copy_(count)
+        s["frozen"].sub_(1).clamp_(min=0)
+        keep = torch.where(frozen, n.new_ones(()), 1 - o["lr"] * o["weight_decay"])
+        return Update(dense=n, keep=keep)
+
+
+# -------------------------------------------------------------------- parts of a switch
+
+
+def _pairs(o: Mapping[str, Any]) -> Iterator[_Pair]:
+    """The pairs of a group; messages call a layer by the name of its A."""
+    if o["roles"] is None or o["algorithm"] == "adamw":
+        return
+    names = o.get("param_names")
+    for i in range(0, len(o["params"]), 3):
+        name = names[i] if names else f"parameters {i} to {i + 2}"
+        yield _Pair(name, *o["params"][i:i + 3])
+
+
+def _pool_size(o: Mapping[str, Any], base: Tensor) -> int:
+    return min(base.shape) if o["candidates"] is None else int(o["candidates"])
+
+
+def _draw_pool(s: dict[str, Tensor], o: Mapping[str, Any], bound: float) -> None:
+    """Uniform candidates; vector i is in the place of candidate i."""
+    pool = s["candidates"]
+    drawn = torch.rand(pool.shape, generator=project.generator(codec.key_of(s, o), _POOL))
+    pool.copy_(drawn.mul_(2).sub_(1).mul_(bound))
+    s["active"].copy_(torch.arange(len(s["active"])))
+    s["pool_step"].copy_(s["step"] + 1)
+
+
+def _chosen(s: Mapping[str, Tensor], partner: Mapping[str, Tensor], o: Mapping[str, Any]
+            ) -> tuple[Tensor, Tensor]:
+    """Which vectors of a factor are switched at this step, and the candidates they go to.
+
+    From the pointer on, round-robin, up to the first that is frozen or whose counterpart is.
+
+    Returns:
+        int64 indices on the host. The pointer in s has moved on.
+    """
+    r, k = len(s["active"]), int(s["step"])
+    generator = project.generator(codec.key_of(s, o), k + 1)
+    # count = r / interval(k), rounded stochastically
+    mean = r * o["interval_decay"] ** ((k + 1) / o["decay_steps"]) / o["interval"]
+    draw = torch.rand((), generator=generator).item()
+    count = min(r, math.floor(mean) + (draw < mean % 1))
+    if not count:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    order = (int(s["pointer"]) + torch.arange(count)) % r
+    busy = (s["frozen"][order] > 0) | (partner["frozen"][order] > 0)
+    order = order[:int(busy.int().argmax()) if bool(busy.any()) else count]
+    s["pointer"].add_(len(order)).remainder_(r)
+    # Candidates that are in use are none, but for those that are given back now.
+    free = torch.ones(len(s["candidates"]), dtype=torch.bool)
+    free[s["active"].long()] = False
+    free[s["active"][order].long()] = True
+    places = free.nonzero().flatten()
+    return order, places[torch.randperm(len(places), generator=generator)[:len(order)]]
+
+
+def _exchanged(vectors: Tensor, s: Mapping[str, Tensor], order: Tensor, places: Tensor) -> Tensor:
+    """Give vectors (rows) back to their pool and take candidates; old minus new ones."""
+    pool, rows = s["candidates"], order.to(vectors.device)
+    old = vectors[rows]
+    pool[s["active"][order].long().to(pool.device)] = old.to(pool.device)
+    new = pool[places.to(pool.device)].to(vectors.device)
+    vectors[rows] = new
+    s["active"][order] = places.int()
+    return codec.wide(old) - codec.wide(new)
+
+
+def _add(p: Tensor, left: Tensor, right: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any],
+         t: int) -> None:
+    """P <- p + scaling * left @ right, rounded once, in blocks."""
+    rows = max(1, _BLOCK // p.shape[1])
+    for i in range(0, len(p), rows):
+        part = p[i:i + rows]
+        x = codec.wide(part)
+        x.addmm_(left[i:i + rows], right, alpha=o["scaling"])
+        codec.write_weight(part, x, kept, o, t, i * p.shape[1])
