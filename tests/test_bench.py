@@ -7,7 +7,7 @@ import lzma
 
 import pytest
 import torch
-from lissom.bench import memory, names, projections, step, text, train
+from lissom.bench import memory, names, polargrad, projections, step, text, train
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import LLAMA, PAPER_RANK, Shape
 from torch import nn
@@ -170,6 +170,13 @@ def test_llama_is_causal_and_ties():
 
 def test_benchmarks_run(tmp_path, capsys):
     step.main(["--size", "tiny", "--rank", "4", "--steps", "3", "--json", str(tmp_path / "s")])
+    for problem in polargrad.PROBLEMS:
+        polargrad.main(["--problem", problem, "--steps", "3", "--json", str(tmp_path / problem),
+                        "--only", "PolarGrad QDWH;PolarSGD;Muon NS;Adam",
+                        "--plot", str(tmp_path / "curves")])
+        rows = json.loads((tmp_path / problem).read_text())
+        assert [len(row["curve"]) for row in rows] == [3] * len(rows)
+        assert (tmp_path / f"curves-{problem}.png").stat().st_size > 1000
     projections.main(["--steps", "2", "--gap", "1", "--rank", "4", "--json", str(tmp_path / "p")])
     assert "GaLoreAdamW" in capsys.readouterr().out
     rows = {row["projection"]: row for row in json.loads((tmp_path / "p").read_text())}
