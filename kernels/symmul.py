@@ -17,7 +17,7 @@ from .philox import nearest_bf16
 __all__ = ["newton_schulz_step", "newton_schulz_step_ref", "symm_muladd", "symm_muladd_ref", "syrk",
            "syrk_ref"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Below this many rows launches and idle processors cost more than half a product.
 _ROWS = 256
 # From this many rows on two halves of fp32 rows are multiplied apart on a CPU, at 3/4 of the
@@ -65,20 +65,21 @@ def _mirrored(lower: Tensor) -> Tensor:
 
 def syrk_ref(x: Tensor) -> Tensor:
     """Define :func:`syrk`."""
-    wide = x.float()
+    wide = x if x.dtype == torch.float64 else x.float()
     return _mirrored(wide @ wide.mT).to(x.dtype)
 
 
 def symm_muladd_ref(a: Tensor, alpha: float, beta: float) -> Tensor:
     """Define :func:`symm_muladd`."""
-    wide = a.float()
+    wide = a if a.dtype == torch.float64 else a.float()
     return _mirrored(alpha * wide + beta * (wide @ wide)).to(a.dtype)
 
 
 def newton_schulz_step_ref(x: Tensor, a: float, b: float, c: float) -> Tensor:
     """Define :func:`newton_schulz_step`; rounds as often as it does."""
     z = symm_muladd_ref(syrk_ref(x), b, c)
-    return (a * x.float() + z.float() @ x.float()).to(x.dtype)
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (a * wide + z.to(wide.dtype) @ wide).to(x.dtype)
 
 
 @jit
@@ -164,11 +165,13 @@ def _check(name: str, x: Tensor) -> None:
 
 def _use_triton(x: Tensor, backend: str | None) -> bool:
     able = use_triton(backend, x.device)
+    if backend == "triton" and x.dtype == torch.float64:
+        raise TypeError("backend: 'triton' has no float64, which sums in fp32 would not be")
     if backend is not None:
         return able
     # Loads of 16 bytes: neighbours along one dimension, the other's at multiples of 8.
     along = sorted(x.stride()[-2:])
-    return (able and x.dtype != torch.float32 and min(x.shape[-2:]) >= _ROWS and along[0] == 1
+    return (able and x.element_size() == 2 and min(x.shape[-2:]) >= _ROWS and along[0] == 1
             and along[1] % 8 == 0)
 
 
@@ -213,7 +216,8 @@ def syrk(x: Tensor, *, backend: str | None = None) -> Tensor:
     From Triton S is symmetric to the bit, from torch as far as its products are.
 
     Args:
-        x: (..., m, n), fp32, bf16 or fp16, any strides: ``x.mT`` is not copied.
+        x: (..., m, n), fp32, bf16, fp16 or (torch only) float64, any strides: ``x.mT`` is not
+            copied.
         backend: "torch", "triton", or None for Triton where it pays: on CUDA, 16 bits, 256 rows
             and columns or more, addresses in multiples of 16 bytes.
 
@@ -236,8 +240,8 @@ def symm_muladd(a: Tensor, alpha: float, beta: float, *, backend: str | None = N
     From Triton Z is symmetric to the bit, from torch as far as its products are.
 
     Args:
-        a: (..., m, m), fp32, bf16 or fp16, any strides. That it is symmetric is not checked; if
-            it is not, the result is neither.
+        a: (..., m, m), fp32, bf16, fp16 or (torch only) float64, any strides. That it is symmetric
+            is not checked; if it is not, the result is neither.
         alpha: factor of A.
         beta: factor of A A.
         backend: as for :func:`syrk`.
@@ -263,7 +267,7 @@ def newton_schulz_step(x: Tensor, a: float, b: float, c: float, *, backend: str 
     Two of its three products are symmetric.
 
     Args:
-        x: (..., m, n), fp32, bf16 or fp16, any strides.
+        x: (..., m, n), fp32, bf16, fp16 or (torch only) float64, any strides.
         a: coefficient of the singular values s.
         b: of s^3.
         c: of s^5.

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.linalg import cholesky_ex, qr, solve_triangular
 
+from ..kernels.symmul import newton_schulz_step, symm_muladd, syrk
 from . import codec
 from .norms import norms
 from .options import Option, above, choice, either, integer, optional
@@ -230,8 +231,7 @@ def _quintics(x: Tensor, slack: float, schedule: tuple[Triple, ...], oracle: Ora
         return _gram(x.half() if dtype == torch.bfloat16 else x, schedule).to(dtype)
     x = x.mT if m > n else x  # products of wide matrices are the faster ones
     for a, b, c in schedule:
-        s = x @ x.mT
-        x = _muladd(x, _muladd(s, s, s, b, c), x, a)
+        x = newton_schulz_step(x, a, b, c)
     return x.mT if m > n else x
 
 
@@ -243,9 +243,9 @@ def _gram(x: Tensor, schedule: tuple[Triple, ...]) -> Tensor:
     """
     for start in range(0, len(schedule), _RESTART):
         part = schedule[start:start + _RESTART]
-        r, q = x.mT @ x, None
+        r, q = syrk(x.mT), None
         for i, (a, b, c) in enumerate(part):
-            z = _muladd(r, r, r, b, c)
+            z = symm_muladd(r, b, c)
             if q is None:
                 q = z.clone()
                 q.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -259,9 +259,9 @@ def _gram(x: Tensor, schedule: tuple[Triple, ...]) -> Tensor:
     return x
 
 
-def _muladd(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-    """Beta C + alpha A B."""
-    return (torch.addmm if c.ndim == 2 else torch.baddbmm)(c, a, b, beta=beta, alpha=alpha)
+def _muladd(c: Tensor, a: Tensor, b: Tensor, beta: float) -> Tensor:
+    """Beta C + A B."""
+    return (torch.addmm if c.ndim == 2 else torch.baddbmm)(c, a, b, beta=beta)
 
 
 def polar_express_schedule(steps: int | None, lower: float = _LOWER, safety: float = 0.0,
