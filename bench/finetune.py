@@ -85,10 +85,10 @@ def _factors(model: nn.Module, rank: int, lr: float) -> MatrixOptimizer:
 #: factors have the rank, their gradients half of it).
 METHODS = {
     "adamw": Method(_adamw, 2e-4),
-    "lora": Method(_lora, 1e-3),
+    "lora": Method(_lora, 4e-3),
     "galore": Method(_galore, 1e-3),
     "gradnormlorp": Method(_plain, 1e-3),
-    "gradnormlorp-factors": Method(_factors, 1e-3),
+    "gradnormlorp-factors": Method(_factors, 4e-3),
 }
 
 
@@ -165,7 +165,8 @@ def _run(method: Method, rank: int, lr: float, path: Path, train: _Set, valid: _
             "train_loss": statistics.fmean(losses[-per_epoch // 4:]) if losses else math.nan,
             "state_bytes": state_bytes(optimizer),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "epochs": args.epochs, "batch": args.batch, "seed": args.seed}
+            "epochs": args.epochs, "sentences": len(train[0]), "batch": args.batch,
+            "seed": args.seed}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", default="4,8", help="comma-separated")
     parser.add_argument("--lr", type=float, help="peak rate (default: each method's own)")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--limit", type=int, help="train on so many sentences, drawn by the seed")
     parser.add_argument("--batch", type=int, default=32, help="sentences in a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write a list with a row per run")
@@ -200,8 +202,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         train, valid = ((tokenizer(x, truncation=True, max_length=128)["input_ids"], y)
                         for x, y in (_read(args.data), _read(args.valid)))
         ranks = [int(x) for x in args.ranks.split(",")]
+        if min(args.epochs, args.batch, args.limit or 1, *ranks) < 1:
+            raise ValueError("--epochs, --batch, --limit and --ranks must be >= 1")
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    drawn = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(args.seed))
+    picked = drawn[:args.limit].tolist()
+    train = ([train[0][j] for j in picked], [train[1][j] for j in picked])
     rows = []
     print(f"{'method':22}{'rank':>5}{'lr':>9}{'accuracy':>10}{'state bytes':>13}{'trainable':>12}")
     for name in chosen:

@@ -14,7 +14,7 @@ from .base import MatrixOptimizer, Update
 from .codec import Slot, State
 from .inner import adam, adam_slots
 from .lowrank import LowRankOptimizer, LowRankOptions
-from .options import Option, choice
+from .options import Option, choice, real
 from .reparam import roles
 from .residual import RESIDUALS, Residual
 from .whole import Waiting
@@ -31,6 +31,7 @@ class GradNormLoRPOptions(LowRankOptions, total=False):
     """Options of :class:`GradNormLoRPAdamW`, for type checkers."""
 
     axis: str
+    magnitude_scale: float
 
 
 class GradNormLoRPAdamW(LowRankOptimizer):
@@ -43,8 +44,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     **A plain weight** (the default; reading A: GaLore on the direction). V is defined only up to
     the length of its columns, so after each step it is W itself and mu its norms: no copy is kept,
     and W' = V' diag(mu' / c') with V' = W - lr scale P N Q^T, N = Adam(P^T D Q), and
-    mu' = (1 - lr weight_decay) mu - lr Adam(dL/dmu). State: GaLore's, and 2 numbers for each
-    column. A zero column has no direction and takes the low-rank update as it is.
+    mu' = (1 - lr weight_decay) mu - lr magnitude_scale Adam(dL/dmu). State: GaLore's, and 2 numbers
+    for each column. A zero column has no direction and takes the low-rank update as it is.
 
     **The factors of a normalized layer** (reading B): groups of
     :func:`lissom.optim.adapter_groups`, for layers of ``lora(model, rank, normalize=...)`` or
@@ -60,6 +61,9 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         proj_type: ``"full"`` is the paper's two-sided projection, with a core of rank x rank.
         axis: ``"input"`` (default): one magnitude per input feature, a column of W; ``"output"``:
             per output feature, a row, as peft's DoRA. For plain weights.
+        magnitude_scale: multiplies the update of their magnitudes, as ``scale`` that of their
+            directions, >= 0. Default 1. A magnitude moves by up to lr * magnitude_scale: keep that
+            well below the norms of the columns.
         roles: of a group, as ``adapter_groups`` declares them; None (default) is plain weights.
 
     Source: Huang et al., "Gradient Weight-normalized Low-rank Projection for Efficient LLM
@@ -71,6 +75,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         **{k: v for k, v in LowRankOptimizer.options.items()
            if k not in ("residual", "residual_scale", "error_feedback_bits", "limiter")},
         "axis": choice("input", "input", "output"),
+        "magnitude_scale": real(1.0),
         "roles": roles(("A", "B"), ("magnitude",)),
     }
 
@@ -132,7 +137,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         n = adam(slope.squeeze(dim), moments, o, t)
         ratio = (n.numerator / n.denominator).unsqueeze(dim) * inverse
         decay = 1 - o["lr"] * o["weight_decay"]
-        growth = decay - o["lr"] * n.factor * ratio
+        growth = decay - o["lr"] * o["magnitude_scale"] * n.factor * ratio
         # W' = W diag(a) - lr f L R diag(a), a = (mu' / mu) / (|V'| / c)
         a = torch.where(c > 0, growth / length, decay)
         shrink = torch.where(c > 0, a, 1.0)

@@ -156,7 +156,7 @@ def polargrad(**options: Any) -> Case:
 
 def gradnormlorp(**options: Any) -> Case:
     case = low_rank(GradNormLoRPAdamW, oracle.gradnormlorp, **options)
-    return replace(case, bad={**case.bad, "axis": ["column", 0],
+    return replace(case, bad={**case.bad, "axis": ["column", 0], "magnitude_scale": [-1.0, "x"],
                               "roles": [("A",), ("A", "B", "base"), "A", 3]})
 
 
@@ -214,6 +214,7 @@ ROWS = [
     Case("switchlora", SwitchLoRAAdamW, bad=COMMON_BAD | SWITCHLORA_BAD, warns="no pair"),
     gradnormlorp(projection="svd"),
     gradnormlorp(projection="svd", axis="output", amsgrad=True),
+    gradnormlorp(projection="svd", magnitude_scale=0.25),
     gradnormlorp(projection="svd", proj_type="full"),
     gradnormlorp(projection="dct", moments="rotate", inner="factored"),
     gradnormlorp(basis_bits=8),

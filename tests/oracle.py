@@ -326,7 +326,8 @@ def gradnormlorp(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tenso
         v_mu = b2 * v_mu + (1 - b2) * slope**2
         top_mu = torch.maximum(top_mu, v_mu)
         second = top_mu if o.get("amsgrad") else v_mu
-        mu = (1 - lr * wd) * mu - lr * (m_mu / (1 - b1**t)) / ((second / (1 - b2**t)).sqrt() + eps)
+        n_mu = (m_mu / (1 - b1**t)) / ((second / (1 - b2**t)).sqrt() + eps)
+        mu = (1 - lr * wd) * mu - lr * o.get("magnitude_scale", 1.0) * n_mu
         v = v * mu / v.norm(dim=dim, keepdim=True)
         mu = v.norm(dim=dim, keepdim=True) * mu.sign()
         out.append(v.view(start.shape))
