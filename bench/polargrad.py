@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     entries: dict[str, Entry]
 
 
-def _polargrad(lr: float, momentum: float = 0.0, **options: Any) -> Make:
+def _polargrad(lr: float, momentum: float | None = None, **options: Any) -> Make:
     given: dict[str, Any] = {"polar": "qdwh", "polar_steps": 2, "lower_bound": "eps", **options}
     return lambda ps: PolarGrad(ps, lr=lr, momentum=momentum, weight_decay=0.0, **given)
 
@@ -216,16 +216,16 @@ def _plot(rows: list[dict[str, Any]], file: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for row in rows:
-        k = [point[0] for point in row["curve"]]
-        left.plot(k, [max(point[1], 1e-16) for point in row["curve"]], label=row["optimizer"])
-        right.plot(k, [point[-1] for point in row["curve"]])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    for i, row in enumerate(rows):
+        k, style = [point[0] for point in row["curve"]], "-" if i < 10 else "--"
+        left.plot(k, [max(point[1], 1e-16) for point in row["curve"]], style)
+        right.plot(k, [point[-1] for point in row["curve"]], style, label=row["optimizer"])
     left.set(yscale="log", xlabel="step", ylabel={
         "quadratic": "gap to the least value", "logistic": "mean loss over all entries",
         "completion": "loss on observed entries"}[rows[0]["problem"]], title=rows[0]["problem"])
     right.set(yscale="log", xlabel="step", ylabel="condition number of the gradient")
-    left.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110)

@@ -28,14 +28,14 @@ class AdamW(MatrixOptimizer):
         amsgrad: divide by the largest second moment so far. Default False.
         maximize: climb instead of descend. Default False.
         state_bits: per moment element: 32 (fp32, default), 16 (bf16, rounded stochastically), 8 or
-            4 (dynamic codebooks, a scale for each block of 256; moments of fewer than 4096
-            elements stay in fp32).
+            4 (dynamic codebooks, a scale for each block of 256 of a row; moments of fewer than
+            4096 elements stay in fp32, rows of 4 or fewer in bf16).
         rounding: how results are written into bf16 and fp16 weights: ``"stochastic"`` (default:
             the mean is exact, so that small updates are not lost; reproducible from ``seed``) or
             ``"nearest"``. Weights of 32 bits and more are not rounded.
-        master_bits: 8 or 16 more bits of each bf16 weight in the state: with 16 training follows
-            fp32 weights bit for bit, with 8 to about 2^-16 of a weight per step, without bias.
-            Default None. See :meth:`full_precision`.
+        master_bits: 8 or 16 more bits of each bf16 weight in the state: with 16 the weights are
+            those of fp32 training (bit for bit but for low-rank products in bf16), with 8 to
+            about 2^-16 of a weight per step, without bias. Default None. See :meth:`full_precision`.
         nonfinite: what a NaN or Inf gradient does: ``"propagate"`` as in torch (default),
             ``"skip"`` the whole step and count it in ``skipped_steps``, or ``"raise"``.
         seed: of the random bits of 16-bit state and weights, an int >= 0. Default 0.

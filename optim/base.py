@@ -80,8 +80,8 @@ _ADAMW_PART = {"lr_adamw": "lr", "betas_adamw": "betas", "weight_decay_adamw": "
 _DENSE = 1 << 31
 # Elements in one block of an element-wise update: temporaries stay this small, and in cache.
 _BLOCK = 1 << 18
-# Elements of all parameters whose updates wait together; a larger one waits alone.
-_WINDOW = 1 << 22
+# Elements of all parameters whose updates wait together, or as many as the largest has.
+_WINDOW = 1 << 20
 
 
 class CommonOptions(TypedDict, total=False):
@@ -290,7 +290,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{where}: format={own['format']}, but this version of lissom reads "
                              f"format {FORMAT}")
         # torch adds names of its own to the defaults
-        full = {k: v for k, v in self.defaults.items() if k in self.table()} | own
+        known = {k: x.default for k, x in self.table().items()}
+        full = known | {k: v for k, v in self.defaults.items() if k in known} | own
         plain = [p for p in group.get("params", []) if isinstance(p, Tensor)]
         if full["master_bits"] is not None and any(p.dtype == torch.float16 for p in plain):
             raise ValueError(f"{where}: master_bits={full['master_bits']}, but it must be None for "
@@ -409,11 +410,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._next_index = None
         self._forms = {p: form for p, form in self._forms.items() if p in self.state}
         self._layouts = {p: slots for p, slots in self._layouts.items() if p in self.state}
-        # Of a real number only its presence can matter to the slots, and 0 is absence.
+        # Of a real number only its presence can matter to the slots.
         kinds = [(k, x.kind in (float, tuple)) for k, x in self.table().items()
                  if k not in _BOOKKEEPING]
         for name, p, group in self._named():
-            options = (not group[k] if number else group[k] for k, number in kinds)
+            options = (group[k] is None if number else group[k] for k, number in kinds)
             form = (p.shape, p.dtype, p.device, *options)
             if p not in self.state:
                 if not p.requires_grad and p.grad is None:
@@ -433,6 +434,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                   ) -> dict[str, Tensor]:
         """The state of a parameter that may have changed under it."""
         slots = self.stored_slots(p, o)
+        if "master" in state and p.dtype != torch.bfloat16:  # nothing is lacking any more
+            state = {k: x for k, x in state.items() if k != "master"}
         if state.keys() == slots.keys() and all(
                 (*state[k].shape, state[k].dtype, state[k].device) == (*x.shape, x.dtype, x.device)
                 for k, x in slots.items()):
@@ -511,12 +514,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _windows(self, work: Sequence[Work]) -> Iterator[list[Work]]:
         """Parameters whose updates run together: one, or as many as fit where they may wait."""
         window: list[Work] = []
-        held = 0
+        held, most = 0, max([_WINDOW, *(item.p.numel() for item in work)])
         for item in work:
             if not self.waits or self._reason(item.p, item.o) is not None:
                 yield [item]
                 continue
-            if window and held + item.p.numel() > _WINDOW:
+            if window and held + item.p.numel() > most:
                 yield window
                 window, held = [], 0
             window.append(item)
@@ -526,7 +529,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _checked_work(self) -> list[Work]:
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
-        work = [Work(name, p, p.grad, o) for name, p, o in self._named() if p.grad is not None]
+        work = [Work(name, p, p.grad, _numbers(o)) for name, p, o in self._named()
+                if p.grad is not None]
         for name, p, g, _ in work:
             check_gradient(p, g, name)
         self._sync_state()
@@ -674,6 +678,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
 
 # -------------------------------------------------------------------- helpers of the loop
+
+
+def _numbers(o: dict[str, Any]) -> dict[str, Any]:
+    """The group, with numbers where a scheduler has put tensors."""
+    held = {k: v.item() for k, v in o.items() if isinstance(v, Tensor) and v.numel() == 1}
+    return {**o, **held} if held else o
 
 
 def _negated(g: Tensor, o: Mapping[str, Any]) -> Tensor:

@@ -4,9 +4,9 @@ Arithmetic sees fp32. A moment is stored as ``state_bits`` says: in fp32; in bf1
 stochastically, because to nearest a second moment with beta2 = 0.999 never decays (its change of
 0.1 % is below half a bf16 step); or in 8 or 4 bits with a dynamic codebook and a scale for each
 block of 256 (:mod:`lissom.kernels.quant8`). Moments of fewer than 4096 elements stay in fp32 where
-8 or 4 bits are asked for. Bases and error feedback are stored linearly in blocks
-(:mod:`lissom.kernels.linear`) where they are asked for in 8 or 4 bits. What is in codes has them
-under its name and its scales under ``name.scale``.
+8 or 4 bits are asked for, and rows of 4 or fewer in bf16. Bases and error feedback are stored
+linearly in blocks (:mod:`lissom.kernels.linear`) where they are asked for in 8 or 4 bits. What is
+in codes has them under its name and its scales under ``name.scale``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ MOMENTS = frozenset(_ORDER)
 
 #: Moments of fewer elements are not quantized: their scales and their noise would not pay.
 SMALL = 4096
+#: Nor are rows of so few: a scale for each is larger than the half of bf16, in which they are kept.
+SHORT = 4
 # Averages of squares, which have no sign to store.
 _SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
             "magnitude_exp_avg_sq", "magnitude_max_exp_avg_sq"}
@@ -84,6 +86,8 @@ def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
     """
     slot = Slot(tuple(shape), _STORAGE.get(o["state_bits"], torch.float32), p.device)
     if o["state_bits"] < 16 and shape and math.prod(shape) >= SMALL:
+        if shape[-1] <= SHORT:
+            return slot._replace(dtype=torch.bfloat16)
         return slot._replace(bits=o["state_bits"])
     if p.dtype == torch.float64 and slot.dtype == torch.float32:
         return slot._replace(dtype=torch.float64)
@@ -147,11 +151,14 @@ def write(s: Mapping[str, Tensor], name: str, value: Tensor) -> None:
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of tensors of equal leading dimensions, so many that temporaries stay small."""
+    """Rows of tensors of equal leading dimensions, so many that temporaries stay small.
+
+    They are views of contiguous tensors; of others they may be copies, to be read only.
+    """
     if not tensors[0].numel():
         return iter(())
     rows = max(1, _PIECE // tensors[0].shape[-1])
-    return zip(*(x.view(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
+    return zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
 
 
 def _pack(codes: Tensor, scale: Tensor, x: Tensor,
@@ -193,7 +200,9 @@ def counter(dtype: torch.dtype = torch.float32) -> Slot:
 
 def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
     """Key of a parameter's random numbers: (seed of the group, index of the parameter)."""
-    return int(o["seed"]), int(s["index"])
+    seed = int(o["seed"])
+    # Philox takes 32 bits: the upper half of a longer seed is mixed into the lower.
+    return (seed ^ (seed >> 32) * 0x9E3779B9) & 0xFFFFFFFF, int(s["index"])
 
 
 class Decoded(MutableMapping[str, Tensor]):
@@ -340,7 +349,7 @@ def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[st
     """Round fp32 results into a weight, once.
 
     Where the state keeps more of it (:func:`master_slots`) what is cut off goes there. The random
-    bits are those of (seed, parameter; step, element): the same on resume, in any
+    bits are those of (seed, place among the parameters; step, element): the same on resume, in any
     grouping, on any number of ranks and on every device.
 
     Args:

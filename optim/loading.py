@@ -95,6 +95,8 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
         ValueError: what is wrong.
     """
     slots = optimizer.stored_slots(p, o)
+    if "master" in slots and "master" not in entry:  # a bf16 weight that was trained without it
+        entry = {**entry, "master": slots["master"].empty()}
     if set(entry) != set(slots):
         raise ValueError(f"{at}: saved state has {sorted(entry, key=str)}, but "
                          f"{type(optimizer).__name__} with these options keeps {sorted(slots)}")

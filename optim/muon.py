@@ -52,7 +52,8 @@ class Muon(MatrixOptimizer):
         params: tensors, (name, tensor) pairs, or groups of either.
         lr: of the matrices, >= 0. Default 1e-3. AdamW's part has ``lr_adamw``.
         weight_decay: decoupled, multiplied by lr (not by s), of both parts. Default 0.1.
-        momentum: mu in [0, 1). Default 0.95.
+        momentum: mu in [0, 1). Default 0.95. Torch's OneCycleLR and CyclicLR move ``betas``, which
+            they find first.
         nesterov: look one step ahead, as written above; else polar(B). Default True.
         ns_coefficients: (a, b, c) of ``polar="newton-schulz"``. Default (3.4445, -4.7750, 2.0315).
         eps: of AdamW's part; the orthogonalization needs none. Default 1e-8.
@@ -128,7 +129,7 @@ class Muon(MatrixOptimizer):
         mu = o["momentum"]
         # B <- mu B + (1 - mu) G, written when the factor is there; ahead of it mu B + (1 - mu) G.
         # In pieces, so that all of it that exists at once is in the precision of the products.
-        b = torch.empty_like(g, dtype=polar.input_dtype(o, g))
+        b = torch.empty(g.shape, dtype=polar.input_dtype(o, g), device=g.device)
         for b_, m_, g_ in codec.pieces(b, s["momentum_buffer"], g):
             g_ = codec.wide(g_)
             ahead = torch.lerp(m_, g_, 1 - mu)

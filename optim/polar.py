@@ -29,7 +29,7 @@ from torch.linalg import cholesky_ex, qr, solve_triangular
 from ..kernels.symmul import newton_schulz_step, symm_muladd, syrk
 from . import codec
 from .norms import norms
-from .options import Option, above, choice, either, integer, optional
+from .options import Option, above, choice, either, integer, optional, triple
 from .whole import Whole
 
 __all__ = ["METHODS", "OPTIONS", "QUINTIC", "Oracle", "input_dtype", "polar",
@@ -78,6 +78,8 @@ class Oracle(NamedTuple):
         """The factor of (..., m, n), in the precision it was computed in."""
         if a.numel() == 0:
             return a.clone()
+        if a.ndim > 3:
+            return self(a.flatten(0, -3)).view(a.shape)
         if a.shape[-2] < a.shape[-1]:
             return self(a.mT).mT
         if self.method in _POLYNOMIAL:  # zero stays zero and NaN spreads
@@ -100,8 +102,9 @@ def polar(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The polar factor U of each matrix, and on request the Hermitian factor H.
 
-    Zero gives zero. A matrix with a NaN or Inf gives NaN. Neither scale nor sign matters:
-    polar(c A) = sign(c) polar(A).
+    Zero gives zero. A matrix with a NaN or Inf gives NaN. Neither scale nor sign matters, as long
+    as the norm is a finite number and no denormal: polar(c A) = sign(c) polar(A). In a batch the
+    rational methods take the same steps for all matrices, which changes rounding alone.
 
     Args:
         a: (..., m, n), any floating dtype and device.
@@ -133,8 +136,11 @@ def polar(
     if dtype is not None and dtype not in _FLOATS:
         raise ValueError(f"polar: dtype={dtype}, but it must be one of "
                          f"{', '.join(map(str, _FLOATS))}")
-    if coefficients is not None and len(coefficients) != 3:
-        raise ValueError(f"polar: coefficients={coefficients}, but it must be three numbers")
+    if coefficients is not None:
+        coefficients = triple(QUINTIC).check("coefficients", coefficients, "polar")
+        if method != "newton-schulz":
+            raise ValueError(f"polar: coefficients={coefficients}, but it must be None with "
+                             f"method={method!r}: only 'newton-schulz' has them")
     checked = {name: OPTIONS[name].check(name, value, "polar") for name, value in
                (("polar", method), ("polar_steps", steps), ("lower_bound", lower_bound))}
     oracle = Oracle(checked["polar"], checked["polar_steps"], None if dtype is None else
@@ -314,7 +320,10 @@ def _best_quintic(low: float, high: float) -> Triple:
                             torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)], -1)
         a, b, c, new = torch.linalg.solve(rows, torch.ones(4, dtype=torch.float64)).tolist()
         # where the derivative a + 3 b x^2 + 5 c x^4 vanishes
-        root = math.sqrt(9 * b * b - 20 * a * c)
+        square = 9 * b * b - 20 * a * c
+        if square < 0:  # so narrow an interval that the system is rounding
+            return 1.875 / high, -1.25 / high**3, 0.375 / high**5
+        root = math.sqrt(square)
         inner = math.sqrt((-3 * b - root) / (10 * c))
         outer = math.sqrt((-3 * b + root) / (10 * c))
         if abs(error - new) < 1e-15:

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from . import codec, polar
 from .base import AdamWPart, MatrixOptimizer, Update
 from .codec import Slot, State
-from .options import Option, boolean, choice, fractions, real
+from .options import Option, boolean, choice, fractions, optional, real
 from .whole import Waiting
 
 __all__ = ["PolarGrad"]
@@ -38,7 +38,7 @@ class PolarGrad(MatrixOptimizer):
     Momentum first (default): M <- beta M + (1 - beta) G, u = <M, U> U with U = polar(M). Polar
     first: U = polar(G), M <- beta M + (1 - beta) U, u = <G, U> M. <A, polar(A)> is the nuclear
     norm |A|_*, which Muon leaves out: with it the update vanishes with the gradient, and a
-    constant rate converges. ``momentum=0`` is the paper's PolarGrad without an average and
+    constant rate converges. ``momentum=None`` is the paper's PolarGrad without an average and
     without state, with ``momentum`` it is its PolarGradM; full or minibatch gradients make no
     difference here. Vectors and groups with ``algorithm="adamw"`` get AdamW.
 
@@ -49,7 +49,7 @@ class PolarGrad(MatrixOptimizer):
     Args:
         params: tensors, (name, tensor) pairs, or groups of either.
         lr: of the matrices, >= 0. Default 0.02, the released code's. AdamW's part has ``lr_adamw``.
-        momentum: beta in [0, 1). Default 0.95.
+        momentum: beta in [0, 1), or None for no average and no state. Default 0.95.
         weight_decay: decoupled, multiplied by lr, before the update, of both parts. Default 0.01.
         polar_first: average the factors instead of the gradients. Default False.
         polar: the oracle: ``"qdwh"`` (default), ``"zolo-pd"``, ``"svd"``, ``"polar-express"``,
@@ -80,22 +80,22 @@ class PolarGrad(MatrixOptimizer):
     options: ClassVar[Mapping[str, Option]] = {
         **polar.OPTIONS,
         "betas": fractions((0.9, 0.95)),
-        "momentum": real(0.95, 0.0, below=1.0),
+        "momentum": optional(real(0.95, 0.0, below=1.0)),
         "polar_first": boolean(False),
         "nuclear_scaling": boolean(True),
         "matricize": choice("flatten", "flatten", "batch"),
     }
 
     def __init__(
-        self, params: Any, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 1e-2,
-        polar_first: bool = False, **options: Unpack[PolarGradOptions],
+        self, params: Any, lr: float = 0.02, momentum: float | None = 0.95,
+        weight_decay: float = 1e-2, polar_first: bool = False, **options: Unpack[PolarGradOptions],
     ) -> None:
         super().__init__(params, {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay,
             "polar_first": polar_first, "lr_adamw": 3e-4, **options})
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        if not o["momentum"]:
+        if o["momentum"] is None:
             return {}
         return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
 

@@ -207,7 +207,7 @@ ROWS = [
     muon(adjust_lr_fn="spectral"),
     polargrad(),
     polargrad(polar_first=True),
-    polargrad(momentum=0.0, polar="svd"),
+    polargrad(momentum=None, polar="svd"),
     polargrad(polar="zolo-pd", nuclear_scaling=False),
     polargrad(polar="qdwh", polar_steps=2, lower_bound="eps"),
     polargrad(polar="polar-express"),

@@ -271,7 +271,7 @@ def muon(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
 
 def polargrad(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
     """arXiv 2505.21799: M = beta M + (1 - beta) G, W -= lr <M, U> U; or M of U, lr <G, U> M."""
-    lr, wd, beta = o.get("lr", 0.02), o.get("weight_decay", 1e-2), o.get("momentum", 0.95)
+    lr, wd, beta = o.get("lr", 0.02), o.get("weight_decay", 1e-2), o.get("momentum", 0.95) or 0.0
     w = start.double().flatten(1)
     m, out = torch.zeros_like(w), []
     for g in gradients:

@@ -793,3 +793,52 @@ def test_indices_stay_apart_when_a_parameter_is_replaced(case):
     optimizer.state_dict()
     indices = [int(s["index"]) for s in optimizer.state.values() if "index" in s]
     assert len(set(indices)) == len(indices)
+
+
+def test_a_tensor_may_stand_for_a_rate(case):
+    """As LambdaLR leaves it, whose function returns tensors."""
+    results = []
+    for kind in (float, torch.tensor):
+        ps = parameters([(8, 6), (6, 8), (4,)])
+        optimizer = case(ps)
+        for group in optimizer.param_groups:
+            group["lr"] = kind(1e-2)
+        run(optimizer, ps, range(2))
+        results.append([p.detach() for p in ps])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_master_bits_start_where_there_were_none(case):
+    ps = parameters([(8, 6), (4,)], dtype=torch.bfloat16)
+    old = case(ps)
+    run(old, ps, range(2))
+    optimizer = case(ps, master_bits=16)
+    optimizer.load_state_dict({**old.state_dict(), "param_groups": [
+        {**g, "master_bits": 16} for g in old.state_dict()["param_groups"]]})
+    assert not optimizer.state[ps[0]]["master"].any()
+    run(optimizer, ps, range(2, 4))
+    for p in ps:
+        p.data, p.grad = p.data.float(), None
+    run(optimizer, ps, range(4, 5))
+    assert "master" not in optimizer.state[ps[0]]
+
+
+def test_seeds_differ_in_their_upper_half(case):
+    results = []
+    for seed in (0, 1 << 32, 1 << 40):
+        ps = parameters([(60, 9)], dtype=torch.bfloat16)
+        optimizer = case(ps, seed=seed, rounding="stochastic", **(
+            {"rank": 3} if "rank" in case.options else {}))
+        run(optimizer, ps, range(2))
+        results.append(ps[0].detach())
+    assert not torch.equal(results[0], results[1])
+    assert not torch.equal(results[1], results[2])
+
+
+def test_fewer_bits_are_never_more_bytes(case, monkeypatch):
+    monkeypatch.setattr("lissom.optim.codec.SMALL", 4096)
+    for shape in ((64, 64, 1, 1), (8192, 1), (64, 64, 3, 3), (4096, 8), (300, 40), (5000,)):
+        sizes = [case(parameters([shape]), state_bits=bits).plan().state_bytes
+                 for bits in (32, 16, 8, 4)]
+        assert sizes == sorted(sizes, reverse=True) or max(sizes[2:]) <= sizes[1]

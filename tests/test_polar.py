@@ -388,7 +388,7 @@ def test_polargrad_on_rank_one_is_gradient_descent():
         (p,) = parameters([(7, 5)])
         q = torch.nn.Parameter(p.detach().clone())
         p.grad, q.grad = x @ y, x @ y
-        PolarGrad([p], lr=0.1, momentum=0.0, weight_decay=0.0, polar=method,
+        PolarGrad([p], lr=0.1, momentum=None, weight_decay=0.0, polar=method,
                   polar_dtype="float32").step()
         torch.optim.SGD([q], lr=0.1).step()
         torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=limit)
@@ -449,3 +449,53 @@ def test_resume_in_the_middle_of_a_window():
 def test_oracles_are_equal_by_value():
     assert Oracle("qdwh", 2) == Oracle("qdwh", 2)
     assert hash(Oracle("qdwh", 2)) == hash(Oracle("qdwh", 2))
+
+
+# ---- what broke once
+
+
+def test_any_number_of_leading_dimensions():
+    (a,) = tensors([(2, 3, 20, 12)])
+    for method in METHODS:
+        for x in (a, a.mT, a[..., :12, :]):
+            u = polar(x, method, 3)
+            assert u.shape == x.shape
+            torch.testing.assert_close(u[1, 2], polar(x[1, 2], method, 3), rtol=0, atol=1e-5)
+
+
+def test_stacks_that_are_no_views():
+    """A stack of experts stored transposed is stepped like one that is not."""
+    for turn in (lambda x: x.transpose(1, 2), lambda x: x.transpose(0, 1)):
+        w, g = (turn(x) for x in tensors([(4, 6, 8), (4, 6, 8)]))
+        for make in (Muon, PolarGrad):
+            ps = [torch.nn.Parameter(w.clone(memory_format=f))
+                  for f in (torch.preserve_format, torch.contiguous_format)]
+            for p in ps:
+                p.grad = torch.empty_like(p).copy_(g)
+                make([p], matricize="batch", lr=0.1, polar="qdwh").step()
+            assert ps[0].stride() != ps[1].stride()
+            torch.testing.assert_close(*ps, rtol=0, atol=1e-6)
+
+
+def test_every_lower_bound_has_a_schedule():
+    for low in (0.0001292498497801919, 0.9637575496150076, 0.9686760902301552, 0.999999, 1e-16):
+        assert all(math.isfinite(x) for step in polar_express_schedule(None, low) for x in step)
+    a = conditioned(30, 20, 10.0)[0]
+    for low in (0.0001292498497801919, 1e-3):
+        u = polar(a, "polar-express", lower_bound=low)
+        torch.testing.assert_close(u.mT @ u, torch.eye(20).double(), rtol=0, atol=1e-12)
+
+
+def test_momentum_may_be_scheduled_from_zero():
+    (p,) = parameters([(6, 4)])
+    optimizer = PolarGrad([p], momentum=0.0)
+    for momentum in (0.0, 0.5, 0.0, 0.9):
+        optimizer.param_groups[0]["momentum"] = momentum
+        run(optimizer, [p], range(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert int(optimizer.state[p]["step"]) == 4
+
+
+def test_coefficients_belong_to_one_method():
+    with pytest.raises(ValueError, match=r"coefficients=.*must be None with method='svd'"):
+        polar(torch.ones(3, 2), "svd", coefficients=(1.0, 2.0, 3.0))
