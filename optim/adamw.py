@@ -34,8 +34,9 @@ class AdamW(MatrixOptimizer):
             the mean is exact, so that small updates are not lost; reproducible from ``seed``) or
             ``"nearest"``. Weights of 32 bits and more are not rounded.
         master_bits: 8 or 16 more bits of each bf16 weight in the state: with 16 the weights are
-            those of fp32 training (bit for bit but for low-rank products in bf16), with 8 to
-            about 2^-16 of a weight per step, without bias. Default None. See :meth:`full_precision`.
+            those of fp32 training, bit for bit but where a low-rank product is bf16; with 8 to
+            about 2^-16 of a weight per step, without bias. Default None. See
+            :meth:`full_precision`.
         nonfinite: what a NaN or Inf gradient does: ``"propagate"`` as in torch (default),
             ``"skip"`` the whole step and count it in ``skipped_steps``, or ``"raise"``.
         seed: of the random bits of 16-bit state and weights, an int >= 0. Default 0.
