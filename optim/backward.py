@@ -286,13 +286,15 @@ class ProjectInBackward(InBackward):
         never taken. At the first step all matrices are refreshed: bases that waited would take
         as much as the buffers.
         """
+        # R itself is in the buffer.
+        space = space._replace(low=space.low.new_empty(0), more={})
         if int(stored["basis_step"]):
             return space
         for name, x in space.writes.items():
             if name.startswith(_BASES):
                 codec.write(stored, name, x)
         writes = {k: x for k, x in space.writes.items() if not k.startswith(_BASES)}
-        return Projected(Bases(None, None), space.low[:0], None, writes)
+        return space._replace(bases=Bases(None, None), turns=None, writes=writes)
 
     def gradient(self, p: Tensor) -> Tensor | None:
         stored = self.optimizer.state.get(p, {})
@@ -596,7 +598,7 @@ class UpdateInBackward(InBackward):
             warnings.warn(
                 f"{self.name}: step() found gradients that no backward pass had put there, of "
                 f"{', '.join(repr(w.name) for w in work[:3])}; it applies them as always",
-                stacklevel=4)
+                stacklevel=5)
 
     def end(self) -> None:
         self._done.clear()

@@ -13,13 +13,12 @@ import torch
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import Shape
 from lissom.optim import (
-    AdamW,
     APOLLO,
+    AdamW,
     DCTAdamW,
     FiraAdamW,
     GaLoreAdamW,
     GaLoreAdamW8bit,
-    GradNormLoRPAdamW,
     Muon,
     PolarGrad,
     SwitchLoRAAdamW,
@@ -32,7 +31,7 @@ from lissom.optim import (
 )
 from torch import nn
 
-from .cases import Case, apollo, first_of_each_class, galore
+from .cases import Case, apollo, dctadamw, first_of_each_class, galore, gradnormlorp
 from .helpers import assert_same, parameters, snapshot, tensors, through_disk
 
 SHAPES = [(9, 6), (6, 9), (6, 6), (4, 3, 5), (4,)]
@@ -78,9 +77,9 @@ def low_rank_cases() -> list[Case]:
         {"keep_energy": 0.9}, {"inner": "lion"}, {"inner": "factored"}, {"inner": "momentum"},
         {"matricize": "batch"}, {"maximize": True}, {"amsgrad": True}]
     cases = [galore(**x) for x in options]
-    from .cases import dctadamw, gradnormlorp
     cases += [Case("galore8bit", GaLoreAdamW8bit, {"rank": 3, "update_proj_gap": 4}),
-              dctadamw(), gradnormlorp(projection="svd"), gradnormlorp(axis="output", proj_type="full"),
+              dctadamw(), gradnormlorp(projection="svd"),
+              gradnormlorp(axis="output", proj_type="full"),
               gradnormlorp(matricize="batch", axis="input")]
     return cases
 
@@ -155,7 +154,7 @@ def test_buffers_count_and_are_saved_in_the_middle():
                               "g": [p.grad for p in ps]})
         qs = [nn.Parameter(w) for w in saved["w"]]
         twin = GaLoreAdamW(qs, rank=3, update_proj_gap=10)
-        with pytest.raises(ValueError, match="projected_count.*call project_in_backward"):
+        with pytest.raises(ValueError, match=r"projected_count.*call project_in_backward"):
             twin.load_state_dict(saved["o"])
         project_in_backward(twin, micro)
         twin.load_state_dict(saved["o"])
@@ -197,7 +196,7 @@ def test_no_state_is_saved_between_a_refresh_and_its_step():
     project_in_backward(optimizer)
     backward(ps, 0)
     for save in (optimizer.state_dict, lambda: copy.deepcopy(optimizer)):
-        with pytest.raises(RuntimeError, match=r"'group 0 parameter 0' has a new basis.*after step"):
+        with pytest.raises(RuntimeError, match=r"parameter 0' has a new basis.*after step"):
             save()
     optimizer.step()
     optimizer.state_dict()
@@ -260,14 +259,13 @@ def test_step_consumes_without_zero_grad():
 @pytest.mark.parametrize("exact", [False, True])
 def test_clipping(micro, exact):
     if exact and micro > 1:
-        with pytest.raises(ValueError, match="exact_norm=True.*must be False.*accumulation=2"):
+        with pytest.raises(ValueError, match=r"exact_norm=True.*must be False.*accumulation=2"):
             project_in_backward(GaLoreAdamW(parameters(SHAPES), rank=3), 2, exact_norm=True)
         return
     ps, qs, rs = (parameters(SHAPES) for _ in range(3))
     plain, other, third = (GaLoreAdamW(x, rank=3, update_proj_gap=10) for x in (ps, qs, rs))
     handle = project_in_backward(other, micro, exact_norm=exact)
     project_in_backward(third, micro, exact_norm=exact, max_grad_norm=0.5)
-    probe = [{} for _ in range(2)]
     for i in range(12):
         for j in range(micro):
             for xs in (ps, qs, rs):
@@ -298,7 +296,6 @@ def test_clipping(micro, exact):
         for o in (plain, other, third):
             o.step()
             o.zero_grad()
-    del probe
     close(qs, ps, 1e-6)
     assert_same([q.detach() for q in qs], [r.detach() for r in rs])
 
@@ -307,7 +304,7 @@ def test_clipping_arguments():
     ps = parameters(SHAPES)
     handle = project_in_backward(GaLoreAdamW(ps, rank=3))
     for bad in (0, -1.0, math.inf, math.nan, "1", True, None):
-        with pytest.raises((TypeError, ValueError), match="max_norm=.*must be"):
+        with pytest.raises((TypeError, ValueError), match=r"max_norm=.*must be"):
             handle.clip_grad_norm_(bad)
     with pytest.raises(RuntimeError, match="grad_scaler="):
         handle.unscale_()
@@ -427,7 +424,7 @@ def test_micro_batches_are_counted():
         for start in (0, 1):
             for j in range(micro):
                 backward(ps, start + j)
-            with pytest.raises(RuntimeError, match=f"micro-batch {micro + 1}.*accumulation={micro}"):
+            with pytest.raises(RuntimeError, match=f"micro-batch {micro + 1}, but"):
                 backward(ps, 9)
             optimizer.zero_grad()
             for j in range(micro):
@@ -619,7 +616,7 @@ def test_update_refusals():
     optimizer.step()
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(sum(p.sum() for p in ps)).backward()
-    with pytest.raises(RuntimeError, match="GradScaler.*moved already"):
+    with pytest.raises(RuntimeError, match=r"GradScaler.*moved already"):
         scaler.step(optimizer)
     optimizer.step()
     for expected in (1, 0):
