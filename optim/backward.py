@@ -96,19 +96,25 @@ class InBackward:
         present = {p for _, p, _ in self.optimizer._named()}
         for p in self._hooks.keys() - present:
             self._hooks.pop(p).remove()
+        self._groups = (None, 0)
         for name, p, o in self.optimizer._named():
             self.check(name, p, o)
             if p.requires_grad and p not in self._hooks:
                 self._hooks[p] = p.register_post_accumulate_grad_hook(
                     functools.partial(_fire, weakref.ref(self)))
 
-    def place(self, p: Tensor) -> tuple[str, dict[str, Any]]:
-        """Name and options of a parameter, its state in step with them."""
+    def knows(self, p: Tensor) -> bool:
+        """Whether p is a parameter of the optimizer now: others may have been put in its place."""
         groups = self.optimizer.param_groups
         if self._groups[0] is not groups or self._groups[1] != len(groups) or (
                 p not in self._places):
             self._places = {p: (name, o) for name, p, o in self.optimizer._named()}
             self._groups = (groups, len(groups))
+        return p in self._places
+
+    def place(self, p: Tensor) -> tuple[str, dict[str, Any]]:
+        """Name and options of a parameter, its state in step with them."""
+        assert self.knows(p)
         name, o = self._places[p]
         optimizer = self.optimizer
         if optimizer._forms.get(p) != optimizer._form(p, o, optimizer._kinds()):
@@ -163,9 +169,9 @@ class InBackward:
 
 
 def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
-    """What autograd calls; nothing where the optimizer is gone."""
+    """What autograd calls; nothing where the optimizer is gone or has p no more."""
     found = handle()
-    if found is not None and p.grad is not None:
+    if found is not None and p.grad is not None and found.knows(p):
         with torch.no_grad():
             found.ready(p)
 
@@ -257,7 +263,10 @@ class ProjectInBackward(InBackward):
         check_gradient(p, g, name)
         stored = optimizer.state[p]
         count, t = int(stored["projected_count"]), int(stored["step"]) + 1
-        if count + self._kept.get(p, 0) >= self.accumulation or self._unscaled:
+        if self._unscaled:
+            raise RuntimeError(f"{self.name}: {name!r} got a gradient after unscale_(); take the "
+                               "step with grad_scaler.step(optimizer) before")
+        if count + self._kept.get(p, 0) >= self.accumulation:
             raise RuntimeError(
                 f"{self.name}: {name!r} got a gradient from micro-batch {self.accumulation + 1}, "
                 f"but accumulation={self.accumulation}; call step() or zero_grad() of the "
@@ -510,8 +519,9 @@ def project_in_backward(
             ``accumulation``, a closure, a GradScaler that was not given here, a state that is
             saved between the backward pass and the step of a refresh.
 
-    A saved state has the buffers but not ``p.grad``: in the middle of an accumulation save
-    the gradients that are there beside it.
+    A step uses the buffers up, taken or skipped; ``zero_grad()`` of the optimizer empties them,
+    that of a module does not know of them. A saved state has the buffers but not ``p.grad``: in
+    the middle of an accumulation save the gradients that are there beside it.
     """
     where = "project_in_backward"
     optimizer = _optimizer(optimizer, where)
