@@ -620,7 +620,7 @@ def test_factors_of_normalized_layers(micro):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
         lora(model, 4, normalize="output")
-        optimizer = GradNormLoRPAdamW(adapter_groups(model), rank=2, lr=1e-2, update_proj_gap=5)
+        optimizer = GradNormLoRPAdamW(adapter_groups(model, rank=2), lr=1e-2, update_proj_gap=5)
         if attach:
             project_in_backward(optimizer, micro)
         generator = torch.Generator().manual_seed(1)
