@@ -2,6 +2,7 @@
 
 from .adamw import AdamW, AdamW8bit
 from .apollo import APOLLO
+from .backward import project_in_backward, update_in_backward
 from .base import PartialStepError
 from .dctadamw import DCTAdamW
 from .fira import FiraAdamW
@@ -20,4 +21,5 @@ from .version import __version__
 __all__ = ["APOLLO", "AdamW", "AdamW8bit", "DCTAdamW", "FiraAdamW", "GaLoreAdamW",
            "GaLoreAdamW8bit", "GradNormLoRPAdamW", "LowRankOptimizer", "Muon", "PartialStepError",
            "Plan", "PolarGrad", "SwitchLoRAAdamW", "Trion", "__version__", "adapter_groups",
-           "base_weights", "lora", "merge", "param_groups"]
+           "base_weights", "lora", "merge", "param_groups", "project_in_backward",
+           "update_in_backward"]

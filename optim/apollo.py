@@ -24,6 +24,7 @@ class _Scaling(Residual):
     """u = scale * G diag(s), s_j = |N_j| / |R_j| along the longer side, or one s for all."""
 
     needs_low = True
+    needs_gradient = True
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return limiter_slot(shape, p, o)

@@ -24,7 +24,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
-from typing import Any, ClassVar, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -49,8 +49,11 @@ from .options import (
 from .plan import Plan, Row
 from .whole import Waiting, answered
 
+if TYPE_CHECKING:
+    from .backward import InBackward
+
 __all__ = ["COMMON", "FORMAT", "AdamWPart", "CommonOptions", "MatrixOptimizer",
-           "PartialStepError", "Update", "Work"]
+           "PartialStepError", "Update", "Work", "negated", "spoilt"]
 
 #: Version of the state dict, kept in every group.
 FORMAT = 1
@@ -156,6 +159,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     waits: ClassVar[bool] = False
     #: What to do where no parameter gets the class's own rule, for a warning.
     remedy: ClassVar[str] = "Give it parameters of 2 or more dimensions."
+    #: Who works in the backward pass for it: :mod:`lissom.optim.backward`.
+    _backward: InBackward | None = None
 
     def __init__(self, params: Any, given: Mapping[str, Any]) -> None:
         """Check every option that was given, then add the groups.
@@ -383,7 +388,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             slots |= self.slots(p, o)
         else:
             slots |= adam_slots(tuple(p.shape), p, o)
-        return slots
+        return slots if self._backward is None else slots | self._backward.slots(p, o)
 
     def _create_state(self, p: Tensor, o: Mapping[str, Any]) -> None:
         """Zeros for every slot; ``index`` counts the parameters of the same rule before p."""
@@ -410,12 +415,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._next_index = None
         self._forms = {p: form for p, form in self._forms.items() if p in self.state}
         self._layouts = {p: slots for p, slots in self._layouts.items() if p in self.state}
-        # Of a real number only its presence can matter to the slots.
-        kinds = [(k, x.kind in (float, tuple)) for k, x in self.table().items()
-                 if k not in _BOOKKEEPING]
+        kinds = self._kinds()
         for name, p, group in self._named():
-            options = (group[k] is None if number else group[k] for k, number in kinds)
-            form = (p.shape, p.dtype, p.device, *options)
+            form = self._form(p, group, kinds)
             if p not in self.state:
                 if not p.requires_grad and p.grad is None:
                     continue
@@ -429,6 +431,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if self._forms.get(p) != form:
                 self._layouts[p] = self._logical(p, group)
             self._forms[p] = form
+        if self._backward is not None:
+            self._backward.follow()
+
+    def _kinds(self) -> list[tuple[str, bool]]:
+        """Options, and whether only their presence can matter to the slots: that of numbers."""
+        return [(k, x.kind in (float, tuple)) for k, x in self.table().items()
+                if k not in _BOOKKEEPING]
+
+    @staticmethod
+    def _form(p: Tensor, o: Mapping[str, Any], kinds: list[tuple[str, bool]]) -> tuple[Any, ...]:
+        """All that the slots of a parameter depend on."""
+        options = (o[k] is None if number else o[k] for k, number in kinds)
+        return (p.shape, p.dtype, p.device, *options)
 
     def _followed(self, p: Tensor, state: dict[str, Tensor], o: Mapping[str, Any], name: str
                   ) -> dict[str, Tensor]:
@@ -450,6 +465,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State by parameter number, and groups, as torch has them; plain tensors and values."""
         self._sync_state()
+        if self._backward is not None:
+            self._backward.check_saved()
         return super().state_dict()
 
     def _named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -482,34 +499,55 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 written. ``FloatingPointError``: a NaN or Inf with ``nonfinite="raise"``.
             PartialStepError: a failure after some parameters had moved.
         """
+        if self._backward is not None and not self._backward.begin(closure):
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         work = self._checked_work()
+        if self._backward is not None:
+            self._backward.before(work)
         self.before_updates(work)
         moved: list[str] = []
         for window in self._windows(work):
-            touched = {w.name: [w.p, *self.state[w.p].values()] for w in window}
-            before = {name: [x._version for x in xs] for name, xs in touched.items()}
-            updates = [self._step_one(w.p, w.g, w.o) for w in window]
-            done: set[str] = set()
-            try:
-                for i in answered(updates):
-                    done.add(window[i].name)
-            except Exception as error:
-                moved += [w.name for w in window if w.name in done]
-                rest = [w.name for w in window if w.name not in done]
-                partly = [n for n in rest if before[n] != [x._version for x in touched[n]]]
-                if not moved and not partly:
-                    raise
-                at = partly or rest
-                raise PartialStepError(
-                    f"{type(self).__name__}.step() failed at {', '.join(map(repr, at))} ({error}), "
-                    f"which is {'partly' if partly else 'not'} updated; {len(moved)} parameters "
-                    f"had been updated: {', '.join(moved)}") from error
-            moved += [w.name for w in window]
+            self._run(window, moved)
+        if self._backward is not None:
+            self._backward.end()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients as in torch, those in buffers of :mod:`lissom.optim.backward` too."""
+        super().zero_grad(set_to_none)
+        if self._backward is not None:
+            self._backward.clear()
+
+    def _run(self, window: Sequence[Work], moved: list[str]) -> None:
+        """Update parameters together.
+
+        Args:
+            window: them.
+            moved: names of those that were updated before, to which theirs are added.
+        """
+        touched = {w.name: [w.p, *self.state[w.p].values()] for w in window}
+        before = {name: [x._version for x in xs] for name, xs in touched.items()}
+        updates = [self._step_one(w.p, w.g, w.o) for w in window]
+        done: set[str] = set()
+        try:
+            for i in answered(updates):
+                done.add(window[i].name)
+        except Exception as error:
+            moved += [w.name for w in window if w.name in done]
+            rest = [w.name for w in window if w.name not in done]
+            partly = [n for n in rest if before[n] != [x._version for x in touched[n]]]
+            if not moved and not partly:
+                raise
+            at = partly or rest
+            raise PartialStepError(
+                f"{type(self).__name__}.step() failed at {', '.join(map(repr, at))} ({error}), "
+                f"which is {'partly' if partly else 'not'} updated; {len(moved)} parameters "
+                f"had been updated: {', '.join(moved)}") from error
+        moved += [w.name for w in window]
 
     def _windows(self, work: Sequence[Work]) -> Iterator[list[Work]]:
         """Parameters whose updates run together: one, or as many as fit where they may wait."""
@@ -529,21 +567,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _checked_work(self) -> list[Work]:
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
-        work = [Work(name, p, p.grad, _numbers(o)) for name, p, o in self._named()
-                if p.grad is not None]
+        gradient = _given if self._backward is None else self._backward.gradient
+        work = [Work(name, p, g, _numbers(o)) for name, p, o in self._named()
+                if (g := gradient(p)) is not None]
         for name, p, g, _ in work:
-            check_gradient(p, g, name)
+            if g is p.grad:
+                check_gradient(p, g, name)
         self._sync_state()
         skip = False
         for name, _, g, o in work:
-            if o["nonfinite"] == "propagate" or not g.numel():
-                continue
-            if not all(bool(x.isfinite()) for x in torch.aminmax(g)):
-                if o["nonfinite"] == "raise":
-                    raise FloatingPointError(
-                        f"the gradient of {name!r} has a NaN or Inf (nonfinite='raise'); "
-                        "nothing was written")
-                skip = True
+            skip |= spoilt(name, g, o)
         if skip:
             for group in self.param_groups:
                 group["skipped_steps"] += 1
@@ -567,7 +600,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             slots = self._layouts[p]
             s = codec.Decoded(stored, slots, p)
             s["weight"] = matrix
-            u = self.update(_negated(g.reshape(shape), o), s, o, t)
+            lifted = None if self._backward is None else self._backward.lifted(p, s, o, t)
+            u = self.update(negated(g.reshape(shape), o), s, o, t) if lifted is None else lifted
             if isinstance(u, Generator):
                 u = yield from u
             _apply(matrix, u, stored, o, t)
@@ -575,6 +609,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 p.copy_(matrix.view(p.shape))
             codec.encode(s, stored, slots, o, t)
         stored["step"] += 1
+        if self._backward is not None:
+            self._backward.consumed(p)
 
     @staticmethod
     def _step_adamw(p: Tensor, g: Tensor, stored: dict[str, Tensor], slots: Mapping[str, Slot],
@@ -595,7 +631,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             block = {**stored, **dict(zip(names, moments, strict=True))}
             s = codec.Decoded(block, slots, p)
             x = codec.read_weight(p_, block)
-            u = adam(_negated(codec.wide(g_), o), s, o, t)
+            u = adam(negated(codec.wide(g_), o), s, o, t)
             x.mul_(keep).addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
             codec.write_weight(p_, x, block, o, t, start)
             codec.encode(s, block, slots, o, t, start)
@@ -619,6 +655,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep."""
         self._sync_state()
+        if self._backward is not None:
+            self._backward.check_saved()
         return {**super().__getstate__(), "_adamw": self._adamw}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -638,6 +676,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self.__setstate__({"state": self.state, "param_groups": groups})
         self.state.clear()
         self.state.update(states)
+        if self._backward is not None:
+            self._backward.loaded()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -686,7 +726,24 @@ def _numbers(o: dict[str, Any]) -> dict[str, Any]:
     return {**o, **held} if held else o
 
 
-def _negated(g: Tensor, o: Mapping[str, Any]) -> Tensor:
+def _given(p: Tensor) -> Tensor | None:
+    return p.grad
+
+
+def spoilt(name: str, g: Tensor, o: Mapping[str, Any]) -> bool:
+    """Whether a gradient is a reason to skip the step; raises FloatingPointError if so asked."""
+    if o["nonfinite"] == "propagate" or not g.numel():
+        return False
+    if all(bool(x.isfinite()) for x in torch.aminmax(g)):
+        return False
+    if o["nonfinite"] == "raise":
+        raise FloatingPointError(f"the gradient of {name!r} has a NaN or Inf (nonfinite='raise'); "
+                                 "nothing was written")
+    return True
+
+
+def negated(g: Tensor, o: Mapping[str, Any]) -> Tensor:
+    """The gradient of what is minimized."""
     return -g if o["maximize"] else g
 
 

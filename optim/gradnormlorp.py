@@ -13,16 +13,17 @@ from . import codec
 from .base import MatrixOptimizer, Update
 from .codec import Slot, State
 from .inner import adam, adam_slots
-from .lowrank import LowRankOptimizer, LowRankOptions
+from .lowrank import LowRankOptimizer, LowRankOptions, Projected
 from .options import Option, choice, real
 from .reparam import roles
 from .residual import RESIDUALS, Residual
-from .whole import Waiting
 
 __all__ = ["GradNormLoRPAdamW"]
 
 # Slots of the magnitude's moments begin with this.
 _MAGNITUDE = "magnitude_"
+# The buffer of dL/dmu, where gradients are projected in the backward pass.
+_SLOPE = "projected_slope"
 # A column's direction step may shorten it to this share; below, it would be all rounding.
 _SHORTEST = 1e-6
 
@@ -103,21 +104,34 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             slots |= {_MAGNITUDE + k: slot for k, slot in adam_slots(count, p, o).items()}
         return slots
 
-    def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
-               ) -> Update | Waiting[Update]:
+    def buffers(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        slots = super().buffers(p, o)
+        if o["roles"] is None:
+            *batch, m, n = self.matrix_shape(p, o)
+            count = (1, n) if o["axis"] == "input" else (m, 1)
+            slots[_SLOPE] = slots["projected"]._replace(shape=(*batch, *count))
+        return slots
+
+    def project_gradient(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
+                         ) -> tuple[Tensor, Projected]:
         if o["roles"] is not None:
-            return super().update(g, s, o, t)
-        columns, dim = o["axis"] == "input", -2 if o["axis"] == "input" else -1
-        w, x = s["weight"], codec.wide(g)
-        c = torch.linalg.vector_norm(codec.wide(w), dim=dim, keepdim=True)
-        inverse = torch.where(c > 0, 1 / c, 0.0)
+            return super().project_gradient(g, s, o, t)
+        w, x = codec.wide(s["weight"]), codec.wide(g)
+        dim, _, inverse = _columns(w, o)
         # dL/dmu = <G_j, V^_j>
-        slope = (x * codec.wide(w)).sum(dim, keepdim=True) * inverse
+        slope = (x * w).sum(dim, keepdim=True) * inverse
         # D = G - V^ diag(V^^T G), as mu = c
-        d = torch.addcmul(x, codec.wide(w), slope * inverse, value=-1).to(g.dtype)
+        d = torch.addcmul(x, w, slope * inverse, value=-1).to(g.dtype)
+        d, space = super().project_gradient(d, s, o, t)
+        return d, space._replace(more={_SLOPE: slope})
+
+    def lift(self, g: Tensor, space: Projected, s: State, o: Mapping[str, Any], t: int) -> Update:
         # V' = W - lr f L R
-        u = super().update(d, s, o, t)
-        assert isinstance(u, Update)
+        u = super().lift(g, space, s, o, t)
+        if o["roles"] is not None:
+            return u
+        w, slope, columns = s["weight"], space.more[_SLOPE], o["axis"] == "input"
+        dim, c, inverse = _columns(codec.wide(w), o)
         assert u.left is not None
         assert u.right is not None
         # |V'_j|^2 / c_j^2 = 1 - 2 lr f <W_j, (L R)_j> / c_j^2 + (lr f)^2 |(L R)_j|^2 / c_j^2
@@ -144,3 +158,10 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if columns:
             return Update(u.left, (right * shrink).to(u.right.dtype), u.factor, keep=a)
         return Update((left * shrink).to(u.left.dtype), u.right, u.factor, keep=a)
+
+
+def _columns(w: Tensor, o: Mapping[str, Any]) -> tuple[int, Tensor, Tensor]:
+    """The dimension that a magnitude's vector runs along, c of each vector, and 1 / c or 0."""
+    dim = -2 if o["axis"] == "input" else -1
+    c = torch.linalg.vector_norm(w, dim=dim, keepdim=True)
+    return dim, c, torch.where(c > 0, 1 / c, 0.0)

@@ -97,6 +97,16 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
     slots = optimizer.stored_slots(p, o)
     if "master" in slots and "master" not in entry:  # a bf16 weight that was trained without it
         entry = {**entry, "master": slots["master"].empty()}
+    count = entry.get("projected_count", 0)
+    if isinstance(count, Tensor) and count.numel() == 1:
+        count = count.item()
+    if isinstance(count, (int, float)) and count == 0:
+        # Empty buffers of project_in_backward come and go with it.
+        entry = {k: x for k, x in entry.items() if not k.startswith("projected") or k in slots}
+        entry = {k: x.empty() for k, x in slots.items() if k.startswith("projected")} | entry
+    elif "projected_count" not in slots:
+        raise ValueError(f"{at}: projected_count={count}: saved in the middle of an accumulation, "
+                         "so call project_in_backward(optimizer, ...) before loading it")
     if set(entry) != set(slots):
         raise ValueError(f"{at}: saved state has {sorted(entry, key=str)}, but "
                          f"{type(optimizer).__name__} with these options keeps {sorted(slots)}")
@@ -121,8 +131,8 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
                                           and value.item() == int(value)):
             raise ValueError(f"{at}: {name}={value.item()}, but it must be an integer >= 0 "
                              "and not above step")
-        if name == "index" and value.item() < 0:
-            raise ValueError(f"{at}: index={value.item()}, but it must be >= 0")
+        if name in ("index", "projected_count") and not value.item() >= 0:
+            raise ValueError(f"{at}: {name}={value.item()}, but it must be >= 0")
         if name.endswith(("_sq", ".scale")) and not value.is_meta and bool((value < 0).any()):
             raise ValueError(f"{at}: {name} has a negative entry, but it must be >= 0")
     optimizer.check_state(p, state, o, at)

@@ -19,7 +19,7 @@ from .project import Bases, Turn
 from .residual import RESIDUALS, Residual, residual_of
 from .whole import Waiting
 
-__all__ = ["LowRankOptimizer", "LowRankOptions"]
+__all__ = ["LowRankOptimizer", "LowRankOptions", "Projected"]
 
 _FLATTENED = ("a parameter flattened by FSDP1 or ZeRO has lost its matrix shape: use FSDP2 "
               "(torch.distributed.fsdp.fully_shard), which keeps it; for vectors use rank=None")
@@ -49,13 +49,23 @@ class LowRankOptions(AdamWPart, total=False):
     similarity: str
 
 
-class _Subspace(NamedTuple):
-    """Bases of this step, R on them, and where they are new what turns moments and is stored."""
+class Projected(NamedTuple):
+    """What is left of a gradient after the projection: an update needs no more.
+
+    Args:
+        bases: of this step.
+        low: R on them.
+        turns: where they are new, what turns the moments.
+        writes: where they are new, what is stored of them, by slot.
+        more: what else a rule takes of the gradient, linear in it, by slot of
+            :meth:`LowRankOptimizer.buffers`.
+    """
 
     bases: Bases
     low: Tensor
     turns: tuple[Turn | None, Turn | None] | None = None
     writes: Mapping[str, Tensor] = {}
+    more: Mapping[str, Tensor] = {}
 
 
 class LowRankOptimizer(MatrixOptimizer):
@@ -184,9 +194,9 @@ class LowRankOptimizer(MatrixOptimizer):
         *batch, m, n = shape
         r, side, _ = self.describe(p, o)
         assert r is not None
-        low = (*batch, m if side == "right" else r, n if side == "left" else r)
         slots = {"basis_step": codec.counter()}
-        slots |= RULES[o["inner"]].slots(low, p, o) | self.residual(o).slots(shape, p, o)
+        slots |= RULES[o["inner"]].slots(self._low_shape(p, o), p, o)
+        slots |= self.residual(o).slots(shape, p, o)
         for name, length in zip(_SIDES, (m, n), strict=True):
             if side in (name, "full") and o["projection"] == "dct":
                 slots[f"columns_{name}"] = Slot((*batch, r), torch.int32, p.device)
@@ -196,6 +206,22 @@ class LowRankOptimizer(MatrixOptimizer):
             slots["basis_energy"] = codec.counter()
         return slots
 
+    def buffers(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        """What :func:`lissom.optim.project_in_backward` keeps: R, and how often it was added to.
+
+        Names begin with ``projected``; each but the first two is one of ``Projected.more``.
+        """
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        return {"projected": Slot(self._low_shape(p, o), dtype, p.device),
+                "projected_count": codec.counter()}
+
+    def _low_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
+        """Shape of R."""
+        *batch, m, n = self.matrix_shape(p, o)
+        r, side, _ = self.describe(p, o)
+        assert r is not None
+        return (*batch, m if side == "right" else r, n if side == "left" else r)
+
     def residual(self, o: Mapping[str, Any]) -> Residual:
         """What puts the update together."""
         return residual_of(o)
@@ -204,14 +230,33 @@ class LowRankOptimizer(MatrixOptimizer):
 
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Update | Waiting[Update]:
-        residual, rule = self.residual(o), RULES[o["inner"]]
-        side = project.side_of(g.shape[-2], g.shape[-1], o["proj_type"])
+        return self.lift(*self.project_gradient(g, s, o, t), s, o, t)
+
+    def project_gradient(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
+                         ) -> tuple[Tensor, Projected]:
+        """The first half of an update, which writes nothing: the gradient's projection.
+
+        Returns:
+            G as it is projected, A = G + E with error feedback, and what the second half needs.
+        """
         if g.dtype == torch.float16:  # R = P^T G Q leaves its range
             g = g.float()
-        # G, or A = G + E with error feedback
-        g = residual.gradient(g, s, o)
-        # P, Q and R = P^T G Q
-        space = self._subspace(g, s, o, t)
+        g = self.residual(o).gradient(g, s, o)
+        return g, self._subspace(g, s, o, t)
+
+    def lift(self, g: Tensor, space: Projected, s: State, o: Mapping[str, Any], t: int) -> Update:
+        """The second half: from R to the update.
+
+        Args:
+            g: what :meth:`project_gradient` returned. Of its entries only a residual with
+                ``needs_gradient`` reads any.
+            space: R, which may be overwritten, and its bases.
+            s: state, written from here on.
+            o: options.
+            t: count of this update.
+        """
+        residual, rule = self.residual(o), RULES[o["inner"]]
+        side = project.side_of(g.shape[-2], g.shape[-1], o["proj_type"])
         low = codec.wide(space.low)
         moments = _turned(rule, s, space, o)
         measured = residual.measure(g, low, space.bases, side, o)
@@ -230,27 +275,39 @@ class LowRankOptimizer(MatrixOptimizer):
         return residual.combine(g, low, n, space.bases, measured, side, s, o, t)
 
     def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
-                  ) -> _Subspace:
-        """The bases of this step: the stored ones, or new ones where a refresh is due."""
-        born, k = int(s["basis_step"]), t - 1
-        old = self._bases(g, s, o, born)
-        if born and (k + self._phase(s, o)) % o["update_proj_gap"]:
-            return _Subspace(old, old.down(g))
+                  ) -> Projected:
+        """P, Q and R = P^T G Q: the stored bases, or new ones where a refresh is due."""
+        born = int(s["basis_step"])
+        old = self.bases(g, s, o, born)
+        if not self.due(s, o, t):
+            return Projected(old, old.down(g))
         if born and o["keep_energy"] is not None:
             low = old.down(g)
             if _energy(low, g) >= o["keep_energy"] * s["basis_energy"].item():
-                return _Subspace(old, low)
+                return Projected(old, low)
         find = self._cosines if o["projection"] == "dct" else self._found
         new = find(g, old, s, o, t, born)
         if new is None:  # nothing to be learnt from this gradient: try again when due
-            return _Subspace(old, old.down(g))
+            return Projected(old, old.down(g))
         writes = {**new.writes, "basis_step": torch.tensor(float(t))}
         if o["keep_energy"] is not None:
             writes["basis_energy"] = torch.tensor(_energy(new.low, g))
         return new._replace(writes=writes, turns=new.turns if born else None)
 
-    def _bases(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], born: int) -> Bases:
-        """The bases in the state, or regenerated from what is stored of them."""
+    def due(self, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
+        """Whether update t looks for new bases."""
+        return not int(s["basis_step"]) or not (
+            t - 1 + self._phase(s, o)) % int(o["update_proj_gap"])
+
+    def bases(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], born: int) -> Bases:
+        """The bases in the state, or regenerated from what is stored of them.
+
+        Args:
+            g: a gradient, of which shape, dtype and device count.
+            s: state.
+            o: options.
+            born: update at which they were found; 0 where none were.
+        """
         *batch, m, n = g.shape
         side, r = project.side_of(m, n, o["proj_type"]), min(o["rank"], m, n)
         bases: list[Tensor | None] = []
@@ -272,13 +329,13 @@ class LowRankOptimizer(MatrixOptimizer):
     draw = staticmethod(project.random_basis)
 
     def _found(self, g: Tensor, old: Bases, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
-               born: int) -> _Subspace | None:
+               born: int) -> Projected | None:
         """Bases from a decomposition of the gradient, or newly drawn ones."""
         new: list[Tensor | None] = [None, None]
         turns: list[Turn | None] = [None, None]
         writes: dict[str, Tensor] = {}
         if o["projection"] == "random":
-            new = list(self._bases(g, s, o, t))
+            new = list(self.bases(g, s, o, t))
         r = min(o["rank"], *g.shape[-2:])
         for number, (basis, side) in enumerate(zip(old, _SIDES, strict=True)):
             if basis is None:
@@ -296,10 +353,10 @@ class LowRankOptimizer(MatrixOptimizer):
                 assert latest is not None
                 turns[number] = project.turn(basis, latest, side == "left")
         bases = Bases(*new)
-        return _Subspace(bases, bases.down(g), (turns[0], turns[1]), writes)
+        return Projected(bases, bases.down(g), (turns[0], turns[1]), writes)
 
     def _cosines(self, g: Tensor, old: Bases, s: Mapping[str, Tensor], o: Mapping[str, Any],
-                 t: int, born: int) -> _Subspace:
+                 t: int, born: int) -> Projected:
         """The columns of a cosine basis that the gradient has most of, and R from one transform."""
         new: list[Tensor | None] = [None, None]
         turns: list[Turn | None] = [None, None]
@@ -321,7 +378,7 @@ class LowRankOptimizer(MatrixOptimizer):
         assert low is not None
         if bases.left is not None and bases.right is not None:
             low = low @ bases.right.to(low.dtype)
-        return _Subspace(bases, low, (turns[0], turns[1]), writes)
+        return Projected(bases, low, (turns[0], turns[1]), writes)
 
     def _phase(self, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> int:
         """How far this matrix's refreshes are shifted.
@@ -339,7 +396,7 @@ class LowRankOptimizer(MatrixOptimizer):
         return int(s["index"]) * c % gap + self.first_phase
 
 
-def _turned(rule: Rule, s: Mapping[str, Tensor], space: _Subspace, o: Mapping[str, Any]
+def _turned(rule: Rule, s: Mapping[str, Tensor], space: Projected, o: Mapping[str, Any]
             ) -> dict[str, Tensor]:
     """New moments after a change of basis, as ``moments`` says; none where they stay."""
     if space.turns is None or o["moments"] == "keep":

@@ -34,6 +34,9 @@ class Residual:
 
     #: Whether R is read after the inner rule, which otherwise may overwrite it.
     needs_low = False
+    #: Whether G itself is read: if not, :meth:`measure` and :meth:`combine` look at its shape,
+    #: dtype and device alone.
+    needs_gradient = False
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         """State for a parameter that the rule sees in this shape."""
@@ -76,6 +79,7 @@ class Fira(Residual):
     """
 
     needs_low = True
+    needs_gradient = True
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return limiter_slot(shape, p, o)
@@ -114,6 +118,8 @@ class Sign(Residual):
     Source: FRUGAL (Zmushko et al., arXiv 2411.07837), with one rate for both parts.
     """
 
+    needs_gradient = True
+
     def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
                 ) -> Tensor | None:
         return _without(codec.wide(g).clone(), low, bases).sign_()
@@ -129,6 +135,8 @@ class ErrorFeedback(Residual):
 
     Kept in ``error_feedback_bits``. Source: arXiv 2505.17967, as in its DCT-AdamW.
     """
+
+    needs_gradient = True
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return codec.held("error", shape, o["error_feedback_bits"] or 32, p)

@@ -1,0 +1,651 @@
+"""Work in the backward pass, so that gradients never pile up.
+
+:func:`project_in_backward` projects each gradient as soon as it is ready; the step works from the
+projections. :func:`update_in_backward` applies the whole update there. Both hang one hook on each
+parameter, which autograd calls when the gradient is complete: once for a shared weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from . import codec
+from .base import MatrixOptimizer, Update, Work, negated, spoilt
+from .checks import check_gradient
+from .codec import Slot, State
+from .lowrank import LowRankOptimizer, Projected
+from .project import Bases
+
+__all__ = ["InBackward", "ProjectInBackward", "UpdateInBackward", "project_in_backward",
+           "update_in_backward"]
+
+Self = TypeVar("Self", bound="InBackward")
+
+# Of what a refresh writes: not read before the step that counts it, if there was no basis yet.
+_BASES = ("basis_left", "basis_right", "columns_")
+
+
+class InBackward:
+    """Handle of what works in the backward pass of one optimizer; also a context manager."""
+
+    #: The function that makes it, for messages.
+    name = ""
+
+    def __init__(self, optimizer: MatrixOptimizer) -> None:
+        self.optimizer = optimizer
+        self._hooks: dict[Tensor, RemovableHandle] = {}
+        self._places: dict[Tensor, tuple[str, dict[str, Any]]] = {}
+        # The list of groups that _places is of, and its length: loading makes a new one.
+        self._groups: tuple[Any, int] = (None, 0)
+
+    def attach(self: Self) -> Self:
+        """Check all parameters, then hang the hooks."""
+        optimizer = self.optimizer
+        if optimizer._backward is not None:
+            raise RuntimeError(f"{self.name}: this optimizer already has {optimizer._backward.name}"
+                               "; call .remove() of that handle first")
+        for name, p, o in optimizer._named():
+            self.check(name, p, o)
+        optimizer._backward = self
+        try:
+            self._changed()
+        except BaseException:
+            self.remove()
+            raise
+        # GradScaler then calls step() in any case, and tells it.
+        setattr(optimizer, "_step_supports_amp_scaling", True)  # noqa: B010
+        return self
+
+    def remove(self) -> None:
+        """Restore the ordinary behaviour; gradients that wait in buffers are dropped."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        if self.optimizer._backward is self:
+            self.clear()
+            self.optimizer._backward = None
+            self.optimizer.__dict__.pop("_step_supports_amp_scaling", None)
+            self._changed()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.remove()
+
+    def _changed(self) -> None:
+        """The slots of every parameter may be others now."""
+        self.optimizer._forms.clear()
+        self.optimizer._sync_state()
+
+    # ---------------------------------------------------------------- hooks
+
+    def follow(self) -> None:
+        """Hang hooks on new parameters and take them from those that are gone."""
+        present = {p for _, p, _ in self.optimizer._named()}
+        for p in self._hooks.keys() - present:
+            self._hooks.pop(p).remove()
+        self._groups = (None, 0)
+        for name, p, o in self.optimizer._named():
+            self.check(name, p, o)
+            if p.requires_grad and p not in self._hooks:
+                self._hooks[p] = p.register_post_accumulate_grad_hook(
+                    functools.partial(_fire, weakref.ref(self)))
+
+    def knows(self, p: Tensor) -> bool:
+        """Whether p is a parameter of the optimizer now: others may have been put in its place."""
+        groups = self.optimizer.param_groups
+        if self._groups[0] is not groups or self._groups[1] != len(groups) or (
+                p not in self._places):
+            self._places = {p: (name, o) for name, p, o in self.optimizer._named()}
+            self._groups = (groups, len(groups))
+        return p in self._places
+
+    def place(self, p: Tensor) -> tuple[str, dict[str, Any]]:
+        """Name and options of a parameter, its state in step with them."""
+        assert self.knows(p)
+        name, o = self._places[p]
+        optimizer = self.optimizer
+        if optimizer._forms.get(p) != optimizer._form(p, o, optimizer._kinds()):
+            optimizer._sync_state()
+        return name, o
+
+    def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
+        """Refuse a parameter with which this cannot work; raises ValueError."""
+
+    def ready(self, p: Tensor) -> None:
+        """The gradient of p is complete."""
+
+    # ---------------------------------------------------------------- what the optimizer asks
+
+    def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        """State beside the rule's own."""
+        return {}
+
+    def gradient(self, p: Tensor) -> Tensor | None:
+        """What a step finds of p's gradient, if it has one."""
+        return p.grad
+
+    def begin(self, closure: Any) -> bool:
+        """Whether the step is to be taken; raises RuntimeError where it cannot."""
+        if closure is not None:
+            raise RuntimeError(f"{self.name}: step() got a closure, but it must be None: a closure "
+                               "may run several backward passes, and each would count; run "
+                               "backward before step(), or .remove() the handle")
+        return True
+
+    def before(self, work: Sequence[Work]) -> None:
+        """After the checks of a step, before its first write; without work it is skipped."""
+
+    def lifted(self, p: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update | None:
+        """The update of p if it is not to be made from p.grad."""
+        return None
+
+    def consumed(self, p: Tensor) -> None:
+        """P has been updated."""
+
+    def end(self) -> None:
+        """The step is over."""
+
+    def clear(self) -> None:
+        """Forget gradients."""
+
+    def check_saved(self) -> None:
+        """Raise RuntimeError if the state does not tell all."""
+
+    def loaded(self) -> None:
+        """Another state is there now."""
+
+
+def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
+    """What autograd calls; nothing where the optimizer is gone or has p no more."""
+    found = handle()
+    if found is not None and p.grad is not None and found.knows(p):
+        with torch.no_grad():
+            found.ready(p)
+
+
+def _optimizer(optimizer: Any, where: str) -> MatrixOptimizer:
+    if not isinstance(optimizer, MatrixOptimizer):
+        raise TypeError(f"{where}: optimizer is a {type(optimizer).__name__}, but it must be one "
+                        "of lissom.optim")
+    return optimizer
+
+
+def _limit(value: Any, name: str, where: str) -> float:
+    """A norm to clip to."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: {name}={value!r}, but it must be a number > 0")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{where}: {name}={value!r}, but it must be finite and > 0")
+    return float(value)
+
+
+def _clip(tensors: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+    """Multiply by min(1, limit / (norm + 1e-6)) in place, as torch's clipping does."""
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for x in tensors:
+        x.mul_(factor.to(x.device))
+
+
+# -------------------------------------------------------------------- projected gradients
+
+
+class ProjectInBackward(InBackward):
+    """Handle of :func:`project_in_backward`."""
+
+    name = "project_in_backward"
+    optimizer: LowRankOptimizer
+
+    def __init__(self, optimizer: LowRankOptimizer, accumulation: int, limit: float | None,
+                 exact: bool, scaler: Any) -> None:
+        super().__init__(optimizer)
+        self.accumulation, self.limit, self.exact, self.scaler = accumulation, limit, exact, scaler
+        # Refreshes that were computed in a hook; the step writes them.
+        self._pending: dict[Tensor, Projected] = {}
+        # Micro-batches whose full gradient is kept, because the step will refresh the basis.
+        self._kept: dict[Tensor, int] = {}
+        # With ``exact``: norms of the full gradients.
+        self._norms: dict[Tensor, Tensor] = {}
+        self._unscaled = False
+        # GradScaler keeps its records by optimizer: this stands for one that has the buffers.
+        self._stand_in = _StandIn()
+
+    def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
+        optimizer, where = self.optimizer, f"{self.name}: {name!r}"
+        if optimizer._reason(p, o) is not None:
+            return
+        if optimizer.residual(o).needs_gradient:
+            option = ("error_feedback_bits" if o.get("error_feedback_bits") else
+                      "residual" if "residual" in o else "algorithm")
+            value, rest = o[option], 'residual="none"'
+            if option == "error_feedback_bits":
+                rest = "error_feedback_bits=None"
+            elif option == "algorithm":
+                rest = "lissom.optim.GaLoreAdamW"
+            raise ValueError(
+                f"{where} has {option}={value!r}, which needs the full gradient at the step; use "
+                f"update_in_backward(optimizer) with one micro-batch a step, or {rest}")
+        if self.accumulation == 1:
+            return
+        gap = o["update_proj_gap"]
+        if gap <= self.accumulation:
+            raise ValueError(
+                f"{where} has update_proj_gap={gap}, but it must be above "
+                f"accumulation={self.accumulation}: a matrix that is refreshed keeps its full "
+                "gradient for that step, so a short gap saves little; give a longer "
+                "update_proj_gap (200, say), or accumulation=1")
+        if o["refresh"] != "staggered":
+            raise ValueError(
+                f"{where} has refresh={o['refresh']!r}, but it must be 'staggered' with "
+                f"accumulation={self.accumulation}: all matrices would keep their full gradients "
+                "at once")
+
+    def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        return self.optimizer.buffers(p, o) if self.optimizer._reason(p, o) is None else {}
+
+    def ready(self, p: Tensor) -> None:
+        optimizer, g = self.optimizer, p.grad
+        name, o = self.place(p)
+        if g is None or optimizer._reason(p, o) is not None:
+            return
+        check_gradient(p, g, name)
+        stored = optimizer.state[p]
+        count, t = int(stored["projected_count"]), int(stored["step"]) + 1
+        if self._unscaled:
+            raise RuntimeError(f"{self.name}: {name!r} got a gradient after unscale_(); take the "
+                               "step with grad_scaler.step(optimizer) before")
+        if count + self._kept.get(p, 0) >= self.accumulation:
+            raise RuntimeError(
+                f"{self.name}: {name!r} got a gradient from micro-batch {self.accumulation + 1}, "
+                f"but accumulation={self.accumulation}; call step() or zero_grad() of the "
+                "optimizer before, or give a larger accumulation")
+        if self.accumulation > 1 and not count and optimizer.due(stored, o, t):
+            self._kept[p] = self._kept.get(p, 0) + 1
+            return
+        shape = optimizer.matrix_shape(p, o)
+        s = codec.Decoded(stored, optimizer._layouts[p], p)
+        s["weight"] = p.reshape(shape)
+        space = optimizer.project_gradient(negated(g.reshape(shape), o), s, o, t)[1]
+        if self.exact:
+            self._norms[p] = torch.linalg.vector_norm(g, dtype=codec.wide(g[:0]).dtype)
+        if space.writes:
+            self._pending[p] = self._early(space, stored)
+        for slot, x in {"projected": space.low, **space.more}.items():
+            stored[slot].add_(x) if count else stored[slot].copy_(x)
+        stored["projected_count"] += 1
+        p.grad = None
+
+    @staticmethod
+    def _early(space: Projected, stored: Mapping[str, Tensor]) -> Projected:
+        """What is to be kept of a refresh until the step; the first basis is stored at once.
+
+        Nobody reads a basis whose ``basis_step`` is 0, so nothing but that is lost if the step is
+        never taken. At the first step all matrices are refreshed: bases that waited would take
+        as much as the buffers.
+        """
+        # R itself is in the buffer.
+        space = space._replace(low=space.low.new_empty(0), more={})
+        if int(stored["basis_step"]):
+            return space
+        for name, x in space.writes.items():
+            if name.startswith(_BASES):
+                codec.write(stored, name, x)
+        writes = {k: x for k, x in space.writes.items() if not k.startswith(_BASES)}
+        return space._replace(bases=Bases(None, None), turns=None, writes=writes)
+
+    def gradient(self, p: Tensor) -> Tensor | None:
+        stored = self.optimizer.state.get(p, {})
+        if "projected_count" not in stored or not int(stored["projected_count"]):
+            return p.grad
+        if p.grad is not None:
+            raise RuntimeError(f"{self.name}: {self.place(p)[0]!r} has a gradient beside what is "
+                               "in its buffer; set p.grad only before backward")
+        buffer: Tensor = stored["projected"]
+        return buffer
+
+    def _buffers(self) -> list[Tensor]:
+        """Everything in which gradients wait, and the norms that stand for them."""
+        found: list[Tensor] = []
+        for p, stored in self.optimizer.state.items():
+            if "projected_count" in stored and int(stored["projected_count"]):
+                found += [x for k, x in stored.items()
+                          if k.startswith("projected") and k != "projected_count"]
+                found += [self._norms[p]] if p in self._norms else []
+        return found
+
+    def lifted(self, p: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update | None:
+        if "projected_count" not in s or not int(s["projected_count"]):
+            return None
+        dtype = torch.float32 if p.dtype == torch.float16 else p.dtype
+        # Shape, dtype and device of the gradient, without its bytes.
+        g = p.new_empty((), dtype=dtype).expand(self.optimizer.matrix_shape(p, o))
+        space = self._pending.get(p)
+        if space is None:
+            space = Projected(Bases(None, None), s["projected"])
+        if space.bases == (None, None):
+            born = t if "basis_step" in space.writes else int(s["basis_step"])
+            space = space._replace(bases=self.optimizer.bases(g, s, o, born))
+        more = {k: s[k] for k in self.optimizer.buffers(p, o)
+                if k not in ("projected", "projected_count")}
+        return self.optimizer.lift(g, space._replace(low=s["projected"], more=more), s, o, t)
+
+    # ---------------------------------------------------------------- clipping and scaling
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their joint norm is at most ``max_norm``.
+
+        In place of ``torch.nn.utils.clip_grad_norm_``, which sees only what is in ``p.grad``. Of
+        a projected gradient R counts, or the full one with ``exact_norm=True``; what is in
+        ``p.grad`` counts in full, the matrices that keep theirs for a refresh included.
+
+        Args:
+            max_norm: > 0.
+
+        Returns:
+            The norm before the scaling, a 0-d tensor.
+        """
+        limit = _limit(max_norm, "max_norm", "clip_grad_norm_")
+        if self.scaler is not None and self.scaler.is_enabled() and not self._unscaled:
+            raise RuntimeError("clip_grad_norm_: gradients are still scaled; call unscale_() of "
+                               "this handle before")
+        return self._clip(limit)
+
+    @torch.no_grad()
+    def _clip(self, limit: float) -> Tensor:
+        parts: list[Tensor] = []
+        buffers = self._buffers()
+        dense: list[Tensor] = []
+        for name, p, _ in self.optimizer._named():
+            g = self.gradient(p)
+            if g is not None and g is p.grad:
+                dense.append(g)
+            elif g is not None and self.exact and p not in self._norms:
+                raise RuntimeError(f"{self.name}: exact_norm=True, but the gradient of {name!r} "
+                                   "comes from a saved state, which has no such norm")
+            if g is not None:
+                parts.append(self._norms.get(p, g))
+        norm = torch.nn.utils.get_total_norm(parts)
+        _clip([*buffers, *dense], norm, limit)
+        return norm
+
+    @torch.no_grad()
+    def unscale_(self) -> None:
+        """Divide all gradients by the scale; in place of ``grad_scaler.unscale_(optimizer)``."""
+        if self.scaler is None:
+            raise RuntimeError("unscale_: project_in_backward(...) was not given grad_scaler=")
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+            self._unscale_buffers()
+
+    def _unscale_buffers(self) -> None:
+        self._stand_in.give(self._buffers())
+        self.scaler.unscale_(self._stand_in)
+        self._unscaled = True
+
+    def begin(self, closure: Any) -> bool:
+        super().begin(closure)
+        optimizer, scaler = self.optimizer, self.scaler
+        called = "found_inf" in optimizer.__dict__
+        if not called and scaler is not None and scaler.is_enabled():
+            raise RuntimeError(f"{self.name}: with grad_scaler= the step is taken by "
+                               "grad_scaler.step(optimizer)")
+        if not called:
+            return True
+        if scaler is None:
+            _forget_scaler(optimizer)
+            raise RuntimeError(f"{self.name}: a GradScaler takes this step, but it cannot reach "
+                               "the buffers; give project_in_backward(..., grad_scaler=scaler)")
+        if optimizer.__dict__["grad_scale"] is not None:  # unscale_() was not called
+            scaler.unscale_(optimizer)
+        if not self._unscaled:
+            self._unscale_buffers()
+        if not float(optimizer.__dict__["found_inf"]) and _finite(self._buffers()):
+            return True
+        self.clear()
+        return False
+
+    def before(self, work: Sequence[Work]) -> None:
+        if not work:
+            self.clear()
+        elif self.limit is not None:
+            self._clip(self.limit)
+
+    def consumed(self, p: Tensor) -> None:
+        stored = self.optimizer.state[p]
+        if "projected_count" in stored:
+            stored["projected_count"].zero_()
+        self._pending.pop(p, None)
+        self._norms.pop(p, None)
+        if self._kept.pop(p, 0):
+            p.grad = None
+
+    def end(self) -> None:
+        self._unscaled = False
+
+    def clear(self) -> None:
+        for p in list(self.optimizer.state):
+            self.consumed(p)
+        self._unscaled = False
+
+    def check_saved(self) -> None:
+        if self._pending:
+            raise RuntimeError(
+                f"{self.name}: {self.place(next(iter(self._pending)))[0]!r} has a new basis, which "
+                "is written by step(), so the state cannot be saved between backward and step(); "
+                "save it after step(), or after zero_grad() of the optimizer")
+
+    def loaded(self) -> None:
+        self._pending.clear()
+        self._kept.clear()
+        self._norms.clear()
+        self._unscaled = False
+
+
+class _StandIn:
+    """What GradScaler takes for an optimizer: parameters whose gradients are given tensors."""
+
+    def __init__(self) -> None:
+        self.param_groups: list[dict[str, Any]] = []
+
+    def give(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor as the gradient of one without bytes of its own."""
+        params = [x.new_empty(()).expand(x.shape) for x in tensors]
+        for p, x in zip(params, tensors, strict=True):
+            p.grad = x
+        self.param_groups = [{"params": params}]
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    if not tensors:
+        return True
+    found = [x.isfinite().all().to(tensors[0].device) for x in tensors]
+    return bool(torch.stack(found).all())
+
+
+def _forget_scaler(optimizer: MatrixOptimizer) -> None:
+    """Take from an optimizer what GradScaler left, which it does itself unless step() raises."""
+    for name in ("grad_scale", "found_inf"):
+        optimizer.__dict__.pop(name, None)
+
+
+def project_in_backward(
+    optimizer: MatrixOptimizer, accumulation: int = 1, *, max_grad_norm: float | None = None,
+    exact_norm: bool = False, grad_scaler: Any = None,
+) -> ProjectInBackward:
+    """Project each gradient of a low-rank matrix as soon as it is ready, and free it.
+
+    ``backward()`` adds R = P^T G Q to a buffer of the state (r x n or m x r, fp32; it counts in
+    ``plan()`` and is saved) and sets ``p.grad`` to None; ``step()`` works from the buffers, with
+    the result of the ordinary path. Parameters that get AdamW keep their ``p.grad``.
+
+    With one micro-batch a step a new basis is computed in the hook, and no full gradient is left
+    after it, at the first step either. With more, a matrix whose basis the coming step refreshes
+    keeps its full gradient in ``p.grad`` until then: all of them at the first step, and after it
+    at most ceil(matrices / update_proj_gap) at once (those with equal gaps; a matrix that has had
+    no gradient but zeros still waits for its first basis, and keeps its gradient too).
+
+    Args:
+        optimizer: one of the low-rank classes, without a residual.
+        accumulation: micro-batches whose gradients are summed before a step, >= 1. Default 1.
+            A step may come earlier, not later.
+        max_grad_norm: clip to this joint norm in each step, > 0; see
+            :meth:`ProjectInBackward.clip_grad_norm_`. Default None: not clipped.
+        exact_norm: clip by the norm of the full gradients, which is kept as the hooks see them;
+            for one micro-batch. Default False: by the norm of what is left of them.
+        grad_scaler: the ``torch.amp.GradScaler`` that takes the steps; with it, call
+            ``handle.unscale_()`` where you would call ``grad_scaler.unscale_(optimizer)``.
+
+    Returns:
+        A handle with ``remove()``, ``clip_grad_norm_(max_norm)`` and ``unscale_()``; as a context
+        manager it removes itself.
+
+    Raises:
+        TypeError, ValueError: an argument, or a parameter with whose options this cannot work:
+            ``residual``, ``error_feedback_bits``, rules of whole matrices; with accumulation
+            ``update_proj_gap`` not above it and ``refresh="synchronous"``.
+        RuntimeError: the optimizer has such a handle already. Later: more micro-batches than
+            ``accumulation``, a closure, a GradScaler that was not given here, a state that is
+            saved between the backward pass and the step of a refresh.
+
+    A step uses the buffers up, taken or skipped; ``zero_grad()`` of the optimizer empties them,
+    that of a module does not know of them. A saved state has the buffers but not ``p.grad``: in
+    the middle of an accumulation save the gradients that are there beside it.
+    """
+    where = "project_in_backward"
+    optimizer = _optimizer(optimizer, where)
+    if isinstance(accumulation, bool) or not isinstance(accumulation, int):
+        raise TypeError(f"{where}: accumulation={accumulation!r}, but it must be an int >= 1")
+    if accumulation < 1:
+        raise ValueError(f"{where}: accumulation={accumulation}, but it must be an int >= 1")
+    limit = None if max_grad_norm is None else _limit(max_grad_norm, "max_grad_norm", where)
+    if not isinstance(exact_norm, bool):
+        raise TypeError(f"{where}: exact_norm={exact_norm!r}, but it must be True or False")
+    if exact_norm and accumulation > 1:
+        raise ValueError(f"{where}: exact_norm=True, but it must be False with "
+                         f"accumulation={accumulation}: the norm of a sum of gradients does not "
+                         "follow from theirs, and the sum is kept in its projection alone")
+    if not callable(getattr(grad_scaler, "unscale_", None)) and grad_scaler is not None:
+        raise TypeError(f"{where}: grad_scaler is a {type(grad_scaler).__name__}, but it must be a "
+                        "torch.amp.GradScaler")
+    own = [(name, p, o) for name, p, o in optimizer._named() if optimizer._reason(p, o) is None]
+    # A rule with an update of its own does not go by project_gradient() and lift().
+    if own and type(optimizer).update is not LowRankOptimizer.update:
+        raise ValueError(
+            f"{where}: {own[0][0]!r} has algorithm={own[0][2]['algorithm']!r}, whose update needs "
+            "the full gradient at the step; use update_in_backward(optimizer) with one micro-batch "
+            "a step, or a low-rank class such as GaLoreAdamW")
+    if not own or not isinstance(optimizer, LowRankOptimizer):
+        raise ValueError(f"{where}: {type(optimizer).__name__} has no low-rank matrix here, so "
+                         "there is nothing to project; give rank= to a low-rank class, or use "
+                         "update_in_backward(optimizer)")
+    return ProjectInBackward(optimizer, accumulation, limit, exact_norm, grad_scaler).attach()
+
+
+# -------------------------------------------------------------------- updates
+
+
+class UpdateInBackward(InBackward):
+    """Handle of :func:`update_in_backward`."""
+
+    name = "update_in_backward"
+
+    def __init__(self, optimizer: MatrixOptimizer, limit: float | None) -> None:
+        super().__init__(optimizer)
+        self.limit = limit
+        self._done: set[Tensor] = set()
+        self._warned = False
+
+    def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
+        if o["nonfinite"] == "skip":
+            raise ValueError(
+                f"{self.name}: {name!r} has nonfinite='skip', but it must be 'propagate' or "
+                "'raise': parameters before it have moved when a NaN is seen, so no whole step "
+                "can be skipped; 'raise' stops before that parameter is written")
+
+    def ready(self, p: Tensor) -> None:
+        optimizer, g = self.optimizer, p.grad
+        name, o = self.place(p)
+        if g is None:
+            return
+        if p in self._done:
+            raise RuntimeError(
+                f"{self.name}: {name!r} got a second gradient before step(), but it was updated "
+                "with the first: call step() after each backward pass; to accumulate gradients "
+                "use project_in_backward(optimizer, accumulation)")
+        check_gradient(p, g, name)
+        spoilt(name, g, o)
+        if self.limit is not None:
+            _clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
+        optimizer._run([Work(name, p, g, o)], [])
+        self._done.add(p)
+        p.grad = None
+
+    def begin(self, closure: Any) -> bool:
+        super().begin(closure)
+        if "found_inf" in self.optimizer.__dict__:
+            _forget_scaler(self.optimizer)
+            raise RuntimeError(
+                f"{self.name}: a GradScaler takes this step, but the parameters have moved already,"
+                " by scaled gradients; use bf16, which needs no scaler, or "
+                "project_in_backward(optimizer, grad_scaler=scaler)")
+        return True
+
+    def before(self, work: Sequence[Work]) -> None:
+        if work and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: step() found gradients that no backward pass had put there, of "
+                f"{', '.join(repr(w.name) for w in work[:3])}; it applies them as always",
+                stacklevel=5)
+
+    def end(self) -> None:
+        self._done.clear()
+
+    def loaded(self) -> None:
+        self._done.clear()
+
+
+def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | None = None
+                       ) -> UpdateInBackward:
+    """Update each parameter as soon as its gradient is ready, and free that.
+
+    One gradient exists at a time. ``step()`` must follow each backward pass: it counts the step
+    for schedulers, and does nothing else. Options are read when the hook runs, so schedules hold;
+    state is the ordinary one, and a run may go on with or without this.
+
+    Args:
+        optimizer: any class of this package but those that move parameters together
+            (SwitchLoRA).
+        max_grad_norm: clip each parameter's gradient to this norm, > 0. There is no joint norm:
+            the first parameters have moved before the last gradients are known. Default None.
+
+    Returns:
+        A handle with ``remove()``; as a context manager it removes itself.
+
+    Raises:
+        TypeError, ValueError: an argument; ``nonfinite="skip"``; parameters that act together.
+        RuntimeError: the optimizer has such a handle already. Later: a second gradient before
+            ``step()``, a closure, a GradScaler. ``FloatingPointError`` from ``backward()``: a
+            NaN or Inf with ``nonfinite="raise"``; that parameter is not written, those whose
+            gradients came before it are.
+    """
+    where = "update_in_backward"
+    optimizer = _optimizer(optimizer, where)
+    limit = None if max_grad_norm is None else _limit(max_grad_norm, "max_grad_norm", where)
+    if type(optimizer).before_updates is not MatrixOptimizer.before_updates:
+        raise ValueError(f"{where}: {type(optimizer).__name__} exchanges vectors between "
+                         "parameters, which needs the gradients of all of them at once; call "
+                         "step() after backward as usual (its factors' gradients are small)")
+    return UpdateInBackward(optimizer, limit).attach()
