@@ -287,6 +287,7 @@ def polargrad(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
             nuclear = (m * u).sum()
         w = (1 - lr * wd) * w - lr * (nuclear if o.get("nuclear_scaling", True) else 1.0) * u
         out.append(w.view(start.shape))
+    return out
 
 
 def gradnormlorp(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:

@@ -22,6 +22,7 @@ MOMENTS = set(_MOMENTS)
 def _quantize_small(monkeypatch):
     """Matrices of these tests are far below the size from which moments are quantized."""
     monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
+    monkeypatch.setattr("lissom.optim.codec.SHORT", 0)
 
 
 pytestmark = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -837,8 +838,8 @@ def test_seeds_differ_in_their_upper_half(case):
 
 
 def test_fewer_bits_are_never_more_bytes(case, monkeypatch):
-    monkeypatch.setattr("lissom.optim.codec.SMALL", 4096)
+    monkeypatch.undo()  # as it is for users
     for shape in ((64, 64, 1, 1), (8192, 1), (64, 64, 3, 3), (4096, 8), (300, 40), (5000,)):
         sizes = [case(parameters([shape]), state_bits=bits).plan().state_bytes
                  for bits in (32, 16, 8, 4)]
-        assert sizes == sorted(sizes, reverse=True) or max(sizes[2:]) <= sizes[1]
+        assert max(sizes[1:]) <= sizes[0]

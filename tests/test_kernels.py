@@ -245,15 +245,16 @@ def test_reference_is_decode_adam_encode(kind, bits):
     shape, t = (40, 257), 3
     o = {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": False, "state_bits": bits, "seed": KEY[0],
          "rounding": None, "master_bits": None}
+    key = codec.key_of({"index": torch.tensor(KEY[1])}, o)
     g, p = tensors([shape, shape], 4)
     g.view(-1)[5:8] = torch.tensor([1e30, math.inf, 0.0])
     p, g = p.to(kind), g.to(kind)
     ours = store(shape, bits, "cpu", 6)
     theirs = clones(ours)
     direct = clones(ours)
-    n = adam8(g, *ours, bits=bits, t=t, key=KEY, start=16, **BETAS)
+    n = adam8(g, *ours, bits=bits, t=t, key=key, start=16, **BETAS)
     weight = p.clone()
-    adamw8(weight, g, *direct, bits=bits, t=t, lr=1e-2, weight_decay=0.1, key=KEY, start=16,
+    adamw8(weight, g, *direct, bits=bits, t=t, lr=1e-2, weight_decay=0.1, key=key, start=16,
            stochastic=True, maximize=True, **BETAS)
 
     names = ("exp_avg", "exp_avg_sq", "exp_avg.scale", "exp_avg_sq.scale")
