@@ -28,6 +28,7 @@ from ..optim import (
 )
 from ..optim.base import COMMON, MatrixOptimizer
 from ..optim.options import Option
+from ..optim.reparam import adapters
 
 __all__ = ["OPTIMIZERS", "PEERS", "Entry", "add_options", "build", "build_peer", "options_of",
            "state_bytes"]
@@ -68,6 +69,16 @@ def _lora(model: nn.Module, rank: int | None) -> Any:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
+def _lora_two_rates(model: nn.Module, rank: int | None) -> Any:
+    """Factors at a rate of their own, the best of a small grid; the given one is the rest's."""
+    _lora(model, rank)
+    factors = [(x.names[k], x.tensors[k]) for x in adapters(model) for k in "AB"]
+    taken = {name for name, _ in factors}
+    rest = [(name, p) for name, p in model.named_parameters()
+            if p.requires_grad and name not in taken]
+    return [{"params": factors, "lr": 4e-3}, {"params": rest}]
+
+
 def _switchlora(model: nn.Module, rank: int | None) -> Any:
     assert rank is not None
     return adapter_groups(lora(model, rank))
@@ -79,13 +90,14 @@ OPTIMIZERS: dict[str, Entry] = {
     "adamw-two-rates": Entry(AdamW, 1e-2, groups=_two_rates),
     "adamw8bit": Entry(AdamW8bit, 1.5e-3, groups=_named),
     "lora": Entry(AdamW, 4e-3, groups=_lora),
+    "lora-two-rates": Entry(AdamW, 1e-2, groups=_lora_two_rates),
     # a tenth of 600 steps, as the paper takes a tenth of its runs
     "switchlora": Entry(SwitchLoRAAdamW, 1e-2, {"decay_steps": 60}, groups=_switchlora),
     "galore": Entry(GaLoreAdamW, 4e-2),
     "dct-adamw": Entry(DCTAdamW, 4e-2, {"scale": 0.25, "update_proj_gap": 200}),
     "fira": Entry(FiraAdamW, 2e-2),
     "apollo": Entry(APOLLO, 1e-2),
-    "gradnormlorp": Entry(GradNormLoRPAdamW, 2e-2, {"magnitude_scale": 0.1}),
+    "gradnormlorp": Entry(GradNormLoRPAdamW, 1e-2),
     # one rate for all parameters
     "trion": Entry(Trion, 2e-2, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),
     "muon": Entry(Muon, 5e-3, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None,
