@@ -350,7 +350,7 @@ def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[st
 
     Where the state keeps more of it (:func:`master_slots`) what is cut off goes there. The random
     bits are those of (seed, place among the parameters; step, element): the same on resume, in any
-    grouping, on any number of ranks and on every device.
+    grouping that keeps the order of the parameters, on any number of ranks and on every device.
 
     Args:
         p: a weight or a block of its rows.
