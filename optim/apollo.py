@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from . import project
 from .base import MatrixOptimizer, Update
 from .codec import Slot
 from .lowrank import LowRankOptimizer, LowRankOptions
-from .norms import norms
+from .norms import ALONG, norms
 from .options import Option, choice, real
 from .project import Bases
 from .residual import Residual, gains, limited, limiter_slot
@@ -38,7 +39,8 @@ class _Scaling(Residual):
         assert measured is not None
         along = "full" if o["scale_type"] == "tensor" else side
         size_n, eps = norms(n, along), o["eps"]
-        gain = gains(size_n, norms(low, along), measured, g.numel() / low.numel(), eps)
+        more = math.prod(g.shape[i] / low.shape[i] for i in ALONG[side])
+        gain = gains(size_n, norms(low, along), measured, more, s, eps)
         gain = limited(gain, measured, size_n, s, o, eps)
         return Update(dense=g, gain=(gain * o["scale"]).to(low.dtype))
 
@@ -87,6 +89,9 @@ class APOLLO(LowRankOptimizer):
         MatrixOptimizer.__init__(self, params, {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "amsgrad": amsgrad, **options})
+
+    def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
+        return o["scale_type"] == "channel" and super().by_rows(p, s, o, t)
 
     def residual(self, o: Mapping[str, Any]) -> Residual:
         return _SCALING

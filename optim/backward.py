@@ -585,10 +585,11 @@ class UpdateInBackward(InBackward):
                 "with the first: call step() after each backward pass; to accumulate gradients "
                 "use project_in_backward(optimizer, accumulation)")
         check_gradient(p, g, name)
-        spoilt(name, g, o)
+        work = Work(name, p, g, o)
+        spoilt([work])
         if self.limit is not None:
             _clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
-        optimizer._run([Work(name, p, g, o)], [])
+        optimizer._run([work], [])
         self._done.add(p)
         p.grad = None
 

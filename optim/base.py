@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.adam8 import adamw8
-from . import codec
+from . import codec, sharding
 from .checks import TORCH_ONLY, check_gradient, check_parameter, refuse_torch_only
 from .codec import Slot, State
 from .inner import adam, adam_slots
@@ -47,7 +47,8 @@ from .options import (
     real,
 )
 from .plan import Plan, Row
-from .whole import Waiting, answered
+from .sharding import Rows
+from .whole import Waiting, answered, requested
 
 if TYPE_CHECKING:
     from .backward import InBackward
@@ -71,6 +72,7 @@ COMMON: dict[str, Option] = {
     "master_bits": optional(choice(None, 8, 16)),
     "nonfinite": choice("propagate", "propagate", "skip", "raise"),
     "seed": integer(0, 0, 2**63 - 1),
+    "shards": choice("rows", "rows", "whole"),
 }
 # Kept in the groups by this package, not given by users.
 _BOOKKEEPING = {"format": integer(FORMAT, 1), "skipped_steps": integer(0, 0)}
@@ -97,6 +99,7 @@ class CommonOptions(TypedDict, total=False):
     master_bits: int | None
     nonfinite: str
     seed: int
+    shards: str
     foreach: bool | None
     fused: bool | None
     capturable: bool
@@ -222,6 +225,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     ) -> None:
         """Rules of a method about what its slots hold when they are loaded; raises ValueError."""
 
+    def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
+        """Whether update t of some rows of p needs no others, but for sums over all of them.
+
+        Then a sharded p is updated where its rows are: the rule takes sums over rows by
+        :func:`lissom.optim.codec.row_sum`, the height of the matrix from
+        :func:`lissom.optim.codec.whole_shape`, and what it yields is gathered on one rank. Else
+        every rank works on the whole matrix.
+
+        Args:
+            p: the parameter, a DTensor cut by rows.
+            s: its state as it is kept.
+            o: options of its group.
+            t: 1-based count of the update.
+        """
+        return False
+
     def before_updates(self, work: list[Work]) -> None:
         """What a step does to parameters that act together, after all checks of the step.
 
@@ -331,6 +350,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         named = [q if isinstance(q, tuple) else (None, q) for q in params]
         for i, (name, p) in enumerate(named):
             check_parameter(p, name or f"parameter {i}", where)
+            sharding.check_placements(p, name or f"parameter {i}", where)
         group["params"] = [p for _, p in named]
         explicit = {self.spellings.get(k, k) for k in group}
         names = [name for name, _ in named]
@@ -393,7 +413,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _create_state(self, p: Tensor, o: Mapping[str, Any]) -> None:
         """Zeros for every slot; ``index`` counts the parameters of the same rule before p."""
-        state = {name: slot.empty() for name, slot in self.stored_slots(p, o).items()}
+        state = {name: sharding.new(slot, p) for name, slot in self.stored_slots(p, o).items()}
         if self._next_index is None:
             used = [int(s["index"]) for s in self.state.values()]
             self._next_index = [1 + max((i for i in used if i < _DENSE), default=-1),
@@ -457,7 +477,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 for k, x in slots.items()):
             return state
         if not int(state["step"]):
-            fresh = {k: x.empty() for k, x in slots.items()}
+            fresh = {k: sharding.new(x, p) for k, x in slots.items()}
             fresh["index"].copy_(state["index"])
             return fresh
         return checked_state(self, p, state, o, f"{name!r} or its options have changed, its "
@@ -530,7 +550,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             window: them.
             moved: names of those that were updated before, to which theirs are added.
         """
-        touched = {w.name: [w.p, *self.state[w.p].values()] for w in window}
+        touched = {w.name: [*map(sharding.local, (w.p, *self.state[w.p].values()))]
+                   for w in window}
         before = {name: [x._version for x in xs] for name, xs in touched.items()}
         updates = [self._step_one(w.p, w.g, w.o) for w in window]
         done: set[str] = set()
@@ -553,16 +574,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _windows(self, work: Sequence[Work]) -> Iterator[list[Work]]:
         """Parameters whose updates run together: one, or as many as fit where they may wait."""
         window: list[Work] = []
-        held, most = 0, max([_WINDOW, *(item.p.numel() for item in work)])
-        for item in work:
+        sizes = [sharding.share(item.p, self._rows(item.p, item.o)) for item in work]
+        held, most = 0, max([_WINDOW, *sizes])
+        for item, size in zip(work, sizes, strict=True):
             if not self.waits or self._reason(item.p, item.o) is not None:
                 yield [item]
                 continue
-            if window and held + item.p.numel() > most:
+            if window and held + size > most:
                 yield window
                 window, held = [], 0
             window.append(item)
-            held += item.p.numel()
+            held += size
         if window:
             yield window
 
@@ -575,10 +597,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if g is p.grad:
                 check_gradient(p, g, name)
         self._sync_state()
-        skip = False
-        for name, _, g, o in work:
-            skip |= spoilt(name, g, o)
-        if skip:
+        if spoilt(work):
             for group in self.param_groups:
                 group["skipped_steps"] += 1
             return []
@@ -589,38 +608,59 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Steps that were skipped because of a NaN or Inf gradient (``nonfinite="skip"``)."""
         return max(int(group["skipped_steps"]) for group in self.param_groups)
 
+    def _rows(self, p: Tensor, o: Mapping[str, Any]) -> Rows | None:
+        """The rows of a sharded parameter on which its next update works; None for all of it."""
+        rows = sharding.rows_of(p)
+        if rows is None or o["shards"] == "whole":
+            return None
+        if self._reason(p, o) is None:
+            apart = self.by_rows(p, self.state[p], o, int(self.state[p]["step"]) + 1)
+        else:  # the blocks of a quantized vector go over the cuts
+            apart = p.ndim > 1 or not any(slot.bits for slot in self._layouts[p].values())
+        return rows if apart else None
+
     def _step_one(self, p: Tensor, g: Tensor, o: dict[str, Any]) -> Waiting[None]:
         """From gradient to parameter, for one parameter; waits where its update does."""
-        stored = self.state[p]
-        t = int(stored["step"]) + 1
+        state, slots, rows = self.state[p], self._layouts[p], self._rows(p, o)
+        t = int(state["step"]) + 1
+        gather = sharding.whole if rows is None else sharding.local
+        x, g, *rest = map(gather, (p, g, *state.values()))
+        stored = dict(zip(state, rest, strict=True))
         if self._reason(p, o) is not None:
-            self._step_adamw(p, g, stored, self._layouts[p], o, t)
+            self._step_adamw(x, g, stored, slots, o, t, rows)
         else:
             shape = self.matrix_shape(p, o)
-            matrix = p.reshape(shape)  # a copy where the memory format allows no view
-            slots = self._layouts[p]
-            s = codec.Decoded(stored, slots, p)
+            shape = shape if rows is None else (len(x), *shape[1:])
+            matrix = x.reshape(shape)  # a copy where the memory format allows no view
+            s = codec.Decoded(stored, slots, p, rows)
             s["weight"] = matrix
             lifted = None if self._backward is None else self._backward.lifted(p, s, o, t)
             u = self.update(negated(g.reshape(shape), o), s, o, t) if lifted is None else lifted
             if isinstance(u, Generator):
-                u = yield from u
-            _apply(matrix, u, stored, o, t)
-            if matrix.data_ptr() != p.data_ptr():
-                p.copy_(matrix.view(p.shape))
+                u = yield from requested(u, rows)
+            _apply(matrix, u, stored, o, t, 0 if rows is None else rows.start * shape[-1])
+            if matrix.data_ptr() != x.data_ptr():
+                x.copy_(matrix.view(x.shape))
             codec.encode(s, stored, slots, o, t)
-        stored["step"] += 1
+        if rows is None and sharding.is_sharded(p):
+            for name, kept in stored.items():
+                sharding.keep(state[name], kept)
+            sharding.keep(p, x)
+        state["step"] += 1
         if self._backward is not None:
             self._backward.consumed(p)
 
     @staticmethod
     def _step_adamw(p: Tensor, g: Tensor, stored: dict[str, Tensor], slots: Mapping[str, Slot],
-                    o: dict[str, Any], t: int) -> None:
+                    o: dict[str, Any], t: int, rows: Rows | None = None) -> None:
         """AdamW in one operation, or on row blocks: no temporary is larger than a block.
 
         Source: Loshchilov and Hutter, arXiv 1711.05101; decay before the update, as in torch.
         """
-        fused = codec.Decoded(stored, slots, p).stored_pair(g, o)
+        first = 0 if rows is None else rows.start * math.prod(p.shape[1:])
+        if not p.numel():
+            return
+        fused = codec.Decoded(stored, slots, p, rows).stored_pair(g, o)
         if fused is not None and p.is_contiguous() and "master" not in stored:
             adamw8(p, g, **fused, lr=o["lr"], weight_decay=o["weight_decay"], t=t,
                    maximize=o["maximize"], stochastic=codec.random_rounding(p, o))
@@ -630,11 +670,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         start = 0
         for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
             block = {**stored, **dict(zip(names, moments, strict=True))}
-            s = codec.Decoded(block, slots, p)
+            s = codec.Decoded(block, slots, p, rows)
             x = codec.read_weight(p_, block)
             u = adam(negated(codec.wide(g_), o), s, o, t)
             x.mul_(keep).addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
-            codec.write_weight(p_, x, block, o, t, start)
+            codec.write_weight(p_, x, block, o, t, first + start)
             codec.encode(s, block, slots, o, t, start)
             start += p_.numel()
 
@@ -691,7 +731,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Returns:
             A new tensor of p's shape; p's own values where nothing more is kept.
         """
-        return codec.read_weight(p.detach(), self.state.get(p, {})).clone()
+        kept = {k: sharding.local(x) for k, x in self.state.get(p, {}).items()}
+        with torch.no_grad():
+            x = codec.read_weight(sharding.local(p), kept).clone()
+        return sharding.like(p, x)
 
     # ---------------------------------------------------------------- report
 
@@ -731,16 +774,22 @@ def _given(p: Tensor) -> Tensor | None:
     return p.grad
 
 
-def spoilt(name: str, g: Tensor, o: Mapping[str, Any]) -> bool:
+def spoilt(work: Sequence[Work]) -> bool:
     """Whether a gradient is a reason to skip the step; raises FloatingPointError if so asked."""
-    if o["nonfinite"] == "propagate" or not g.numel():
+    work = [w for w in work if w.o["nonfinite"] != "propagate"]
+    if not work:
         return False
-    if all(bool(x.isfinite()) for x in torch.aminmax(g)):
-        return False
-    if o["nonfinite"] == "raise":
-        raise FloatingPointError(f"the gradient of {name!r} has a NaN or Inf (nonfinite='raise'); "
-                                 "nothing was written")
-    return True
+    bad = torch.tensor([_nonfinite(sharding.local(w.g)) for w in work], dtype=torch.int64)
+    bad = sharding.agreed(bad, [w.p for w in work])
+    for w, flag in zip(work, bad.tolist(), strict=True):
+        if flag and w.o["nonfinite"] == "raise":
+            raise FloatingPointError(f"the gradient of {w.name!r} has a NaN or Inf "
+                                     "(nonfinite='raise'); nothing was written")
+    return bool(bad.any())
+
+
+def _nonfinite(g: Tensor) -> bool:
+    return bool(g.numel()) and not all(bool(x.isfinite()) for x in torch.aminmax(g))
 
 
 def negated(g: Tensor, o: Mapping[str, Any]) -> Tensor:

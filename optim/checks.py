@@ -48,6 +48,10 @@ def check_gradient(p: Tensor, g: Tensor, name: str) -> None:
             kind = TypeError if what == "dtype" else ValueError
             raise kind(f"the gradient of {name!r} has {what} {_plain(has)}, "
                        f"but it must be its parameter's {_plain(needs)}")
+    places = [getattr(x, "placements", None) for x in (p, g)]
+    if places[0] != places[1]:
+        raise ValueError(f"the gradient of {name!r} has placements {places[1]}, "
+                         f"but it must have its parameter's {places[0]}")
 
 
 def _plain(value: Any) -> Any:

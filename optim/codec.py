@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ from ..kernels.linear import dequantize_linear_ref, linear_shapes, quantize_line
 from ..kernels.philox import random_bits16_ref, stochastic_round
 from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
 
+if TYPE_CHECKING:
+    from .sharding import Rows
+
 __all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "counter", "encode", "held", "key_of",
            "master_slots", "moment", "pieces", "random_rounding", "read", "read_weight", "rounded",
-           "stored", "wide", "write", "write_weight"]
+           "row_sum", "rows_of", "stored", "whole_shape", "wide", "write", "write_weight"]
 
 # Their positions are the streams of random bits that round them.
 _ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
@@ -56,7 +59,8 @@ class Slot(NamedTuple):
     """Shape, dtype and device of one state tensor, which starts at zero.
 
     With ``bits`` of 8 or 4 it stands for the two tensors that :func:`stored` gives. On the host it
-    may be ``pinned``, which is done where there is CUDA.
+    may be ``pinned``, which is done where there is CUDA. ``rows`` tells that its first dimension is
+    the parameter's: it is sharded with it.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +68,7 @@ class Slot(NamedTuple):
     device: torch.device
     bits: int = 0
     pinned: bool = False
+    rows: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +89,8 @@ def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
 
     The moments of a float64 parameter are float64 at 32 bits, as torch has them.
     """
-    slot = Slot(tuple(shape), _STORAGE.get(o["state_bits"], torch.float32), p.device)
+    slot = Slot(tuple(shape), _STORAGE.get(o["state_bits"], torch.float32), p.device,
+                rows=shape[:1] == p.shape[:1] != ())
     if o["state_bits"] < 16 and shape and math.prod(shape) >= SMALL:
         if shape[-1] <= SHORT:
             return slot._replace(dtype=torch.bfloat16)
@@ -99,11 +105,13 @@ def stored(name: str, slot: Slot) -> dict[str, Slot]:
     if not slot.bits:
         return {name: slot}
     codes, scale = linear_shapes(slot.shape, slot.bits)
-    return {name: Slot(codes, torch.uint8, slot.device),
-            f"{name}.scale": Slot(scale, torch.float32, slot.device)}
+    rows = slot.rows and len(slot.shape) > 1  # blocks of a vector are not its rows
+    return {name: Slot(codes, torch.uint8, slot.device, rows=rows),
+            f"{name}.scale": Slot(scale, torch.float32, slot.device, rows=rows)}
 
 
-def held(name: str, shape: tuple[int, ...], bits: int | None, p: Tensor) -> dict[str, Slot]:
+def held(name: str, shape: tuple[int, ...], bits: int | None, p: Tensor, rows: bool = False
+         ) -> dict[str, Slot]:
     """Slots for a tensor that is no average: a basis, a residue. See :func:`read`.
 
     Args:
@@ -111,14 +119,16 @@ def held(name: str, shape: tuple[int, ...], bits: int | None, p: Tensor) -> dict
         shape: of the tensor.
         bits: 32, 16, 8 or 4 bits per element; None is p's own dtype.
         p: the parameter.
+        rows: its first dimension may be p's.
     """
+    rows = rows and shape[:1] == p.shape[:1]
     if bits in (None, 16, 32):
         dtype = p.dtype if bits is None else _STORAGE[bits]
-        return {name: Slot(tuple(shape), dtype, p.device)}
+        return {name: Slot(tuple(shape), dtype, p.device, rows=rows)}
     codes, scale = linear_shapes(tuple(shape), bits)
     kind = torch.int8 if bits == 8 else torch.uint8
-    return {name: Slot(codes, kind, p.device),
-            f"{name}.scale": Slot(scale, torch.float32, p.device)}
+    return {name: Slot(codes, kind, p.device, rows=rows),
+            f"{name}.scale": Slot(scale, torch.float32, p.device, rows=rows)}
 
 
 def read(s: Mapping[str, Tensor], name: str, columns: int) -> Tensor | None:
@@ -214,10 +224,12 @@ class Decoded(MutableMapping[str, Tensor]):
         kept: state of a parameter, or of a block of its rows.
         slots: of which quantized moments tell bits and columns.
         p: the parameter; a float64 one has float64 arithmetic.
+        rows: which of its rows ``kept`` is of, if not of all.
     """
 
-    def __init__(self, kept: Mapping[str, Tensor], slots: Mapping[str, Slot], p: Tensor) -> None:
-        self.kept, self.slots = kept, slots
+    def __init__(self, kept: Mapping[str, Tensor], slots: Mapping[str, Slot], p: Tensor,
+                 rows: Rows | None = None) -> None:
+        self.kept, self.slots, self.rows = kept, slots, rows
         self.dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         #: What has been read or set.
         self.opened: dict[str, Tensor] = {}
@@ -267,7 +279,29 @@ class Decoded(MutableMapping[str, Tensor]):
         return {"m": m, "v": v, "m_scale": self.kept.get("exp_avg.scale"),
                 "v_scale": self.kept.get("exp_avg_sq.scale"), "bits": bits,
                 "beta1": o["betas"][0], "beta2": o["betas"][1], "eps": o["eps"],
-                "key": key_of(self, o)}
+                "key": key_of(self, o), "start": self.first("exp_avg")}
+
+    def first(self, name: str) -> int:
+        """Index in the whole slot of the first element of what is here of it."""
+        slot = self.slots[name]
+        return self.rows.start * math.prod(slot.shape[1:]) if self.rows and slot.rows else 0
+
+
+def rows_of(s: Mapping[str, Tensor]) -> Rows | None:
+    """Which rows of the parameter the state s is of, if not of all."""
+    return s.rows if isinstance(s, Decoded) else None
+
+
+def whole_shape(x: Tensor, s: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Shape of the matrix of which x is all, or the rows that the state ``s`` is of."""
+    rows = rows_of(s)
+    return tuple(x.shape) if rows is None else (rows.total, *x.shape[1:])
+
+
+def row_sum(x: Tensor, s: Mapping[str, Tensor]) -> Tensor:
+    """The sum over all rows, of which x is one over those that the state ``s`` is of."""
+    rows = rows_of(s)
+    return x if rows is None else rows.sum(x)
 
 
 def encode(
@@ -282,7 +316,7 @@ def encode(
         slots: as for :class:`Decoded`.
         o: options of the group.
         step: 1-based count of this update, part of the random key.
-        start: index in the whole parameter of the first element of these tensors.
+        start: index of the first element of these tensors among the rows that s is of.
     """
     for stream, name in enumerate(_ORDER):
         if name not in kept or name not in s.opened or kept[name] is s[name]:
@@ -295,8 +329,8 @@ def encode(
         elif kept[name].dtype == s[name].dtype:
             kept[name].copy_(s[name])
         else:
-            kept[name].copy_(stochastic_round(x, torch.bfloat16, start, key_of(kept, o),
-                                              (step, stream)))
+            kept[name].copy_(stochastic_round(x, torch.bfloat16, start + s.first(name),
+                                              key_of(kept, o), (step, stream)))
 
 
 def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
@@ -304,7 +338,7 @@ def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
     if o["master_bits"] is None or p.dtype != torch.bfloat16:
         return {}
     kind = torch.int16 if o["master_bits"] == 16 else torch.int8
-    return {"master": Slot(tuple(p.shape), kind, p.device)}
+    return {"master": Slot(tuple(p.shape), kind, p.device, rows=p.ndim > 0)}
 
 
 def read_weight(p: Tensor, kept: Mapping[str, Tensor]) -> Tensor:

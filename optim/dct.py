@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .sharding import Rows
+
 __all__ = ["by_fft", "columns", "dct", "project", "rows"]
 
 # Where the FFT beats the product: measured with bench.projections on 2 cores (from n = 128 on;
@@ -131,7 +133,7 @@ def dct(x: Tensor, kind: int = 2, dim: int = -1, similarity: str = "auto") -> Te
 
 
 def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: str,
-            old: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            old: Tensor | None = None, cut: Rows | None = None) -> tuple[Tensor, Tensor]:
     """The r basis vectors along dim that x has most of, and x on them, from one transform.
 
     Args:
@@ -143,6 +145,7 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
             choice minimizes what is left of x.
         similarity: as in :func:`dct`.
         old: the last choice, which stays where x is zero or not finite.
+        cut: which rows of a matrix x has, if not all, with ``dim=-1``; norms are summed over all.
 
     Returns:
         Indices (..., r), int32, in ascending order, and R = x Q or Q^T x on them.
@@ -150,7 +153,7 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
     n, other = x.shape[dim], -1 if dim == -2 else -2
     kept: list[Tensor] = []
     scores: Tensor | float = 0.0
-    largest = _largest(x) if norm == 2 else 1.0
+    largest = _largest(x, cut) if norm == 2 else 1.0
     fast = by_fft(n, x.device, similarity)
     place, sign = _packing(n, kind, x.dtype, x.device) if fast else (None, None)
     for part in _parts(x, other, fast):
@@ -164,6 +167,8 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
         scores = scores + sizes.sum(other - 1).flatten(-2)
         kept.append(full)
     assert isinstance(scores, Tensor)
+    if cut is not None:
+        scores = cut.sum(scores.double()).to(x.dtype)
     index = _best(scores if place is None else scores[..., place], r, old)
     at = index if place is None else place[index]
     low = torch.cat([_take(full, at, dim) for full in kept], other)
@@ -182,10 +187,11 @@ def _parts(x: Tensor, other: int, fast: bool) -> Sequence[Tensor]:
     return pieces
 
 
-def _largest(x: Tensor) -> Tensor:
+def _largest(x: Tensor, cut: Rows | None) -> Tensor:
     """The largest entry, by which squares of 1e30 or 1e-30 come into range."""
-    low, high = torch.aminmax(x)
-    return torch.maximum(-low, high).clamp_min(torch.finfo(x.dtype).tiny)
+    low, high = torch.aminmax(x if x.numel() else x.new_zeros(1))
+    largest = torch.maximum(-low, high).clamp_min(torch.finfo(x.dtype).tiny)
+    return largest if cut is None else cut.max(largest)
 
 
 def _best(scores: Tensor, r: int, old: Tensor | None) -> Tensor:

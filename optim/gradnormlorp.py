@@ -92,6 +92,10 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     def residual(self, o: Mapping[str, Any]) -> Residual:
         return RESIDUALS["none"]
 
+    def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
+        # Of a plain weight the lengths of columns are sums over rows at many places.
+        return o["roles"] is not None and super().by_rows(p, s, o, t)
+
     def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
         rank, side, reason = super().describe(p, o)
         return rank, side, reason if o["roles"] is None else f"factor of a pair, {reason}"

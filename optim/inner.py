@@ -107,11 +107,13 @@ class Rule(NamedTuple):
             factor * N. Moments in the state change in place. With ``consume`` R may be overwritten.
         powers: for each moment, what a rotation of the basis does to it: 1 for Rot, 2 for
             Rot o Rot, which keeps a second moment positive.
+        elementwise: an entry of N depends on the same entry of R alone.
     """
 
     slots: Callable[[Shape, Tensor, Options], dict[str, Slot]]
     direction: Callable[[Tensor, State, Options, int, bool], tuple[Tensor, float]]
     powers: Mapping[str, int]
+    elementwise: bool = True
 
 
 def _adamw(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
@@ -177,5 +179,6 @@ RULES: dict[str, Rule] = {
     "momentum": Rule(_momentum_slots, _momentum, {"momentum_buffer": 1}),
     "lion": Rule(_momentum_slots, _lion, {"momentum_buffer": 1}),
     "factored": Rule(_factored_slots, _factored,
-                     {"exp_avg": 1, "exp_avg_sq_row": 2, "exp_avg_sq_col": 2}),
+                     {"exp_avg": 1, "exp_avg_sq_row": 2, "exp_avg_sq_col": 2},
+                     elementwise=False),
 }

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import sharding
+
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
 
@@ -96,14 +98,15 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
     """
     slots = optimizer.stored_slots(p, o)
     if "master" in slots and "master" not in entry:  # a bf16 weight that was trained without it
-        entry = {**entry, "master": slots["master"].empty()}
+        entry = {**entry, "master": sharding.new(slots["master"], p)}
     count = entry.get("projected_count", 0)
     if isinstance(count, Tensor) and count.numel() == 1:
         count = count.item()
     if isinstance(count, (int, float)) and count == 0:
         # Empty buffers of project_in_backward come and go with it.
         entry = {k: x for k, x in entry.items() if not k.startswith("projected") or k in slots}
-        entry = {k: x.empty() for k, x in slots.items() if k.startswith("projected")} | entry
+        entry = {k: sharding.new(x, p) for k, x in slots.items() if k.startswith("projected")
+                 } | entry
     elif "projected_count" not in slots:
         raise ValueError(f"{at}: projected_count={count}: saved in the middle of an accumulation, "
                          "so call project_in_backward(optimizer, ...) before loading it")
@@ -124,8 +127,13 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
         if value.layout != torch.strided or value.is_meta != (slot.device.type == "meta"):
             raise ValueError(f"{at}: {name} saved as a {value.layout} tensor on "
                              f"{value.device}, expected a dense one with values")
-        state[name] = slot.empty().copy_(value.detach())
+        state[name] = sharding.new(slot, p)
+        try:
+            sharding.put(state[name], value.detach())
+        except ValueError as error:
+            raise ValueError(f"{at}: {name} {error}") from None
     for name, value in state.items():
+        value = sharding.local(value)
         if name.endswith("step") and not (0 <= value.item() < 2**53
                                           and value.item() <= state["step"].item()
                                           and value.item() == int(value)):

@@ -201,7 +201,8 @@ class LowRankOptimizer(MatrixOptimizer):
             if side in (name, "full") and o["projection"] == "dct":
                 slots[f"columns_{name}"] = Slot((*batch, r), torch.int32, p.device)
             elif side in (name, "full") and o["projection"] != "random":
-                slots |= codec.held(f"basis_{name}", (*batch, length, r), o["basis_bits"], p)
+                slots |= codec.held(f"basis_{name}", (*batch, length, r), o["basis_bits"], p,
+                                    rows=name == "left")
         if o["keep_energy"] is not None:
             slots["basis_energy"] = codec.counter()
         return slots
@@ -212,7 +213,8 @@ class LowRankOptimizer(MatrixOptimizer):
         Names begin with ``projected``; each but the first two is one of ``Projected.more``.
         """
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        return {"projected": Slot(self._low_shape(p, o), dtype, p.device),
+        shape = self._low_shape(p, o)
+        return {"projected": Slot(shape, dtype, p.device, rows=shape[0] == p.shape[0]),
                 "projected_count": codec.counter()}
 
     def _low_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
@@ -225,6 +227,16 @@ class LowRankOptimizer(MatrixOptimizer):
     def residual(self, o: Mapping[str, Any]) -> Residual:
         """What puts the update together."""
         return residual_of(o)
+
+    def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
+        """R = G Q is a product of rows. New bases are of all rows, unless they are drawn, or
+        chosen by sums over rows.
+        """
+        if self.describe(p, o)[1] != "right" or len(self.matrix_shape(p, o)) > 2 or (
+                not RULES[o["inner"]].elementwise):
+            return False
+        apart = o["projection"] in ("dct", "random") and o["keep_energy"] is None
+        return apart or not self.due(s, o, t)
 
     # ---------------------------------------------------------------- the update
 
@@ -256,7 +268,8 @@ class LowRankOptimizer(MatrixOptimizer):
             t: count of this update.
         """
         residual, rule = self.residual(o), RULES[o["inner"]]
-        side = project.side_of(g.shape[-2], g.shape[-1], o["proj_type"])
+        m, columns = codec.whole_shape(g, s)[-2:]
+        side = project.side_of(m, columns, o["proj_type"])
         low = codec.wide(space.low)
         moments = _turned(rule, s, space, o)
         measured = residual.measure(g, low, space.bases, side, o)
@@ -308,7 +321,7 @@ class LowRankOptimizer(MatrixOptimizer):
             o: options.
             born: update at which they were found; 0 where none were.
         """
-        *batch, m, n = g.shape
+        *batch, m, n = codec.whole_shape(g, s)
         side, r = project.side_of(m, n, o["proj_type"]), min(o["rank"], m, n)
         bases: list[Tensor | None] = []
         for number, (name, length) in enumerate(zip(_SIDES, (m, n), strict=True)):
@@ -336,7 +349,7 @@ class LowRankOptimizer(MatrixOptimizer):
         writes: dict[str, Tensor] = {}
         if o["projection"] == "random":
             new = list(self.bases(g, s, o, t))
-        r = min(o["rank"], *g.shape[-2:])
+        r = min(o["rank"], *codec.whole_shape(g, s)[-2:])
         for number, (basis, side) in enumerate(zip(old, _SIDES, strict=True)):
             if basis is None:
                 continue
@@ -361,14 +374,15 @@ class LowRankOptimizer(MatrixOptimizer):
         new: list[Tensor | None] = [None, None]
         turns: list[Turn | None] = [None, None]
         writes: dict[str, Tensor] = {}
-        low, r, x = None, min(o["rank"], *g.shape[-2:]), codec.wide(g)
+        low, x = None, codec.wide(g)
+        r = min(o["rank"], *codec.whole_shape(g, s)[-2:])
         for number, (basis, side) in enumerate(zip(old, _SIDES, strict=True)):
             if basis is None:
                 continue
             left, name = side == "left", f"columns_{side}"
             index, part = dct.project(x, r, kind=o["dct_basis"], dim=-2 if left else -1,
                                       norm=o["column_norm"], similarity=o["similarity"],
-                                      old=s[name] if born else None)
+                                      old=s[name] if born else None, cut=codec.rows_of(s))
             if o["moments"] == "rotate" and born:
                 turns[number] = project.shift(s[name], index, left)
             new[number] = dct.columns(index, g.shape[-2 if left else -1], o["dct_basis"], g)

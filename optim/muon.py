@@ -124,6 +124,9 @@ class Muon(MatrixOptimizer):
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
 
+    def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
+        return o["split_sizes"] is None and len(self.matrix_shape(p, o)) == 2
+
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
         mu = o["momentum"]
@@ -134,16 +137,16 @@ class Muon(MatrixOptimizer):
             g_ = codec.wide(g_)
             ahead = torch.lerp(m_, g_, 1 - mu)
             b_.copy_(torch.lerp(g_, ahead, mu, out=ahead) if o["nesterov"] else ahead)
-        parts = b.split(o["split_sizes"] or b.shape[-2], -2)
+        parts = b.split(o["split_sizes"], -2) if o["split_sizes"] else (b,)
         factors = yield polar.request(o, *parts, steps=o["ns_steps"],
                                       coefficients=o["ns_coefficients"])
         for m_, g_ in codec.pieces(s["momentum_buffer"], g):
             m_.lerp_(codec.wide(g_), 1 - mu)
         # u = s polar(B), part by part
         scale = ADJUST_LR[o["adjust_lr_fn"] or "original"]
-        gains = [scale(*x.shape[-2:]) for x in parts]
         if len(parts) == 1:
-            return Update(dense=factors[0], gain=gains[0])
+            return Update(dense=factors[0], gain=scale(*codec.whole_shape(g, s)[-2:]))
+        gains = [scale(*x.shape[-2:]) for x in parts]
         rows = [by for by, x in zip(gains, parts, strict=True) for _ in range(x.shape[-2])]
         gain = torch.tensor(rows, dtype=codec.wide(g[:0]).dtype, device=g.device).unsqueeze(-1)
         return Update(dense=torch.cat(factors, -2), gain=gain)

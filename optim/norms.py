@@ -24,7 +24,7 @@ def norms(x: Tensor, side: str) -> Tensor:
     """
     dim = ALONG[side]
     norm: Tensor
-    if x.device.type != "cpu" or x.dtype == torch.float64:
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not x.numel():
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
         return norm
     if side == "left":

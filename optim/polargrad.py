@@ -99,6 +99,9 @@ class PolarGrad(MatrixOptimizer):
             return {}
         return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
 
+    def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
+        return len(self.matrix_shape(p, o)) == 2
+
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
         average, g = s.get("momentum_buffer"), codec.wide(g)
@@ -109,7 +112,8 @@ class PolarGrad(MatrixOptimizer):
         gain: Tensor | float = 1.0
         if o["nuclear_scaling"]:
             # <A, polar(A)> = |A|_*
-            gain = torch.linalg.vecdot(a.flatten(-2), u.flatten(-2).to(a.dtype))[..., None, None]
+            inner = torch.linalg.vecdot(a.flatten(-2), u.flatten(-2).to(a.dtype))
+            gain = codec.row_sum(inner[..., None, None], s)
         if average is None:
             return Update(dense=u, gain=gain)
         average.lerp_(u.to(a.dtype) if direct else g, 1 - o["momentum"])

@@ -106,7 +106,7 @@ class Fira(Residual):
         leak = 1 - scale if released else 0.0
         rest = ((measured.square() - r_.square()).clamp_min(0) + (leak * r_).square()).sqrt()
         more = math.prod(g.shape[i] / low.shape[i] for i in ALONG[side])
-        gain = limited(gains(n_, r_, rest, more, eps), rest, n_, s, o, eps) * correction
+        gain = limited(gains(n_, r_, rest, more, s, eps), rest, n_, s, o, eps) * correction
         gain = gain.to(low.dtype)
         left, right = bases.factors(n.addcmul_(low, gain, value=-1).to(g.dtype))
         return Update(left, right, scale, g, gain if released else gain * scale)
@@ -139,7 +139,7 @@ class ErrorFeedback(Residual):
     needs_gradient = True
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        return codec.held("error", shape, o["error_feedback_bits"] or 32, p)
+        return codec.held("error", shape, o["error_feedback_bits"] or 32, p, rows=True)
 
     def gradient(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Tensor:
         error = codec.read(s, "error", g.shape[-1])
@@ -181,7 +181,8 @@ def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
     return g.addmm_(left, right, alpha=-1) if g.ndim == 2 else g.baddbmm_(left, right, alpha=-1)
 
 
-def gains(size_n: Tensor, size_r: Tensor, rest: Tensor, more: float, eps: float) -> Tensor:
+def gains(size_n: Tensor, size_r: Tensor, rest: Tensor, more: float, s: Mapping[str, Tensor],
+          eps: float) -> Tensor:
     """Factors |N_i| / (|R_i| + eps), bounded where R_i vanishes and N_i does not.
 
     A column of the result, the factor times the norm of what it multiplies, stays within 10 times
@@ -192,13 +193,20 @@ def gains(size_n: Tensor, size_r: Tensor, rest: Tensor, more: float, eps: float)
         size_r: norms of the columns of R.
         rest: norms of the columns that the factors are for.
         more: how many times more entries those columns have than N's.
+        s: state, which tells whether these are all columns.
         eps: keeps the quotient finite.
     """
     quotient = torch.where(size_n > 0, size_n / (size_r + eps), size_n)
-    typical = size_n.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    count = math.prod(codec.whole_shape(size_n, s)[-2:])
+    typical = (_square(size_n, s) / count).sqrt()
     cap = _CAP * math.sqrt(more) * typical / rest
     # Where there is nothing to multiply, nothing is lost; a NaN of the gradient stays one.
     return torch.where(rest == 0, 0.0, torch.minimum(quotient, cap))
+
+
+def _square(x: Tensor, s: Mapping[str, Tensor]) -> Tensor:
+    """The sum of squares of each matrix, of which x has the rows that s is of."""
+    return codec.row_sum(x.square().sum(dim=(-2, -1), keepdim=True), s)
 
 
 def limited(gain: Tensor, rest: Tensor, size_n: Tensor, s: Mapping[str, Tensor],
@@ -213,8 +221,8 @@ def limited(gain: Tensor, rest: Tensor, size_n: Tensor, s: Mapping[str, Tensor],
     if "limiter" not in s:
         return gain
     last, gamma = s["limiter"].double(), o["limiter"]
-    size = (gain * rest).square().sum(dim=(-2, -1), keepdim=True).sqrt()
-    floor = _FLOOR * size_n.square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    size = _square(gain * rest, s).sqrt()
+    floor = _FLOOR * _square(size_n, s).sqrt()
     growth = torch.where(last > floor, size / (last + eps) / gamma, 1.0).clamp_min(1.0)
     size = size / growth
     s["limiter"].copy_(torch.where(size > floor, size, last).view_as(s["limiter"]))

@@ -92,9 +92,12 @@ class Trion(LowRankOptimizer):
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
 
+    def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
+        return self.describe(p, o)[1] == "right" and len(self.matrix_shape(p, o)) == 2
+
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
-        m, n = g.shape[-2:]
+        m, n = codec.whole_shape(g, s)[-2:]
         left = project.side_of(m, n, "std") == "left"
         # B = M + G
         full = s["momentum_buffer"] + g
@@ -102,7 +105,7 @@ class Trion(LowRankOptimizer):
         # b = columns of B Q, or rows of Q^T B
         index, low = dct.project(full, min(o["rank"], m, n), kind=o["dct_basis"],
                                  dim=-2 if left else -1, norm=o["column_norm"],
-                                 similarity=o["similarity"])
+                                 similarity=o["similarity"], cut=codec.rows_of(s))
         basis = dct.columns(index, m if left else n, o["dct_basis"], full)
         factors = (basis, low) if left else (low, basis.mT)
         (o_,) = yield polar.request(o, low, steps=o["ns_steps"])

@@ -1,0 +1,205 @@
+"""Sharded parameters (DTensor): which rows of a matrix a rank holds, and how the rest is reached.
+
+A parameter of FSDP2 is cut along its first dimension: rank i of W holds rows i c to (i + 1) c,
+c = ceil(m / W), the last ranks fewer or none. Two ways to update it:
+
+- **by rows**: the arithmetic runs on this rank's rows, and sums over all rows (:meth:`Rows.sum`)
+  are the only thing that is exchanged. Element-wise rules and projections of the right side.
+- **whole**: gradient, weight and the sharded state are gathered, every rank does what one process
+  would do, bit for bit, and keeps its rows of the result. Any rule and any placement.
+
+State is sharded by one rule: a slot whose rows are the parameter's (:attr:`Slot.rows`) is a
+DTensor placed like it, all else is a plain tensor that is equal on all ranks.
+
+Without ``torch.distributed`` nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor, Placement
+
+    from .codec import Slot
+
+__all__ = ["Rows", "agreed", "check_placements", "is_sharded", "keep", "like", "local", "new",
+           "put", "rows_of", "share", "whole"]
+
+
+class Rows(NamedTuple):
+    """The rows of a matrix that this rank holds.
+
+    Args:
+        start: number of the first one.
+        total: rows of the whole matrix.
+        counts: rows of each rank.
+        rank: this rank's number among them.
+        group: the ranks among which the matrix is cut.
+    """
+
+    start: int
+    total: int
+    counts: tuple[int, ...]
+    rank: int
+    group: ProcessGroup
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over all ranks, equal on each; x itself is not changed."""
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=self.group)
+        return total
+
+    def max(self, x: Tensor) -> Tensor:
+        """The largest x of all ranks, entry by entry."""
+        most = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=self.group)
+        return most
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether x is a DTensor. A process that made one has imported their class."""
+    if type(x) is Tensor or type(x) is torch.nn.Parameter or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def local(x: Tensor) -> Tensor:
+    """What this rank holds of x: the storage itself. To be called without gradients."""
+    return _dtensor(x).to_local() if is_sharded(x) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of x, gathered if it is sharded; a collective operation."""
+    return _dtensor(x).full_tensor() if is_sharded(x) else x
+
+
+def keep(x: Tensor, value: Tensor) -> None:
+    """Write a whole value to x: this rank's part of it if x is sharded. Sends nothing."""
+    if is_sharded(x):
+        from torch.distributed.tensor import distribute_tensor
+
+        d = _dtensor(x)
+        part = distribute_tensor(value, d.device_mesh, d.placements, src_data_rank=None)
+        value = part.to_local()
+    local(x).copy_(value)
+
+
+def put(x: Tensor, value: Tensor) -> None:
+    """Write a saved value to x: one placed like it, or all of it. ValueError for another."""
+    if not is_sharded(value):
+        keep(x, value)
+        return
+    places = (_dtensor(value).device_mesh, tuple(_dtensor(value).placements))
+    if not is_sharded(x):
+        raise ValueError(f"saved as a DTensor with placements {places[1]}, expected a plain tensor")
+    if places != (_dtensor(x).device_mesh, tuple(_dtensor(x).placements)):
+        raise ValueError(f"saved with placements {places[1]} on {places[0]}, expected "
+                         f"{tuple(_dtensor(x).placements)} on {_dtensor(x).device_mesh} (load a "
+                         "state of other ranks through torch.distributed.checkpoint)")
+    local(x).copy_(local(value))
+
+
+def new(slot: Slot, p: Tensor) -> Tensor:
+    """The first value of a slot of p: zeros, sharded as p is where the slot has its rows."""
+    if not slot.rows or not is_sharded(p):
+        return slot.empty()
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    d = _dtensor(p)
+    places = _places(slot, d)
+    # A tensor without bytes tells the shape of this rank's part.
+    model = torch.empty((), dtype=slot.dtype, device=slot.device).expand(slot.shape)
+    shape = distribute_tensor(model, d.device_mesh, places, src_data_rank=None).to_local().shape
+    part = slot._replace(shape=tuple(shape)).empty()
+    stride = torch.empty(slot.shape, device="meta").stride()
+    return DTensor.from_local(part, d.device_mesh, places, run_check=False,
+                              shape=torch.Size(slot.shape), stride=stride)
+
+
+def _places(slot: Slot, p: DTensor) -> Sequence[Placement]:
+    """Placements of a slot: those of p, or of its rows alone where other dimensions differ."""
+    from torch.distributed.tensor import Replicate
+
+    if tuple(slot.shape) == tuple(p.shape):
+        return p.placements
+    return [x if x.is_shard(0) else Replicate() for x in p.placements]
+
+
+def rows_of(p: Tensor) -> Rows | None:
+    """Which rows of p this rank holds, if p is cut by rows along one dimension of its mesh."""
+    if not is_sharded(p):
+        return None
+    d = _dtensor(p)
+    cut = [i for i, x in enumerate(d.placements) if not x.is_replicate()]
+    if len(cut) != 1 or not d.placements[cut[0]].is_shard(0):
+        return None
+    ranks, rank = d.device_mesh.size(cut[0]), d.device_mesh.get_local_rank(cut[0])
+    total = d.shape[0]
+    each = math.ceil(total / ranks)
+    counts = tuple(max(0, min(each, total - i * each)) for i in range(ranks))
+    return Rows(min(rank * each, total), total, counts, rank, d.device_mesh.get_group(cut[0]))
+
+
+def share(p: Tensor, rows: Rows | None) -> int:
+    """Elements of p that one rank works on: the same number on all."""
+    return p.numel() if rows is None else max(rows.counts) * math.prod(p.shape[1:])
+
+
+def like(p: Tensor, part: Tensor) -> Tensor:
+    """A tensor placed as p is, of which ``part`` is what this rank holds."""
+    if not is_sharded(p):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    d = _dtensor(p)
+    return DTensor.from_local(part, d.device_mesh, d.placements, run_check=False, shape=d.shape,
+                              stride=d.stride())
+
+
+def check_placements(p: Tensor, name: str, where: str) -> None:
+    """Refuse a DTensor whose parts are no plain cut: TypeError by name."""
+    if not is_sharded(p):
+        return
+    from torch.distributed.tensor import Replicate, Shard
+
+    places = _dtensor(p).placements
+    # Exact types: torch's cut of a cut (FSDP2 over tensor parallel) is a class of its own.
+    if any(type(x) not in (Replicate, Shard) for x in places):
+        raise TypeError(f"{where}: {name} has placements {tuple(places)}, but each must be Shard "
+                        "or Replicate; with tensor parallelism under FSDP2 shard the dimension "
+                        "that tensor parallelism leaves (fully_shard(..., shard_placement_fn=...))")
+
+
+def agreed(flags: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Flags (0 or 1, on the host) that any rank has set, on every rank that shares a parameter.
+
+    Args:
+        flags: int64, equal in length on all ranks.
+        params: whose meshes tell the ranks; without a DTensor among them nothing is sent.
+    """
+    done: set[Any] = set()
+    for p in params:
+        if not is_sharded(p):
+            continue
+        mesh = _dtensor(p).device_mesh
+        for i in range(mesh.ndim):
+            group = mesh.get_group(i)
+            if group not in done:
+                done.add(group)
+                there = flags.to(local(p).device)
+                torch.distributed.all_reduce(there, torch.distributed.ReduceOp.MAX, group=group)
+                flags = there.to(flags.device)
+    return flags
+
+
+def _dtensor(x: Any) -> DTensor:
+    return x  # type: ignore[no-any-return]
