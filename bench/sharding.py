@@ -1,0 +1,60 @@
+"""What each rank holds of a parameter under FSDP2: a model, in one place.
+
+``fully_shard`` cuts a parameter along dimension 0 into the chunks of ``torch.chunk``: ranks get
+ceil(rows / ranks) rows each until none are left, so the last ones may get fewer, or nothing. Slots
+of the state follow by one rule, :func:`is_sharded`:
+
+==============================================  ==================================================
+a slot whose first dimension is the parameter's  cut alike: moments that have the parameter's rows,
+                                                 error feedback, split masters, a left basis (m, r)
+every other slot                                 the same on every rank: a right basis (n, r),
+                                                 moments (r, n) whose rows are the rank, limiters,
+                                                 counters, magnitudes of the columns
+==============================================  ==================================================
+
+The rule reads the first dimension and nothing else: where another dimension happens to equal the
+rows (a right basis of a square matrix), that slot is cut too. Codes and scales of a quantized slot
+are slots of their own, and as blocks restart at each row both have its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..optim.codec import Slot
+
+__all__ = ["chunk_rows", "is_sharded", "rank_bytes"]
+
+
+def chunk_rows(rows: int, ranks: int) -> list[int]:
+    """Rows of each rank: those of ``torch.chunk``, then zeros."""
+    most = -(-rows // ranks)
+    return [max(0, min(most, rows - i * most)) for i in range(ranks)]
+
+
+def is_sharded(shape: Sequence[int], slot: Slot) -> bool:
+    """Whether a slot of a parameter of this (full) shape is cut along its dimension 0."""
+    return bool(shape) and bool(slot.shape) and slot.shape[0] == shape[0]
+
+
+def rank_bytes(shape: Sequence[int], slots: Mapping[str, Slot], ranks: int) -> list[int]:
+    """Bytes of a parameter's slots on each rank.
+
+    Args:
+        shape: full shape of the parameter.
+        slots: tensors that are kept for it, in full: ``optimizer.stored_slots(p, group)``. The
+            parameter and its gradient are slots of this kind too.
+        ranks: how many it is sharded over, >= 1.
+
+    Returns:
+        One number for each rank; the first is the largest.
+    """
+    held = [0] * ranks
+    rows = chunk_rows(shape[0], ranks) if shape else []
+    for slot in slots.values():
+        if is_sharded(shape, slot):
+            row = slot.nbytes // slot.shape[0] if slot.shape[0] else 0
+            held = [h + row * count for h, count in zip(held, rows, strict=True)]
+        else:
+            held = [h + slot.nbytes for h in held]
+    return held
