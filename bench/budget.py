@@ -29,7 +29,8 @@ _PARAMS = {
     "lora": "[p for p in lora(model, rank={rank}, init='lora').parameters() if p.requires_grad]",
     "switchlora": "adapter_groups(lora(model, rank={rank}))",
 }
-_CALLS = {"project": "; project_in_backward(optimizer)", "update": "; update_in_backward(optimizer)"}
+_CALLS = {"project": "; project_in_backward(optimizer)",
+          "update": "; update_in_backward(optimizer)"}
 
 
 def parse_size(text: str) -> int:
@@ -95,8 +96,9 @@ def choices(source: Source, budget: int, *, dtype: torch.dtype, reserve: int, ba
         dtype: of the weights.
         reserve: bytes for what is not estimated: the device's context, temporaries of a step,
             fragmentation.
-        batch, length: tokens of a micro-batch, for the activations; a model that takes none has
+        batch: sequences of a micro-batch, for the activations; a model that takes no tokens has
             none counted.
+        length: tokens of a sequence.
         ranks: over which FSDP2 shards.
         rank: None tries the source's, a half, a quarter, an eighth and a sixteenth of it.
         in_backward: None tries all that the optimizer accepts.
@@ -107,7 +109,8 @@ def choices(source: Source, budget: int, *, dtype: torch.dtype, reserve: int, ba
         What fits, then for each optimizer that does not its smallest form.
     """
     bits_given = options.pop("state_bits", None)
-    tried_ranks = [rank] if rank else [r for i in range(5) if (r := source.rank >> i)]
+    halves = [source.rank >> i for i in range(5)]
+    tried_ranks = [rank] if rank else [x for x in halves if x]
     tried_bits = [bits_given] if bits_given else list(BITS)
     fitting: list[Choice] = []
     least: list[Choice] = []
@@ -115,7 +118,8 @@ def choices(source: Source, budget: int, *, dtype: torch.dtype, reserve: int, ba
         best: dict[str, Choice] = {}
         smallest: Choice | None = None
         accepted: tuple[str, ...] = ()
-        for r in tried_ranks if _ranked(name) else [None]:
+        ranks_: list[int | None] = [*tried_ranks] if _ranked(name) else [None]
+        for r in ranks_:
             active: int | None = None
             for bits in tried_bits:
                 own = _with_bits(name, bits, options)

@@ -64,19 +64,18 @@ class Held(NamedTuple):
 
 def _torch_adamw(model: nn.Module) -> dict[Tensor, dict[str, Slot]]:
     """The state of torch.optim.AdamW, which has the weights' dtype, after a step without values."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=1e-3)
-    for p in params:
-        p.grad = torch.empty_like(p)
+    twins = {nn.Parameter(torch.empty_like(p, device="meta")): p for p in model.parameters()
+             if p.requires_grad}
+    optimizer = torch.optim.AdamW(twins, lr=1e-3)
+    for twin in twins:
+        twin.grad = torch.empty_like(twin)
     optimizer.step()
-    for p in params:
-        p.grad = None
-    return {p: {k: Slot(tuple(x.shape), x.dtype, x.device) for k, x in state.items()}
-            for p, state in optimizer.state.items() if isinstance(p, Tensor)}
+    return {p: {k: Slot(tuple(x.shape), x.dtype, p.device if x.is_meta else x.device)
+                for k, x in optimizer.state[twin].items()} for twin, p in twins.items()}
 
 
 def _bitsandbytes(model: nn.Module) -> dict[Tensor, dict[str, Slot]]:
-    """bitsandbytes' AdamW8bit: two codes an element, scales for 256 in a row; small ones in fp32.
+    """AdamW8bit of bitsandbytes: two codes an element, scales for 256 in a row; small ones in fp32.
 
     Beside them one codebook of 256 values for each moment, which all parameters share; it is
     counted with the first.
@@ -169,7 +168,8 @@ def holdings(name: str, model: nn.Module, rank: int | None, **options: Any) -> l
         options_of = {p: o for _, p, o in optimizer._named()}
         slots = {p: _placed(optimizer.stored_slots(p, o), o) for p, o in options_of.items()
                  if p in optimizer.state}
-    kind, uses = _kinds(model), {}
+    kind = _kinds(model)
+    uses: dict[Tensor, int] = {}
     for _, p in model.named_parameters(remove_duplicate=False):
         uses[p] = uses.get(p, 0) + 1
     found = []
@@ -197,7 +197,7 @@ def modes(name: str, model: nn.Module, rank: int | None, **options: Any) -> tupl
     accepted = ["none"]
     for mode, attach in (("project", project_in_backward), ("update", update_in_backward)):
         try:
-            attach(optimizer).remove()  # type: ignore[operator]
+            attach(optimizer).remove()
         except ValueError:
             continue
         accepted.append(mode)
@@ -277,7 +277,6 @@ def count(held: Sequence[Held], in_backward: str = "none", ranks: int = 1) -> di
         beside the shards, an estimate; 0 for one rank), ``by_kind`` (the same, where it can be
         divided).
     """
-
     total = {"parameters": 0, "weights": 0, "gradients": 0, "optimizer_state": 0}
     by_kind: dict[str, dict[str, int]] = {}
     host = candidates = trainable = 0

@@ -149,7 +149,7 @@ def measure(source: Source, name: str, rank: int | None, *, dtype: torch.dtype, 
             held = {"activations": counter.now() - idle}
             peak = max(peak, counter.most())
             counter.reset()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             del loss, batch_
             held |= {"gradients": counter.now() - idle, "backward": counter.most()}
             before = counter.now()

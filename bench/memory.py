@@ -66,7 +66,8 @@ def estimate(source: Source, name: str, rank: int | None, *, dtype: torch.dtype,
         name: of an optimizer, as in :func:`account`.
         rank: of projections.
         dtype: of the weights; an optimizer of another package may have its own.
-        batch, length: tokens of a micro-batch.
+        batch: sequences of a micro-batch.
+        length: tokens of a sequence.
         ranks: over how many FSDP2 shards.
         in_backward: what happens to gradients, as in :func:`lissom.bench.estimate.count`; where
             the optimizer refuses it, they wait for the step.
@@ -147,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             source = sources.from_config(args.config)
         else:
             source = sources.from_name(args.model)
+        if not all(x.isdigit() for x in args.ranks.split(",")):
+            raise ValueError(f"--ranks {args.ranks!r} must be ints >= 1, separated by commas")
         ranks = [int(x) for x in args.ranks.split(",")]
         size = budget.parse_size(args.budget) if args.budget else 0
         reserve = budget.parse_size(args.reserve)
@@ -352,7 +355,8 @@ def _label(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 
 def _show(rows: Sequence[dict[str, Any]], parts: Sequence[str], last: str = "total") -> None:
     scale, unit = _unit(rows)
-    head = (f"{unit} (1e{len(str(int(scale))) - 1} bytes)", *(x.replace("_", " ") for x in parts), last)
+    head = (f"{unit} (1e{len(str(int(scale))) - 1} bytes)", *(x.replace("_", " ") for x in parts),
+            last)
 
     def cell(x: int | None) -> str:
         return "" if x is None else f"{x / scale:.2f}"

@@ -64,7 +64,8 @@ def from_config(file: str) -> Source:
         if names:
             model: nn.Module = getattr(transformers, names[0])._from_config(config)
         else:
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            auto: Any = transformers.AutoModelForCausalLM
+            model = auto.from_config(config)
         return model
 
     width = getattr(config, "hidden_size", None)
