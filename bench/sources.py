@@ -55,7 +55,7 @@ def from_config(file: str) -> Source:
     try:
         config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True,
                                                          trust_remote_code=False)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"--config {file!r} must be of a model that transformers knows: "
                          f"{error}") from None
     names = [x for x in getattr(config, "architectures", None) or [] if hasattr(transformers, x)]

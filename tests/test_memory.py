@@ -165,8 +165,8 @@ def test_what_is_sharded():
     optimizer = optim.AdamW8bit([p])
     slots = optimizer.stored_slots(p, optimizer.param_groups[0])
     assert sharding.rank_bytes((5000,), slots, 2) == [2 * (5000 + 4 * 20) + 12] * 2
-    assert sharding.rank_bytes((), {"exp_avg": Slot((), torch.float32, torch.device("cpu"))}, 3) == [
-        4, 4, 4]
+    number = Slot((), torch.float32, torch.device("cpu"))
+    assert sharding.rank_bytes((), {"exp_avg": number}, 3) == [4, 4, 4]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -235,11 +235,11 @@ def test_budget_lines_give_what_they_say():
                  "project_in_backward", "update_in_backward"):
         everything[name] = getattr(optim, name)
     modes, sizes = set(), (1_500_000, 780_000)
-    for size, x in [(size, x) for size in sizes for x in find(size)]:
-        assert x.fits == (x.total <= size)
+    for most, x in [(size, x) for size in sizes for x in find(size)]:
+        assert x.fits == (x.total <= most)
         modes |= {(x.optimizer, x.in_backward)} if x.fits else set()
         scope = {**everything, "model": Llama(SMALL).bfloat16()}
-        exec(x.line, scope)  # noqa: S102
+        exec(x.line, scope)
         optimizer = scope["optimizer"]
         buffers = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items()
                       if k.startswith("projected"))
