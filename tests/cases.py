@@ -69,6 +69,7 @@ COMMON_BAD = {
     "master_bits": [32, 4, "8", True],
     "nonfinite": ["ignore", None],
     "seed": [-1, 1.5],
+    "metrics": [1, "yes"],
 }
 
 LOW_RANK_BAD = {
