@@ -290,7 +290,7 @@ def _budget(source: Source, size: int, reserve: int, args: argparse.Namespace,
         raise ValueError(f"--ranks {args.ranks} must be one number with --budget")
     tried = tuple(x for x in budget.CANDIDATES if x in chosen)
     if not tried:
-        raise ValueError(f"--optimizers {args.optimizers} must have one of "
+        raise ValueError(f"--optimizers {args.optimizers} must be or have one of "
                          f"{', '.join(budget.CANDIDATES)} with --budget")
     found = budget.choices(source, size, dtype=_DTYPES[args.dtype], reserve=reserve,
                            batch=args.batch, length=args.length, ranks=ranks[0], rank=args.rank,
@@ -337,7 +337,7 @@ def _lines(table: Sequence[tuple[str, ...]], left: int = 1) -> None:
 
 
 def _unit(rows: Sequence[dict[str, Any]]) -> tuple[float, str]:
-    return (1e9, "GB") if max(row["total"] for row in rows) >= 1e9 else (1e6, "MB")
+    return (1e9, "GB") if max(row["total"] for row in rows) >= 5e9 else (1e6, "MB")
 
 
 def _label(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

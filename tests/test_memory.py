@@ -260,6 +260,7 @@ def test_budget_gives_the_most_that_fits():
     (none,) = find(10_000, optimizers=("galore",))
     assert not none.fits
     assert (none.rank, none.bits, none.in_backward) == (1, 4, "update")
+    assert "state_bits=4, basis_bits=4" in none.line
     fixed = find(10**9, optimizers=("galore",), rank=8, state_bits=16, in_backward="update")
     assert [(x.rank, x.bits, x.in_backward) for x in fixed] == [(8, 16, "update")]
     assert find(10**9, optimizers=("galore",), ranks=4)[0].figures["ranks"] == 4
