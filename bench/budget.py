@@ -18,8 +18,8 @@ __all__ = ["BITS", "CANDIDATES", "Choice", "choices", "line_of", "parse_size"]
 #: Bits per element of the moments, most first.
 BITS = (32, 16, 8, 4)
 #: Optimizers that are tried; the others on the command line are these with other options.
-CANDIDATES = ("adamw", "galore", "dct-adamw", "fira", "apollo", "gradnormlorp", "muon", "polargrad",
-              "trion", "lora", "switchlora")
+CANDIDATES = ("adamw", "galore", "dct-adamw", "fira", "apollo", "frugal", "gradnormlorp", "muon",
+              "polargrad", "trion", "lora", "switchlora")
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 #: The constructor's parameters, where they are not param_groups(model, rank=...).
