@@ -16,7 +16,9 @@ import argparse
 import json
 import multiprocessing
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
     parser = _parser()
     args = parser.parse_args(argv)
+    args.command = shlex.join(sys.argv[1:] if argv is None else argv)
     try:
         if args.module:
             source = sources.from_factory(args.module)
@@ -196,7 +199,8 @@ def _about(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
                             text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
     about = {"provider": "lissom", "model": source.name, "batch": args.batch,
-             "length": args.length, "torch": torch.__version__, "commit": commit}
+             "length": args.length, "torch": torch.__version__, "commit": commit,
+             "command": f"python -m lissom.bench.memory {args.command}"}
     if not args.module and not args.config:
         about["vocabulary"] = MODELS[args.model].vocabulary
     return about

@@ -354,6 +354,8 @@ def test_all_optimizers_in_one_table(tmp_path, capsys):
     rows = json.loads(file.read_text())
     assert [row["optimizer"] for row in rows] == [*memory._ALL]
     for row in rows:
+        assert row["command"] == (f"python -m lissom.bench.memory --model small --plot {picture} "
+                                  f"--json {file}")
         assert row["optimizer"] in out
         assert row["total"] == sum(row[k] for k in ("weights", "gradients", "optimizer_state",
                                                     "activations")) - row["host"]
