@@ -14,8 +14,8 @@ every other slot                                  the same on every rank: a righ
 ================================================  ================================================
 
 Codes and scales of a quantized slot are slots of their own; as blocks restart at each row both
-have its rows. A vector has no rows that blocks could restart at: its quantized moments are whole
-on every rank.
+have its rows. A vector has no rows that blocks could restart at: quantized moments that are
+vectors are whole on every rank.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def is_sharded(shape: Sequence[int], name: str, slots: Mapping[str, Slot]) -> bo
     of = name.removesuffix(".scale")
     if of not in _OF_ROWS or not shape or slots[name].shape[:1] != tuple(shape[:1]):
         return False
-    return len(shape) > 1 or f"{of}.scale" not in slots
+    return len(slots[of].shape) > 1 or f"{of}.scale" not in slots
 
 
 def rank_bytes(shape: Sequence[int], slots: Mapping[str, Slot], ranks: int) -> list[int]:

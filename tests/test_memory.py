@@ -165,7 +165,12 @@ def test_what_is_sharded():
     optimizer = optim.AdamW8bit([p])
     slots = optimizer.stored_slots(p, optimizer.param_groups[0])
     assert sharding.rank_bytes((5000,), slots, 2) == [2 * (5000 + 4 * 20) + 12] * 2
-    number = Slot((), torch.float32, torch.device("cpu"))
+    # codes of a vector that is as long as a square matrix
+    cpu = torch.device("cpu")
+    vector = {"magnitude_exp_avg": Slot((8,), torch.uint8, cpu),
+              "magnitude_exp_avg.scale": Slot((1,), torch.float32, cpu)}
+    assert sharding.rank_bytes((8, 8), vector, 2) == [12, 12]
+    number = Slot((), torch.float32, cpu)
     assert sharding.rank_bytes((), {"exp_avg": number}, 3) == [4, 4, 4]
 
 
