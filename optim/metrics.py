@@ -63,10 +63,10 @@ def _ratio(new: Tensor, old: Tensor) -> Tensor:
 
 def energy(optimizer: MatrixOptimizer, s: Mapping[str, Tensor], low: Tensor, g: Tensor) -> None:
     """Keep |R|^2 / |G|^2, the smallest of a batch; of a zero gradient it is NaN."""
-    part, whole = (torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64)
+    part, whole = (torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square()
                    for x in (low, g))
     found = optimizer._measured.setdefault(int(s["index"]), {})
-    found["energy"] = (part / whole).square().amin().to(torch.float32)
+    found["energy"] = (part / whole).amin().to(torch.float32)
 
 
 def metrics_of(optimizer: MatrixOptimizer) -> list[dict[str, Tensor]]:
