@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import resource
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -51,6 +50,8 @@ class _Counter:
 
 def _resident() -> int:
     """The most that the process has had in memory, in bytes."""
+    import resource  # Windows has none, and can estimate all the same
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
