@@ -30,17 +30,21 @@ class Attention(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads = shape.heads
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, nn.Linear(shape.hidden, shape.hidden, bias=False))
+        self.heads, self.kv_heads = shape.heads, shape.kv_heads or shape.heads
+        width = shape.hidden // shape.heads
+        for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
+            self.add_module(f"{name}_proj", nn.Linear(shape.hidden, heads * width, shape.qkv_bias))
+        self.o_proj = nn.Linear(shape.hidden, shape.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(batch, length, hidden) to the same."""
-        q, k, v = (self.get_submodule(f"{name}_proj")(x).unflatten(-1, (self.heads, -1))
-                   .transpose(1, 2) for name in "qkv")
+        q, k, v = (self.get_submodule(f"{name}_proj")(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+                   for name, heads in (("q", self.heads), ("k", self.kv_heads),
+                                       ("v", self.kv_heads)))
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        out: Tensor = self.get_submodule("o_proj")(y.transpose(1, 2).flatten(-2))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                    enable_gqa=self.kv_heads != self.heads)
+        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(-2))
         return out
 
 

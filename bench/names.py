@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..optim import (
     APOLLO,
+    FRUGAL,
     AdamW,
     AdamW8bit,
     DCTAdamW,
@@ -97,6 +98,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "dct-adamw": Entry(DCTAdamW, 4e-2, {"scale": 0.25, "update_proj_gap": 200}),
     "fira": Entry(FiraAdamW, 2e-2),
     "apollo": Entry(APOLLO, 1e-2),
+    "frugal": Entry(FRUGAL, 2e-3),
     "gradnormlorp": Entry(GradNormLoRPAdamW, 1e-2),
     # one rate for all parameters
     "trion": Entry(Trion, 2e-2, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),

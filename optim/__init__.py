@@ -6,6 +6,7 @@ from .backward import project_in_backward, update_in_backward
 from .base import PartialStepError
 from .dctadamw import DCTAdamW
 from .fira import FiraAdamW
+from .frugal import FRUGAL
 from .galore import GaLoreAdamW, GaLoreAdamW8bit
 from .gradnormlorp import GradNormLoRPAdamW
 from .groups import param_groups
@@ -14,12 +15,13 @@ from .muon import Muon
 from .plan import Plan
 from .polargrad import PolarGrad
 from .reparam import adapter_groups, base_weights, lora, merge
+from .report import Report, report
 from .switchlora import SwitchLoRAAdamW
 from .trion import Trion
 from .version import __version__
 
-__all__ = ["APOLLO", "AdamW", "AdamW8bit", "DCTAdamW", "FiraAdamW", "GaLoreAdamW",
+__all__ = ["APOLLO", "AdamW", "AdamW8bit", "DCTAdamW", "FRUGAL", "FiraAdamW", "GaLoreAdamW",
            "GaLoreAdamW8bit", "GradNormLoRPAdamW", "LowRankOptimizer", "Muon", "PartialStepError",
-           "Plan", "PolarGrad", "SwitchLoRAAdamW", "Trion", "__version__", "adapter_groups",
-           "base_weights", "lora", "merge", "param_groups", "project_in_backward",
-           "update_in_backward"]
+           "Plan", "PolarGrad", "Report", "SwitchLoRAAdamW", "Trion", "__version__",
+           "adapter_groups", "base_weights", "lora", "merge", "param_groups",
+           "project_in_backward", "report", "update_in_backward"]

@@ -40,6 +40,7 @@ class AdamW(MatrixOptimizer):
         nonfinite: what a NaN or Inf gradient does: ``"propagate"`` as in torch (default),
             ``"skip"`` the whole step and count it in ``skipped_steps``, or ``"raise"``.
         seed: of the random bits of 16-bit state and weights, an int >= 0. Default 0.
+        metrics: measure each step for :meth:`metrics`. Default False.
         foreach, fused, capturable, differentiable: torch's switches about how a step runs;
             the first two are accepted and change nothing, the last two must be False.
 

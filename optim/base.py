@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.adam8 import adamw8
-from . import codec, sharding
+from . import codec, metrics, sharding
 from .checks import TORCH_ONLY, check_gradient, check_parameter, refuse_torch_only
 from .codec import Slot, State
 from .inner import adam, adam_slots
@@ -73,6 +73,7 @@ COMMON: dict[str, Option] = {
     "nonfinite": choice("propagate", "propagate", "skip", "raise"),
     "seed": integer(0, 0, 2**63 - 1),
     "shards": choice("rows", "rows", "whole"),
+    "metrics": boolean(False),
 }
 # Kept in the groups by this package, not given by users.
 _BOOKKEEPING = {"format": integer(FORMAT, 1), "skipped_steps": integer(0, 0)}
@@ -100,6 +101,7 @@ class CommonOptions(TypedDict, total=False):
     nonfinite: str
     seed: int
     shards: str
+    metrics: bool
     foreach: bool | None
     fused: bool | None
     capturable: bool
@@ -190,6 +192,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._forms: dict[Tensor, tuple[Any, ...]] = {}
         # The slots of each parameter, quantized moments as one.
         self._layouts: dict[Tensor, dict[str, Slot]] = {}
+        # Numbers of the last step by ``index``, of groups that ask for them.
+        self._measured: dict[int, dict[str, Tensor]] = {}
         # Next value of ``index``, of the own rule and of AdamW; None is to be counted.
         self._next_index: list[int] | None = None
         super().__init__(params, defaults | values)
@@ -553,6 +557,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         touched = {w.name: [*map(sharding.local, (w.p, *self.state[w.p].values()))]
                    for w in window}
         before = {name: [x._version for x in xs] for name, xs in touched.items()}
+        measured = metrics.before(self, window)
         updates = [self._step_one(w.p, w.g, w.o) for w in window]
         done: set[str] = set()
         try:
@@ -570,6 +575,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 f"which is {'partly' if partly else 'not'} updated; {len(moved)} parameters "
                 f"had been updated: {', '.join(moved)}") from error
         moved += [w.name for w in window]
+        metrics.after(self, window, measured)
 
     def _windows(self, work: Sequence[Work]) -> Iterator[list[Work]]:
         """Parameters whose updates run together: one, or as many as fit where they may wait."""
@@ -691,6 +697,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().__setstate__({**state, "param_groups": groups})
         self._forms = {}
         self._layouts = {}
+        self._measured = {}
         self._next_index = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -759,6 +766,32 @@ class MatrixOptimizer(torch.optim.Optimizer):
             size = sum(slot.nbytes for slot in self.stored_slots(p, o).values()) if held else 0
             rows.append(Row(name, tuple(p.shape), rule, rank, side, size, reason))
         return Plan(tuple(rows))
+
+
+    def metrics(self) -> list[dict[str, Tensor]]:
+        """Numbers of the last step, for a log: one dict for each group, in order.
+
+        Those of a step are there for groups with ``metrics=True``, an option that may change at
+        any time: ``group["metrics"] = step % 100 == 0``. Measuring takes a copy of one parameter at
+        a time (of a few, where matrices are worked on in batches) and two passes over it. All are
+        tensors on the device of their parameters; nothing waits for it until one is read, with
+        ``float(m["energy"].nanmean())``, say.
+
+        Returns:
+            By name, a vector with an entry for each parameter of the group, NaN where it has
+            none, and left out where no parameter has one:
+
+            - ``update_ratio``: |p_t - p_{t-1}| / |p_{t-1}|, decay and rounding included;
+            - ``energy``: |R|^2 / |G|^2, the share of the (last micro-batch's) gradient that the
+              subspace captures; above 1 it can be where the basis is not orthonormal (APOLLO);
+            - ``limiter``: |S_t| / (limiter |S_{t-1}|) of Fira's norm-growth limiter: 1 where it
+              held the step back, less where it did not, infinite in the first step;
+            - ``last_refresh``: 1-based update in which the basis was found, 0 before the first;
+              there without ``metrics=True`` too, on the host.
+
+            And ``skipped_steps``, a 0-d tensor: steps that ``nonfinite="skip"`` has skipped.
+        """
+        return metrics.metrics_of(self)
 
 
 # -------------------------------------------------------------------- helpers of the loop

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import codec, dct, project
+from . import codec, dct, metrics, project
 from .base import AdamWPart, MatrixOptimizer, Update
 from .codec import Slot, State
 from .inner import RULES, Rule
@@ -80,7 +80,7 @@ class LowRankOptimizer(MatrixOptimizer):
         params: tensors, (name, tensor) pairs, or groups of either;
             :func:`lissom.optim.param_groups` makes suitable groups from a model.
         lr, betas, eps, weight_decay, amsgrad, maximize, state_bits, rounding, master_bits,
-            nonfinite, seed, foreach, fused, capturable, differentiable: as
+            nonfinite, seed, metrics, foreach, fused, capturable, differentiable: as
             :class:`lissom.optim.AdamW`.
         rank: columns of the basis, an int >= 1; None (default) is dense AdamW. Larger than the
             shorter side it is clamped, which :meth:`plan` reports.
@@ -254,7 +254,10 @@ class LowRankOptimizer(MatrixOptimizer):
         if g.dtype == torch.float16:  # R = P^T G Q leaves its range
             g = g.float()
         g = self.residual(o).gradient(g, s, o)
-        return g, self._subspace(g, s, o, t)
+        space = self._subspace(g, s, o, t)
+        if o["metrics"]:
+            metrics.energy(self, s, space.low, g)
+        return g, space
 
     def lift(self, g: Tensor, space: Projected, s: State, o: Mapping[str, Any], t: int) -> Update:
         """The second half: from R to the update.

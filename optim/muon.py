@@ -73,7 +73,7 @@ class Muon(MatrixOptimizer):
             convolutions; ``"batch"`` a stack of matrices in the last two dimensions, for experts.
         betas, amsgrad, lr_adamw, betas_adamw, weight_decay_adamw: of AdamW's part. Defaults
             (0.9, 0.95), False, 3e-4, as betas, as weight_decay.
-        maximize, state_bits, rounding, master_bits, nonfinite, seed: as
+        maximize, state_bits, rounding, master_bits, nonfinite, seed, metrics: as
             :class:`lissom.optim.AdamW`.
 
     Raises:

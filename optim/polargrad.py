@@ -65,7 +65,7 @@ class PolarGrad(MatrixOptimizer):
         matricize: as :class:`lissom.optim.Muon`.
         betas, eps, amsgrad, lr_adamw, betas_adamw, weight_decay_adamw: of AdamW's part. Defaults
             (0.9, 0.95), 1e-8, False, 3e-4, as betas, as weight_decay.
-        maximize, state_bits, rounding, master_bits, nonfinite, seed: as
+        maximize, state_bits, rounding, master_bits, nonfinite, seed, metrics: as
             :class:`lissom.optim.AdamW`.
 
     Raises:

@@ -88,7 +88,7 @@ class Fira(Residual):
                 ) -> Tensor | None:
         # At full rank G - P R is rounding, which is not to be scaled up.
         leak = 1 - o["scale"] if o["residual_scale"] == "released" else 0.0
-        if leak == 0 and all(low.shape[i] >= g.shape[j] for i, j in ((-1, -1), (-2, -2))):
+        if leak == 0 and low.shape == g.shape:
             return None
         return norms(g, side)
 
@@ -122,12 +122,14 @@ class Sign(Residual):
 
     def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
                 ) -> Tensor | None:
+        if low.shape == g.shape:  # full rank: the rest is rounding, whose sign means nothing
+            return None
         return _without(codec.wide(g).clone(), low, bases).sign_()
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         u = super().combine(g, low, n, bases, measured, side, s, o, t)
-        return u._replace(dense=measured, gain=o["scale"])
+        return u if measured is None else u._replace(dense=measured, gain=o["scale"])
 
 
 class ErrorFeedback(Residual):

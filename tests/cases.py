@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lissom.optim import (
     APOLLO,
+    FRUGAL,
     AdamW,
     AdamW8bit,
     DCTAdamW,
@@ -69,6 +70,7 @@ COMMON_BAD = {
     "master_bits": [32, 4, "8", True],
     "nonfinite": ["ignore", None],
     "seed": [-1, 1.5],
+    "metrics": [1, "yes"],
 }
 
 LOW_RANK_BAD = {
@@ -160,6 +162,11 @@ def gradnormlorp(**options: Any) -> Case:
                               "roles": [("A",), ("A", "B", "base"), "A", 3]})
 
 
+def frugal(**options: Any) -> Case:
+    case = low_rank(FRUGAL, oracle.frugal, **options)
+    return replace(case, bad={**case.bad, "free_scale": [-1.0, "x"]}, scaling="sign")
+
+
 # Pairs need a model: what they promise is in test_reparam.py.
 SWITCHLORA_BAD = {
     "roles": [("A", "B"), "A", 3], "scaling": [0.0, "x"], "interval": [0, "often"],
@@ -197,6 +204,8 @@ ROWS = [
     apollo(),
     apollo(scale_type="channel", projection="svd"),
     apollo(scale_type="tensor", projection="svd"),
+    frugal(),
+    frugal(projection="svd", free_scale=0.5),
     trion(),
     trion(adjust_lr_fn="match_rms_adamw", dct_basis=3),
     trion(polar_dtype="bfloat16"),

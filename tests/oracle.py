@@ -381,3 +381,27 @@ def switchlora(weight: Tensor, a: Tensor, b: Tensor, pool_a: Tensor, pool_b: Ten
                 x[i] = (1 - lr * wd) * x[i] - lr * n
         out.append((weight.clone(), a.clone(), b.mT.clone()))
     return out
+
+
+def frugal(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
+    """arXiv 2411.07837, algorithm 1, with GaLore's subspaces, Adam and signSGD."""
+    b1, b2 = o.get("betas", (0.9, 0.999))
+    lr, wd, eps = o.get("lr", 1e-3), o.get("weight_decay", 1e-2), o.get("eps", 1e-8)
+    w = start.double().flatten(1)
+    r, wide = min(o["rank"], *w.shape), w.shape[0] < w.shape[1]
+    out = []
+    for k, g in enumerate(gradients):
+        g = g.double().flatten(1) * (-1 if o.get("maximize") else 1)
+        if k % o["update_proj_gap"] == 0:
+            u, _, vh = torch.linalg.svd(g, full_matrices=False)
+            inside = u[:, :r] @ u[:, :r].mT if wide else vh[:r].mT @ vh[:r]
+            down = (lambda x, u=u: u[:, :r].mT @ x) if wide else (lambda x, vh=vh: x @ vh[:r].mT)
+            up = (lambda x, u=u: u[:, :r] @ x) if wide else (lambda x, vh=vh: x @ vh[:r])
+            m, v = torch.zeros_like(down(g)), torch.zeros_like(down(g))
+        low, free = down(g), g - (inside @ g if wide else g @ inside)
+        m, v = b1 * m + (1 - b1) * low, b2 * v + (1 - b2) * low * low
+        n = (m / (1 - b1 ** (k + 1))) / ((v / (1 - b2 ** (k + 1))).sqrt() + eps)
+        w = (1 - lr * wd) * w - lr * (o.get("scale", 1) * up(n)
+                                      + o.get("free_scale", 1) * free.sign())
+        out.append(w.view(start.shape))
+    return out

@@ -31,7 +31,7 @@ def test_memory_gives_the_table(model, tmp_path):
         file = tmp_path / f"{optimizer}.json"
         assert memory.main(["--model", model, "--optimizer", optimizer, "--rank",
                             str(PAPER_RANK[model]), "--json", str(file)]) == 0
-        figures[optimizer] = json.loads(file.read_text())
+        (figures[optimizer],) = json.loads(file.read_text())
     parameters, weights, adam, galore, low = TABLE[model]
     got = figures["galore"]
     assert round(got["parameters"] / 1e6, 1) == parameters
@@ -50,8 +50,8 @@ def factory():
 
 def test_memory_of_a_module_equals_what_is_held(capsys):
     assert memory.main(["--module", "tests.test_bench:factory", "--rank", "4", "--dtype", "fp32",
-                        "--state-bits", "32", "--json", "-"]) == 0
-    figures = json.loads(capsys.readouterr().out)
+                        "--state-bits", "32", "--optimizer", "galore", "--json", "-"]) == 0
+    (figures,) = json.loads(capsys.readouterr().out)
     model = factory()
     optimizer = names.build("galore", model, 4, 1e-3)
     assert figures["optimizer_state"] == names.state_bytes(optimizer)
@@ -62,7 +62,8 @@ def test_memory_of_a_module_equals_what_is_held(capsys):
 
 def counted(capsys, *argv):
     assert memory.main([*argv, "--json", "-"]) == 0
-    return json.loads(capsys.readouterr().out)
+    (figures,) = json.loads(capsys.readouterr().out)
+    return figures
 
 
 def test_memory_of_reparameterizations(capsys):

@@ -1,0 +1,67 @@
+"""What each rank holds of a parameter under FSDP2: a model, in one place.
+
+``fully_shard`` cuts a parameter along dimension 0 into the chunks of ``torch.chunk``: ranks get
+ceil(rows / ranks) rows each until none are left, so the last ones may get fewer, or nothing. Slots
+of the state follow by one rule, :func:`is_sharded`:
+
+================================================  ================================================
+a slot of rows whose first dimension is that of   cut alike: moments that have the parameter's
+the parameter                                     rows, buffers of R alike, error feedback, split
+                                                  masters, a left basis (m, r)
+every other slot                                  the same on every rank: a right basis (n, r),
+                                                  moments (r, n) whose rows are the rank, indices of
+                                                  cosine columns, limiters, candidates, counters
+================================================  ================================================
+
+Codes and scales of a quantized slot are slots of their own; as blocks restart at each row both
+have its rows. A vector has no rows that blocks could restart at: quantized moments that are
+vectors are whole on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..optim.codec import MOMENTS, Slot
+
+__all__ = ["chunk_rows", "is_sharded", "rank_bytes"]
+
+# Slots that may have the parameter's rows; "weight" and "gradient" are the parameter's own.
+_OF_ROWS = MOMENTS | {"weight", "gradient", "projected", "error", "master", "basis_left"}
+
+
+def chunk_rows(rows: int, ranks: int) -> list[int]:
+    """Rows of each rank: those of ``torch.chunk``, then zeros."""
+    most = -(-rows // ranks)
+    return [max(0, min(most, rows - i * most)) for i in range(ranks)]
+
+
+def is_sharded(shape: Sequence[int], name: str, slots: Mapping[str, Slot]) -> bool:
+    """Whether a slot of a parameter of this (full) shape is cut along its dimension 0."""
+    of = name.removesuffix(".scale")
+    if of not in _OF_ROWS or not shape or slots[name].shape[:1] != tuple(shape[:1]):
+        return False
+    return len(slots[of].shape) > 1 or f"{of}.scale" not in slots
+
+
+def rank_bytes(shape: Sequence[int], slots: Mapping[str, Slot], ranks: int) -> list[int]:
+    """Bytes of a parameter's slots on each rank.
+
+    Args:
+        shape: full shape of the parameter.
+        slots: tensors that are kept for it, in full: ``optimizer.stored_slots(p, group)``. The
+            parameter itself is a slot ``"weight"``, its gradient ``"gradient"``.
+        ranks: how many it is sharded over, >= 1.
+
+    Returns:
+        One number for each rank; the first is the largest.
+    """
+    held = [0] * ranks
+    rows = chunk_rows(shape[0], ranks) if shape else []
+    for name, slot in slots.items():
+        if is_sharded(shape, name, slots):
+            row = slot.nbytes // slot.shape[0] if slot.shape[0] else 0
+            held = [h + row * count for h, count in zip(held, rows, strict=True)]
+        else:
+            held = [h + slot.nbytes for h in held]
+    return held

@@ -1,0 +1,93 @@
+"""FRUGAL: Adam on a few rows or columns of the gradient, its sign everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from typing_extensions import Unpack
+
+from . import project
+from .base import MatrixOptimizer, Update
+from .lowrank import LowRankOptimizer, LowRankOptions
+from .options import Option, choice, real
+from .project import Bases
+from .residual import Residual, Sign
+
+__all__ = ["FRUGAL"]
+
+
+class _Free(Sign):
+    """u = scale * P N + free_scale * sign(G - P R)."""
+
+    def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
+                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+        u = super().combine(g, low, n, bases, measured, side, s, o, t)
+        return u._replace(gain=o["free_scale"])
+
+
+def _coordinates(n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int,
+                 like: Tensor) -> Tensor:
+    """The columns of the identity that belong to r of n coordinates, drawn anew: (..., n, r)."""
+    drawn = torch.rand((*batch, n), generator=project.generator(key, stream))
+    index = drawn.topk(r).indices.sort().values
+    return functional.one_hot(index, n).mT.to(like)
+
+
+class FRUGALOptions(LowRankOptions, total=False):
+    """Options of :class:`FRUGAL`, for type checkers."""
+
+    free_scale: float
+
+
+class FRUGAL(LowRankOptimizer):
+    """Full-rank training with low-rank state: AdamW in a subspace, signSGD in all the rest.
+
+    R = P^T G, N = Adam(R), u = scale * P N + free_scale * sign(G - P R). Every
+    ``update_proj_gap`` steps the subspace is another one, and its moments start from zero. State:
+    2 r max(m, n) numbers. Other arguments, defaults and errors are those of
+    :class:`lissom.optim.LowRankOptimizer`; there is no other ``residual``.
+
+    Args:
+        lr: of both parts: AdamW's, not GaLore's.
+        rank: the paper takes a quarter of the width.
+        scale: default 1.
+        free_scale: multiplies the signs, >= 0. Default 1; the paper's, too, for pre-training.
+        projection: ``"random"`` (default): r coordinates of the shorter side, the same for the
+            whole matrix, drawn from a seed (the paper's RandK in columns); or any other of the
+            base, ``"svd"`` for GaLore's.
+        moments: default ``"reset"``.
+
+    Source: Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for
+    Scalable Training", arXiv 2411.07837. Not offered: its blocks of whole layers, and other rules
+    than Adam and the sign.
+    """
+
+    algorithm: ClassVar[str] = "frugal"
+    options: ClassVar[Mapping[str, Option]] = {
+        **{k: v for k, v in LowRankOptimizer.options.items()
+           if k not in ("residual", "residual_scale", "error_feedback_bits", "limiter")},
+        "projection": choice("random", "svd", "subspace", "randomized", "dct", "random"),
+        "moments": choice("reset", "keep", "rotate", "reset"),
+        "scale": real(1.0),
+        "free_scale": real(1.0),
+    }
+    draw = staticmethod(_coordinates)
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
+        **options: Unpack[FRUGALOptions],
+    ) -> None:
+        MatrixOptimizer.__init__(self, params, {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "amsgrad": amsgrad, **options})
+
+    def residual(self, o: Mapping[str, Any]) -> Residual:
+        return _FREE
+
+
+_FREE = _Free()

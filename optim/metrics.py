@@ -1,0 +1,97 @@
+"""What a step did, in numbers that a training loop can log.
+
+Groups with ``metrics=True`` are measured in each step, here and in
+:meth:`lissom.optim.LowRankOptimizer.project_gradient`; the numbers stay tensors on their devices,
+so that nothing waits for a device until one of them is read. Where no group asks, a step looks at
+the option and does nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import codec, sharding
+
+if TYPE_CHECKING:
+    from .base import MatrixOptimizer, Work
+
+__all__ = ["Before", "after", "before", "energy", "metrics_of"]
+
+#: What was there before a step: copies of a weight and of its limiter.
+Before = Mapping[str, tuple[Tensor, Tensor | None]]
+
+
+def before(optimizer: MatrixOptimizer, window: Sequence[Work]) -> Before:
+    """Copies of the weights that are about to be updated together, where they are measured."""
+    copies = {}
+    for w in window:
+        if w.o["metrics"]:
+            last = optimizer.state[w.p].get("limiter")
+            copies[w.name] = (w.p.detach().clone(), None if last is None else last.clone())
+    return copies
+
+
+def after(optimizer: MatrixOptimizer, window: Sequence[Work], copies: Before) -> None:
+    """Keep what the step did to them."""
+    for w in window:
+        if w.name not in copies:
+            continue
+        old, last = copies[w.name]
+        found = optimizer._measured.setdefault(int(optimizer.state[w.p]["index"]), {})
+        found["update_ratio"] = _ratio(w.p.detach(), old)
+        if last is not None:
+            # |S_t| / (gamma |S_{t-1}|), the largest of a batch
+            now = optimizer.state[w.p]["limiter"]
+            found["limiter"] = (now / (w.o["limiter"] * last)).amax()
+
+
+def _ratio(new: Tensor, old: Tensor) -> Tensor:
+    """|new - old| / |old|, in fp32 and in pieces: neither needs a full-size temporary."""
+    change = old.new_zeros((), dtype=codec.wide(old[:0] if old.ndim else old).dtype)
+    size = change.clone()
+    a, b = (x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1) for x in (new, old))
+    for a_, b_ in codec.pieces(a, b):
+        b_ = codec.wide(b_)
+        change += (codec.wide(a_) - b_).square().sum()
+        size += b_.square().sum()
+    return sharding.whole((change / size).sqrt())
+
+
+def energy(optimizer: MatrixOptimizer, s: Mapping[str, Tensor], low: Tensor, g: Tensor) -> None:
+    """Keep |R|^2 / |G|^2, the smallest of a batch; of a zero gradient it is NaN."""
+    part, whole = (codec.row_sum(
+        torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square(), s)
+        for x in (low, g))
+    found = optimizer._measured.setdefault(int(s["index"]), {})
+    found["energy"] = (part / whole).amin().to(torch.float32)
+
+
+def metrics_of(optimizer: MatrixOptimizer) -> list[dict[str, Tensor]]:
+    """See :meth:`lissom.optim.base.MatrixOptimizer.metrics`."""
+    out = []
+    for group in optimizer.param_groups:
+        states = [optimizer.state.get(p, {}) for p in group["params"]]
+        found: list[Mapping[str, Any]] = [
+            optimizer._measured.get(int(s["index"]), {}) if s else {} for s in states]
+        columns = {name: _column(x.get(name) for x in found)
+                   for name in ("update_ratio", "energy", "limiter")}
+        columns["last_refresh"] = _column(s.get("basis_step") for s in states)
+        row = {name: x for name, x in columns.items() if x is not None}
+        row["skipped_steps"] = torch.tensor(group["skipped_steps"])
+        out.append(row)
+    return out
+
+
+def _column(values: Iterable[Tensor | None]) -> Tensor | None:
+    """One number for each parameter, NaN where there is none; None where no parameter has one."""
+    listed = [*values]
+    there = [x for x in listed if x is not None]
+    if not there:
+        return None
+    like = there[0]
+    nan = torch.full_like(like, torch.nan)
+    return torch.stack([nan if x is None else x.to(like, non_blocking=True) for x in listed])

@@ -1,0 +1,72 @@
+"""FRUGAL beyond the contract: whose columns follow AdamW, and which."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lissom.optim import FRUGAL, GaLoreAdamW
+
+from .helpers import feed, parameters, run
+
+
+def signs(p, gradient, lr, decay):
+    with torch.no_grad():
+        p.mul_(1 - lr * decay).sub_(gradient.sign(), alpha=lr)
+
+
+@pytest.mark.parametrize(("shape", "along"), [((10, 6), 0), ((6, 10), 1)])
+@pytest.mark.parametrize("free", [1.0, 0.5])
+def test_some_columns_are_adamws_and_the_others_signsgds(shape, along, free):
+    (p,), (a,), (b,) = (parameters([shape], 1) for _ in range(3))
+    optimizer = FRUGAL([p], rank=2, lr=1e-2, weight_decay=0.1, free_scale=free)
+    adamw = torch.optim.AdamW([a], lr=1e-2, weight_decay=0.1)
+    for step in range(5):
+        feed([p], step)
+        feed([a], step)
+        optimizer.step()
+        adamw.step()
+        with torch.no_grad():
+            b.mul_(1 - 1e-3).sub_(p.grad.sign(), alpha=1e-2 * free)
+    like_a = ((p - a).abs() < 1e-6).all(along)
+    like_b = ((p - b).abs() < 1e-6).all(along)
+    assert like_a.sum() == 2
+    assert like_b.sum() == 4
+    assert not (like_a & like_b).any()
+    assert set(optimizer.state[p]) == {"step", "index", "basis_step", "exp_avg", "exp_avg_sq"}
+
+
+def test_full_rank_is_adamw():
+    (p,), (q,) = parameters([(6, 8)]), parameters([(6, 8)])
+    ours = FRUGAL([p], rank=6, lr=1e-2)
+    torchs = torch.optim.AdamW([q], lr=1e-2)
+    run(ours, [p], range(5))
+    run(torchs, [q], range(5))
+    assert torch.allclose(p, q, atol=1e-7)
+
+
+def test_coordinates_change_and_moments_start_anew():
+    (p,) = parameters([(40, 30)])
+    optimizer = FRUGAL([p], rank=5, update_proj_gap=2, refresh="synchronous", betas=(0.9, 0.9))
+    chosen = []
+    for step in range(4):
+        feed([p], step)
+        optimizer.step()
+        s, o = optimizer.state[p], optimizer.param_groups[0]
+        basis = optimizer.bases(p.grad, s, o, int(s["basis_step"])).right
+        assert torch.equal(basis.sum(0), torch.ones(5))  # columns of the identity
+        assert basis.sum() == basis.count_nonzero() == 5
+        chosen.append(basis.sum(1).nonzero().flatten().tolist())
+        if step % 2 == 0:
+            assert torch.allclose(s["exp_avg"], 0.1 * p.grad[:, chosen[-1]])
+    assert chosen[0] == chosen[1] != chosen[2] == chosen[3]
+
+
+@pytest.mark.parametrize("projection", ["svd", "subspace", "dct"])
+def test_the_sign_of_rounding_moves_nothing(projection):
+    """At full rank nothing is outside the subspace but rounding errors."""
+    (p,), (q,) = parameters([(6, 8)]), parameters([(6, 8)])
+    both = [GaLoreAdamW([x], rank=6, lr=1e-2, projection=projection, residual=residual)
+            for x, residual in ((p, "sign"), (q, "none"))]
+    run(both[0], [p], range(5))
+    run(both[1], [q], range(5))
+    assert torch.equal(p, q)
