@@ -716,7 +716,7 @@ def test_add_param_group_adds_all_or_nothing(case):
     more = {"lr_adamw": 1e-3} if case.make.algorithm != "adamw" else {}
     optimizer = case(ps, **more)
     before, held = snapshot(optimizer), len(optimizer.state)
-    with pytest.raises(ValueError, match="more than one"):
+    with pytest.raises(ValueError, match=r"more than one|given 2 times"):
         optimizer.add_param_group(case.groups([{"params": [*qs, *ps[:-1]]}])[0])
     assert_same(before, snapshot(optimizer))
     assert len(optimizer.state) == held
