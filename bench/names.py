@@ -30,8 +30,12 @@ from ..optim.base import COMMON, MatrixOptimizer
 from ..optim.options import Option
 from ..optim.reparam import adapters
 
-__all__ = ["OPTIMIZERS", "PEERS", "Entry", "add_options", "build", "build_peer", "options_of",
-           "state_bytes"]
+__all__ = ["OPTIMIZERS", "PEERS", "REST", "Entry", "add_options", "build", "build_peer",
+           "options_of", "state_bytes"]
+
+#: Rate of embeddings, head and norms in the entries with two rates.
+REST = 1e-2
+
 
 class Entry(NamedTuple):
     """An optimizer on the command line.
@@ -54,11 +58,11 @@ def _named(model: nn.Module, rank: int | None) -> Any:
 
 
 def _two_rates(model: nn.Module, rank: int | None) -> Any:
-    """Matrices at a rate of their own (the best of a small grid); the given one is the rest's."""
+    """Matrices of the blocks at the given rate, everything else at REST."""
     groups = param_groups(model, rank)
     for group in groups:
-        if group.pop("rank") is not None:
-            group["lr"] = 1e-3
+        if group.pop("rank") is None:
+            group["lr"] = REST
     return groups
 
 
@@ -70,13 +74,13 @@ def _lora(model: nn.Module, rank: int | None) -> Any:
 
 
 def _lora_two_rates(model: nn.Module, rank: int | None) -> Any:
-    """Factors at a rate of their own, the best of a small grid; the given one is the rest's."""
+    """Factors at the given rate, everything else at REST."""
     _lora(model, rank)
     factors = [(x.names[k], x.tensors[k]) for x in adapters(model) for k in "AB"]
     taken = {name for name, _ in factors}
     rest = [(name, p) for name, p in model.named_parameters()
             if p.requires_grad and name not in taken]
-    return [{"params": factors, "lr": 4e-3}, {"params": rest}]
+    return [{"params": factors}, {"params": rest, "lr": REST}]
 
 
 def _switchlora(model: nn.Module, rank: int | None) -> Any:
@@ -87,10 +91,10 @@ def _switchlora(model: nn.Module, rank: int | None) -> Any:
 #: Optimizers by command-line name.
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(AdamW, 1.5e-3, groups=_named),
-    "adamw-two-rates": Entry(AdamW, 1e-2, groups=_two_rates),
+    "adamw-two-rates": Entry(AdamW, 1e-3, groups=_two_rates),
     "adamw8bit": Entry(AdamW8bit, 1.5e-3, groups=_named),
     "lora": Entry(AdamW, 4e-3, groups=_lora),
-    "lora-two-rates": Entry(AdamW, 1e-2, groups=_lora_two_rates),
+    "lora-two-rates": Entry(AdamW, 4e-3, groups=_lora_two_rates),
     # a tenth of 600 steps, as the paper takes a tenth of its runs
     "switchlora": Entry(SwitchLoRAAdamW, 1e-2, {"decay_steps": 60}, groups=_switchlora),
     "galore": Entry(GaLoreAdamW, 4e-2),
@@ -138,7 +142,8 @@ def build(name: str, model: nn.Module, rank: int | None, lr: float, **options: A
           ) -> MatrixOptimizer:
     """The named optimizer over the model; options of other classes are left out."""
     cls, _, own, groups = OPTIMIZERS[name]
-    known = {**own, **{k: v for k, v in options.items() if k in cls.table()}}
+    parts = ("lr_adamw",) if cls.algorithm != "adamw" else ()  # rate of what is no matrix
+    known = {**own, **{k: v for k, v in options.items() if k in cls.table() or k in parts}}
     make: Callable[..., MatrixOptimizer] = cls
     return make(groups(model, rank), lr=lr, **known)
 

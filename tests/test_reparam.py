@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -717,6 +719,35 @@ def test_peft_models_train_save_and_merge(dora, tmp_path):
         torch.testing.assert_close(loaded(input_ids=TOKENS).logits, logits, rtol=0, atol=1e-6)
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(input_ids=TOKENS).logits, logits, rtol=0, atol=2e-5)
+
+
+def test_readme_shows_them_on_peft_models(tmp_path, monkeypatch):
+    """Its blocks are executed as they stand, in one place, each in under ten lines."""
+    pytest.importorskip("peft")
+    readme = Path(__file__).parent.parent / "README.md"
+    blocks = [x for x in re.findall("```python\n(.*?)```", readme.read_text(), re.DOTALL)
+              if "peft" in x]
+    assert [
+        next(word for word in ("SwitchLoRAAdamW", "GradNormLoRPAdamW", "PeftModel") if word in x)
+        for x in blocks] == ["SwitchLoRAAdamW", "PeftModel", "GradNormLoRPAdamW"]
+    monkeypatch.chdir(tmp_path)
+    names, logits, plain = {"torch": torch, "steps": 5000}, [], tiny_llama().eval()
+
+    def run(model, optimizer):
+        rules = {row.rule for row in optimizer.plan()}
+        assert type(optimizer).algorithm in rules
+        model.eval()  # no dropout
+        logits.append(tune(model, optimizer))
+
+    for block in blocks:
+        assert len(block.splitlines()) < 10
+        names["model"] = copy.deepcopy(plain)
+        exec(block, {**names, "train": run}, names)
+        after = names["model"].eval()(input_ids=TOKENS).logits.detach()
+        if len(logits) == 1:  # trained, and then loaded by the next block
+            torch.testing.assert_close(after, logits[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(after, logits[1], rtol=0, atol=2e-5)
+    assert type(names["model"]) is type(plain)
 
 
 def test_peft_models_that_cannot_be_read_are_refused():
