@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +32,7 @@ from ..optim.base import COMMON, MatrixOptimizer
 from ..optim.options import Option
 from ..optim.reparam import adapters
 
-__all__ = ["OPTIMIZERS", "PEERS", "REST", "Entry", "add_options", "build", "build_peer",
+__all__ = ["OPTIMIZERS", "PEERS", "REST", "Entry", "add_options", "build", "build_peer", "commit",
            "options_of", "state_bytes"]
 
 #: Rate of embeddings, head and norms in the entries with two rates.
@@ -165,6 +167,13 @@ def build_peer(name: str, model: nn.Module, rank: int | None, lr: float, **optio
     peer: torch.optim.Optimizer = make(groups, lr=lr, eps=1e-8, weight_decay=1e-2,
                                        no_deprecation_warning=True)
     return peer
+
+
+def commit() -> str | None:
+    """The commit that a result was measured at, None outside a repository."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
+                          capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
