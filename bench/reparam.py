@@ -57,6 +57,8 @@ METHODS: dict[str, Method] = {
     "LoRA": Method("lora-two-rates"),
     "SwitchLoRA": Method("switchlora"),
     "SwitchLoRA, no switches": Method("switchlora", {"interval": 1e9}, of="SwitchLoRA"),
+    "SwitchLoRA, three times the switches": Method("switchlora", {"decay_steps": 200},
+                                                   of="SwitchLoRA"),
 }
 
 
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="separated by semicolons (default: all)")
     parser.add_argument("--data", metavar="FILE", help="plain or .xz text")
     parser.add_argument("--size", default="tiny", help="of bench.shapes (default tiny)")
-    parser.add_argument("--rank", type=int, default=16, help="of pairs (default 16)")
+    parser.add_argument("--rank", type=int, default=8, help="of pairs (default 8)")
     parser.add_argument("--steps", type=int, default=600, help="of each run (default 600)")
     parser.add_argument("--batch", type=int, default=16, help="sequences in a batch (default 16)")
     parser.add_argument("--length", type=int, default=128, help="bytes in one (default 128)")
