@@ -90,6 +90,17 @@ def _switchlora(model: nn.Module, rank: int | None) -> Any:
     return adapter_groups(lora(model, rank))
 
 
+def _normalized_factors(model: nn.Module, rank: int | None) -> Any:
+    """Factors of normalized layers, their gradients projected to 5/8 of the pairs' rank."""
+    assert rank is not None
+    groups = adapter_groups(lora(model, rank, init="lora", normalize="input"),
+                            max(1, rank * 5 // 8))
+    for group in groups:
+        if group.get("roles") == ("magnitude",):
+            group["lr"] = 3e-3  # columns of a fresh layer have norms of 0.2
+    return groups
+
+
 #: Optimizers by command-line name.
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(AdamW, 1.5e-3, groups=_named),
@@ -104,6 +115,8 @@ OPTIMIZERS: dict[str, Entry] = {
     "fira": Entry(FiraAdamW, 2e-2),
     "apollo": Entry(APOLLO, 1e-2),
     "gradnormlorp": Entry(GradNormLoRPAdamW, 1e-2),
+    "gradnormlorp-factors": Entry(GradNormLoRPAdamW, 4e-3, {"scale": 1.0, "update_proj_gap": 50},
+                                  groups=_normalized_factors),
     # one rate for all parameters
     "trion": Entry(Trion, 2e-2, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),
     "muon": Entry(Muon, 5e-3, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None,

@@ -27,6 +27,7 @@ import torch
 
 from ..optim import codec
 from . import names, text, train
+from .shapes import LLAMA
 
 __all__ = ["METHODS", "climb", "main"]
 
@@ -40,14 +41,14 @@ class Method(NamedTuple):
     Args:
         optimizer: its name on the command line.
         options: of the optimizer.
-        rank: a rank, or None for the command's.
+        share: the rank as a share of the model's width, or None for the command's rank.
         small: quantize moments of any size, as all of LLaMA-7B's are large enough.
         of: the method whose best rate it takes, where it is not tuned itself.
     """
 
     optimizer: str
     options: Mapping[str, Any] = {}
-    rank: int | None = None
+    share: float | None = None
     small: bool = False
     of: str | None = None
 
@@ -59,6 +60,13 @@ METHODS: dict[str, Method] = {
     "SwitchLoRA, no switches": Method("switchlora", {"interval": 1e9}, of="SwitchLoRA"),
     "SwitchLoRA, three times the switches": Method("switchlora", {"decay_steps": 200},
                                                    of="SwitchLoRA"),
+    # Ranks of 512 and 640 on LLaMA-7B, where both save nine tenths of bf16 AdamW's state.
+    "GradNormLoRP, 8 bits": Method(
+        "gradnormlorp", {"state_bits": 8, "basis_bits": 8, "update_proj_gap": 50}, 1 / 8, True),
+    "GradNormLoRP, 8 bits, factors": Method(
+        "gradnormlorp-factors", {"state_bits": 8, "basis_bits": 8}, 5 / 32, True),
+    "GradNormLoRP, 32 bits, factors": Method(
+        "gradnormlorp-factors", {}, 5 / 32, of="GradNormLoRP, 8 bits, factors"),
 }
 
 
@@ -91,10 +99,11 @@ def _plot(rows: Sequence[dict[str, Any]], best: dict[str, float], file: str) -> 
         curve = torch.tensor(mine[0]["losses"], dtype=torch.float64)
         width = min(20, len(curve))
         losses = ", ".join(f"{row['valid_loss']:.3f}" for row in mine)
+        rank = "" if method == "AdamW, full rank" else f", rank {mine[0]['rank']}"
         axes.plot(range(width, len(curve) + 1), curve.unfold(0, width, 1).mean(-1), linewidth=1,
-                  label=f"{method}, rate {lr:g}: validation {losses}")
+                  label=f"{method}{rank}, rate {lr:g}: validation {losses}")
     axes.set(xlabel="step", ylabel="training loss, nats per byte", ylim=(None, 3.0),
-             title=f"tiny LLaMA, pairs of rank {rows[0]['rank']}")
+             title=f"{rows[0]['model']} LLaMA, {rows[0]['vocabulary']}-byte vocabulary")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
@@ -108,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", default=";".join(METHODS),
                         help="separated by semicolons (default: all)")
     parser.add_argument("--data", metavar="FILE", help="plain or .xz text")
-    parser.add_argument("--size", default="tiny", help="of bench.shapes (default tiny)")
+    parser.add_argument("--size", choices=[*LLAMA], default="tiny")
     parser.add_argument("--rank", type=int, default=8, help="of pairs (default 8)")
     parser.add_argument("--steps", type=int, default=600, help="of each run (default 600)")
     parser.add_argument("--batch", type=int, default=16, help="sequences in a batch (default 16)")
@@ -129,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run(name: str, lr: float, seed: int) -> float:
         """Validation loss."""
         method = METHODS[name]
-        rank = method.rank or args.rank
+        rank = round(LLAMA[args.size].hidden * method.share) if method.share else args.rank
         for row in rows:
             if (row["method"], row["lr"], row["seed"], row["rank"]) == (name, lr, seed, rank):
                 return float(row["valid_loss"])
@@ -166,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in chosen:
         losses = [run(name, best[name], seed) for seed in range(args.seeds)]
         means[name] = statistics.fmean(losses)
-        print(f"{name:28} rate {best[name]:<8g} mean {means[name]:.4f}  of "
+        print(f"{name:38} rate {best[name]:<8g} mean {means[name]:.4f}  of "
               + " ".join(f"{x:.4f}" for x in losses))
     if {"AdamW, full rank", "LoRA", "SwitchLoRA"} <= means.keys():
         gap = means["LoRA"] - means["AdamW, full rank"]

@@ -74,6 +74,11 @@ def test_memory_of_reparameterizations(capsys):
         saved = 1 - small["optimizer_state"] / full["optimizer_state"]
         assert saved == pytest.approx(part, abs=1e-4)
         assert saved > 0.895  # the paper's claim
+    factors = counted(capsys, "--model", "llama-7b", "--optimizer", "gradnormlorp-factors",
+                      "--rank", "640", "--state-bits", "8", "--basis-bits", "8")
+    saved = 1 - factors["optimizer_state"] / full["optimizer_state"]
+    assert saved == pytest.approx(0.9003, abs=1e-4)
+    assert saved > 0.895
     full = counted(capsys, "--model", "llama-1b", "--optimizer", "adamw")
     pairs = counted(capsys, "--model", "llama-1b", "--optimizer", "switchlora", "--rank", "512")
     assert round(pairs["trainable"] / 1e6, 1) == 609.3  # the paper prints 609.7 of 1339.5
@@ -154,7 +159,8 @@ def test_reparam_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     assert reparam.main([*argv, "--seeds", "1"]) == 0
     first = json.loads(file.read_text())["rows"]
     assert {row["method"] for row in first} == set(reparam.METHODS)
-    assert all(row["rank"] == (reparam.METHODS[row["method"]].rank or 4) for row in first)
+    shares = {name: method.share or 4 / 16 for name, method in reparam.METHODS.items()}
+    assert all(row["rank"] == round(16 * shares[row["method"]]) for row in first)
     assert reparam.main([*argv, "--plot", str(picture)]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert rows[:len(first)] == first
