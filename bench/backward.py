@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..optim import AdamW, GaLoreAdamW, param_groups, project_in_backward, update_in_backward
 from ..optim.backward import ProjectInBackward
 from ..optim.base import MatrixOptimizer
+from . import names
 from .livebytes import LiveBytes
 from .llama import Llama
 from .shapes import LLAMA, PAPER_RANK
@@ -114,8 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
     rank = args.rank or PAPER_RANK[args.size]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                            text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
     rows: list[dict[str, Any]] = []
     for vocabulary, tied in ((256, False), (32000, False), (32000, True)):
         for name in CONTESTANTS:
@@ -127,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     row[f"{what}_of_ordinary"] = (
                         row[f"{what}_bytes"] / max(r[f"{what}_bytes"] for r in same))
                 row |= {"provider": "lissom", "device": "cpu", "machine": platform.machine(),
-                        "torch": torch.__version__, "commit": commit}
+                        "torch": torch.__version__, "commit": names.commit()}
             print(f"{vocabulary} tokens{', tied' if tied else ''}, {name}: gradients "
                   + ", ".join(f"{r['gradient_bytes'] / 1e6:.2f} MB "
                               f"({100 * r['gradient_of_ordinary']:.1f} %)"

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from ..optim import AdamW, GaLoreAdamW, GradNormLoRPAdamW, adapter_groups, lora, param_groups
 from ..optim.base import MatrixOptimizer
-from .names import state_bytes
+from .names import commit, state_bytes
 
 __all__ = ["METHODS", "main"]
 
@@ -128,19 +128,22 @@ def _batches(data: _Set, size: int, pad: int, order: list[int]
 
 
 def _run(method: Method, rank: int, lr: float, path: Path, train: _Set, valid: _Set,
-         args: argparse.Namespace) -> dict[str, Any]:
-    """Train once; accuracy and bytes."""
+         args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Train once, on sentences and from a classifier that the seed draws; accuracy and bytes."""
     from transformers import AutoModelForSequenceClassification
 
+    drawn = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(seed))
+    picked = drawn[:args.limit].tolist()
+    train = ([train[0][j] for j in picked], [train[1][j] for j in picked])
     with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1 + max(train[1]), hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0)
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
     optimizer = method.make(model, rank, lr)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(seed)
     per_epoch = -(-len(train[0]) // args.batch)
     total = args.epochs * per_epoch
     warm = max(1, total // 10)
@@ -166,7 +169,7 @@ def _run(method: Method, rank: int, lr: float, path: Path, train: _Set, valid: _
             "state_bytes": state_bytes(optimizer),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "epochs": args.epochs, "sentences": len(train[0]), "batch": args.batch,
-            "seed": args.seed}
+            "seed": seed, "commit": commit(), "torch": torch.__version__}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--limit", type=int, help="train on so many sentences, drawn by the seed")
     parser.add_argument("--batch", type=int, default=32, help="sentences in a batch")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each: seeds 0, 1, ...")
     parser.add_argument("--json", metavar="FILE", help="write a list with a row per run")
     args = parser.parse_args(argv)
     chosen = args.methods.split(",")
@@ -202,21 +205,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         train, valid = ((tokenizer(x, truncation=True, max_length=128)["input_ids"], y)
                         for x, y in (_read(args.data), _read(args.valid)))
         ranks = [int(x) for x in args.ranks.split(",")]
-        if min(args.epochs, args.batch, args.limit or 1, *ranks) < 1:
-            raise ValueError("--epochs, --batch, --limit and --ranks must be >= 1")
+        if min(args.epochs, args.batch, args.limit or 1, args.seeds, *ranks) < 1:
+            raise ValueError("--epochs, --batch, --limit, --seeds and --ranks must be >= 1")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    drawn = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(args.seed))
-    picked = drawn[:args.limit].tolist()
-    train = ([train[0][j] for j in picked], [train[1][j] for j in picked])
     rows = []
-    print(f"{'method':22}{'rank':>5}{'lr':>9}{'accuracy':>10}{'state bytes':>13}{'trainable':>12}")
+    print(f"{'method':22}{'rank':>5}{'lr':>9}{'accuracy':>10}{'least':>8}{'most':>8}"
+          f"{'state bytes':>13}{'trainable':>12}")
     for name in chosen:
         for rank in ranks:
-            row = _run(METHODS[name], rank, args.lr or METHODS[name].lr, path, train, valid, args)
-            rows.append({"method": name, **row})
-            print(f"{name:22}{rank:>5}{row['lr']:>9.0e}{row['accuracy']:>10.4f}"
-                  f"{row['state_bytes']:>13,}{row['trainable']:>12,}", flush=True)
+            mine = [{"method": name, **_run(METHODS[name], rank, args.lr or METHODS[name].lr, path,
+                                            train, valid, args, seed)}
+                    for seed in range(args.seeds)]
+            rows += mine
+            hits = [row["accuracy"] for row in mine]
+            print(f"{name:22}{rank:>5}{mine[0]['lr']:>9.0e}{statistics.fmean(hits):>10.4f}"
+                  f"{min(hits):>8.4f}{max(hits):>8.4f}{mine[0]['state_bytes']:>13,}"
+                  f"{mine[0]['trainable']:>12,}", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0

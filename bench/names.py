@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +33,12 @@ from ..optim.base import COMMON, MatrixOptimizer
 from ..optim.options import Option
 from ..optim.reparam import adapters
 
-__all__ = ["OPTIMIZERS", "PEERS", "Entry", "add_options", "build", "build_peer", "options_of",
-           "state_bytes"]
+__all__ = ["OPTIMIZERS", "PEERS", "REST", "Entry", "add_options", "build", "build_peer", "commit",
+           "options_of", "state_bytes"]
+
+#: Rate of embeddings, head and norms in the entries with two rates.
+REST = 1e-2
+
 
 class Entry(NamedTuple):
     """An optimizer on the command line.
@@ -55,11 +61,11 @@ def _named(model: nn.Module, rank: int | None) -> Any:
 
 
 def _two_rates(model: nn.Module, rank: int | None) -> Any:
-    """Matrices at a rate of their own (the best of a small grid); the given one is the rest's."""
+    """Matrices of the blocks at the given rate, everything else at REST."""
     groups = param_groups(model, rank)
     for group in groups:
-        if group.pop("rank") is not None:
-            group["lr"] = 1e-3
+        if group.pop("rank") is None:
+            group["lr"] = REST
     return groups
 
 
@@ -71,13 +77,13 @@ def _lora(model: nn.Module, rank: int | None) -> Any:
 
 
 def _lora_two_rates(model: nn.Module, rank: int | None) -> Any:
-    """Factors at a rate of their own, the best of a small grid; the given one is the rest's."""
+    """Factors at the given rate, everything else at REST."""
     _lora(model, rank)
     factors = [(x.names[k], x.tensors[k]) for x in adapters(model) for k in "AB"]
     taken = {name for name, _ in factors}
     rest = [(name, p) for name, p in model.named_parameters()
             if p.requires_grad and name not in taken]
-    return [{"params": factors, "lr": 4e-3}, {"params": rest}]
+    return [{"params": factors}, {"params": rest, "lr": REST}]
 
 
 def _switchlora(model: nn.Module, rank: int | None) -> Any:
@@ -85,13 +91,24 @@ def _switchlora(model: nn.Module, rank: int | None) -> Any:
     return adapter_groups(lora(model, rank))
 
 
+def _normalized_factors(model: nn.Module, rank: int | None) -> Any:
+    """Factors of normalized layers, their gradients projected to 5/8 of the pairs' rank."""
+    assert rank is not None
+    groups = adapter_groups(lora(model, rank, init="lora", normalize="input"),
+                            max(1, rank * 5 // 8))
+    for group in groups:
+        if group.get("roles") == ("magnitude",):
+            group["lr"] = 3e-3  # columns of a fresh layer have norms of 0.2
+    return groups
+
+
 #: Optimizers by command-line name.
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(AdamW, 1.5e-3, groups=_named),
-    "adamw-two-rates": Entry(AdamW, 1e-2, groups=_two_rates),
+    "adamw-two-rates": Entry(AdamW, 1e-3, groups=_two_rates),
     "adamw8bit": Entry(AdamW8bit, 1.5e-3, groups=_named),
     "lora": Entry(AdamW, 4e-3, groups=_lora),
-    "lora-two-rates": Entry(AdamW, 1e-2, groups=_lora_two_rates),
+    "lora-two-rates": Entry(AdamW, 4e-3, groups=_lora_two_rates),
     # a tenth of 600 steps, as the paper takes a tenth of its runs
     "switchlora": Entry(SwitchLoRAAdamW, 1e-2, {"decay_steps": 60}, groups=_switchlora),
     "galore": Entry(GaLoreAdamW, 4e-2),
@@ -100,6 +117,8 @@ OPTIMIZERS: dict[str, Entry] = {
     "apollo": Entry(APOLLO, 1e-2),
     "frugal": Entry(FRUGAL, 2e-3),
     "gradnormlorp": Entry(GradNormLoRPAdamW, 1e-2),
+    "gradnormlorp-factors": Entry(GradNormLoRPAdamW, 4e-3, {"scale": 1.0, "update_proj_gap": 50},
+                                  groups=_normalized_factors),
     # one rate for all parameters
     "trion": Entry(Trion, 2e-2, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),
     "muon": Entry(Muon, 5e-3, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None,
@@ -140,7 +159,8 @@ def build(name: str, model: nn.Module, rank: int | None, lr: float, **options: A
           ) -> MatrixOptimizer:
     """The named optimizer over the model; options of other classes are left out."""
     cls, _, own, groups = OPTIMIZERS[name]
-    known = {**own, **{k: v for k, v in options.items() if k in cls.table()}}
+    parts = ("lr_adamw",) if cls.algorithm != "adamw" else ()  # rate of what is no matrix
+    known = {**own, **{k: v for k, v in options.items() if k in cls.table() or k in parts}}
     make: Callable[..., MatrixOptimizer] = cls
     return make(groups(model, rank), lr=lr, **known)
 
@@ -162,6 +182,13 @@ def build_peer(name: str, model: nn.Module, rank: int | None, lr: float, **optio
     peer: torch.optim.Optimizer = make(groups, lr=lr, eps=1e-8, weight_decay=1e-2,
                                        no_deprecation_warning=True)
     return peer
+
+
+def commit() -> str | None:
+    """The commit that a result was measured at, None outside a repository."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
+                          capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -14,7 +14,6 @@ import json
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import _triton, symmul
+from . import names
 
 __all__ = ["main"]
 
@@ -73,12 +73,6 @@ def _peak(repeats: int) -> float:
         ms = _times({"product": functools.partial(torch.mm, a, b)}, repeats)["product"]
         best = max(best, 2 * n**3 / (ms * 1e-3))
     return best
-
-
-def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
-                          capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
 
 
 def _measure(shape: tuple[int, ...], peak: float, repeats: int) -> dict[str, Any]:
@@ -149,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common = {
         "provider": "lissom", "torch": torch.__version__, "cuda": torch.version.cuda,
         "triton": getattr(_triton.triton, "__version__", None), "machine": platform.machine(),
-        "commit": _commit(), "command": shlex.join([
+        "commit": names.commit(), "command": shlex.join([
             "python", "-m", "lissom.bench.polar_gpu",
             *(sys.argv[1:] if argv is None else argv)]),
     }

@@ -245,12 +245,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         return False
 
-    def before_updates(self, work: list[Work]) -> None:
+    def before_updates(self, work: list[Work]) -> list[str]:
         """What a step does to parameters that act together, after all checks of the step.
 
         Args:
             work: every parameter that is about to be updated; empty for a skipped step.
+
+        Returns:
+            Names of the parameters that it has moved.
         """
+        return []
 
     def matrix_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
         """Shape of p as the rule sees it: (m, n), or (b, m, n) for a batch of matrices.
@@ -533,10 +537,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         work = self._checked_work()
         if self._backward is not None:
             self._backward.before(work)
-        self.before_updates(work)
+        before = self.before_updates(work)
         moved: list[str] = []
         for window in self._windows(work):
-            self._run(window, moved)
+            self._run(window, moved, before)
         if self._backward is not None:
             self._backward.end()
         return loss
@@ -547,16 +551,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._backward is not None:
             self._backward.clear()
 
-    def _run(self, window: Sequence[Work], moved: list[str]) -> None:
+    def _run(self, window: Sequence[Work], moved: list[str], before: Sequence[str] = ()) -> None:
         """Update parameters together.
 
         Args:
             window: them.
             moved: names of those that were updated before, to which theirs are added.
+            before: names of those that :meth:`before_updates` has moved.
         """
         touched = {w.name: [*map(sharding.local, (w.p, *self.state[w.p].values()))]
                    for w in window}
-        before = {name: [x._version for x in xs] for name, xs in touched.items()}
+        versions = {name: [x._version for x in xs] for name, xs in touched.items()}
         measured = metrics.before(self, window)
         updates = [self._step_one(w.p, w.g, w.o) for w in window]
         done: set[str] = set()
@@ -566,14 +571,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         except Exception as error:
             moved += [w.name for w in window if w.name in done]
             rest = [w.name for w in window if w.name not in done]
-            partly = [n for n in rest if before[n] != [x._version for x in touched[n]]]
-            if not moved and not partly:
+            partly = [n for n in rest if versions[n] != [x._version for x in touched[n]]]
+            if not moved and not partly and not before:
                 raise
+            earlier = f"; before all updates {', '.join(before)} had been moved" if before else ""
             at = partly or rest
             raise PartialStepError(
                 f"{type(self).__name__}.step() failed at {', '.join(map(repr, at))} ({error}), "
                 f"which is {'partly' if partly else 'not'} updated; {len(moved)} parameters "
-                f"had been updated: {', '.join(moved)}") from error
+                f"had been updated: {', '.join(moved)}{earlier}") from error
         moved += [w.name for w in window]
         metrics.after(self, window, measured)
 

@@ -15,7 +15,7 @@ from .codec import Slot, State
 from .inner import adam, adam_slots
 from .lowrank import LowRankOptimizer, LowRankOptions, Projected
 from .options import Option, choice, real
-from .reparam import roles
+from .reparam import check_factors, roles
 from .residual import RESIDUALS, Residual
 
 __all__ = ["GradNormLoRPAdamW"]
@@ -88,6 +88,19 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         MatrixOptimizer.__init__(self, params, {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "amsgrad": amsgrad, **options})
+
+    def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
+                          where: str) -> None:
+        super().check_combination(o, params, explicit, where)
+        if o["roles"] != ("A", "B"):
+            return
+        if len(params) % 2:
+            raise ValueError(f"{where}: {len(params)} parameters with roles={o['roles']}, but they "
+                             "must be pairs: a factor needs its partner")
+        names = o.get("param_names")
+        for i in range(0, len(params), 2):
+            name = names[i] if names else f"parameters {i} and {i + 1}"
+            check_factors(params[i], params[i + 1], None, f"{where}, {name}")
 
     def residual(self, o: Mapping[str, Any]) -> Residual:
         return RESIDUALS["none"]

@@ -32,7 +32,8 @@ from .groups import output_heads, param_groups
 from .options import Option, nearest, optional
 
 __all__ = ["Adapter", "LoRALinear", "NormalizedLinear", "adapter_groups", "adapters",
-           "base_weights", "bounds", "check_base", "lora", "merge", "roles"]
+           "base_weights", "bounds", "check_base", "check_factors", "lora", "memory", "merge",
+           "roles"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -192,16 +193,37 @@ def check_base(weight: Tensor, r: int, layer: str) -> None:
                          f"{tuple(weight.shape)}: a full-rank pair has nothing to switch or save")
 
 
+def check_factors(a: Tensor, b: Tensor, shape: tuple[int, ...] | None, at: str) -> None:
+    """A and B must be r x n and m x r, of one dtype; (m, n) is None where no base is known.
+
+    Raises:
+        ValueError: begins with ``at``, gives shapes or dtypes and the rule.
+    """
+    good = a.ndim == b.ndim == 2 and len(a) == b.shape[1]
+    if not good or shape not in (None, (len(b), a.shape[1])):
+        what, rule = ("A and B", "r x n and m x r") if shape is None else \
+            ("A, B and base", "r x n, m x r and m x n")
+        shapes = [tuple(x.shape) for x in (a, b)] + ([] if shape is None else [shape])
+        raise ValueError(f"{at}: {what} have shapes {shapes}, but they must be {rule}")
+    if a.dtype != b.dtype:
+        raise ValueError(f"{at}: A is {a.dtype} and B {b.dtype}, but they must have one dtype")
+
+
+def memory(p: Tensor) -> int:
+    """A number that tensors share whose elements lie in the same place."""
+    return p.data_ptr() or id(p)  # no address on the meta device and for empty ones
+
+
 def _places(model: nn.Module) -> dict[int, list[str]]:
-    """Every name that each parameter has, by id."""
+    """Every name that the parameters in one place have."""
     places: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(p), []).append(name)
+        places.setdefault(memory(p), []).append(name)
     return places
 
 
 def _only_name(places: dict[int, list[str]], layer: str, p: Tensor) -> str:
-    names = places[id(p)]
+    names = places[memory(p)]
     if len(names) > 1:
         raise ValueError(f"{layer}: its weight is shared ({', '.join(names)}), but a base weight "
                          "must belong to one layer: a change of it would reach the others")
@@ -382,7 +404,11 @@ def _of_peft(module: nn.Module, layer: str) -> tuple[dict[str, Tensor], float] |
                              "must have both")
     if x.merged:
         raise ValueError(f"{layer}: its adapter is merged, but it must not be while it trains")
-    weight = x.get_base_layer().weight
+    weight = getattr(x.get_base_layer(), "weight", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{layer}: its base layer is a {type(x.get_base_layer()).__name__} without "
+                        "a weight tensor, but it must have one: changes are added to it, which "
+                        "quantized ones cannot take")
     parts: dict[str, Tensor] = {"A": x.lora_A[key].weight, "B": x.lora_B[key].weight,
                                 "base": weight}
     if parts["A"].ndim != 2:

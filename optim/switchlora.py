@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,11 +12,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import codec, project
-from .base import AdamWPart, MatrixOptimizer, Update, Work
+from .base import AdamWPart, MatrixOptimizer, PartialStepError, Update, Work
 from .codec import Slot, State
 from .inner import adam_slots, averages, representable
 from .options import Option, choice, fraction, integer, optional, real
-from .reparam import bounds, check_base, roles
+from .reparam import bounds, check_base, check_factors, memory, roles
 
 __all__ = ["SwitchLoRAAdamW"]
 
@@ -125,21 +126,24 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         if len(params) % 3:
             raise ValueError(f"{where}: {len(params)} parameters with roles={_ROLES}, but they "
                              "must be triples: a pair needs its partner and its base weight")
+        # a group that is new comes to those that are there; a saved one is among them
+        others = [p for group in self.param_groups for p in group["params"]] if explicit else []
+        held = Counter(map(memory, (*params, *others)))
         for pair in _pairs({**o, "params": params}):
             at = f"{where}, {pair.name}"
             a, b, base = pair[1:]
-            r, shapes = len(a), [tuple(x.shape) for x in (a, b, base)]
-            if len(shapes[2]) != 2 or shapes[:2] != [(r, base.shape[1]), (len(base), r)]:
-                raise ValueError(f"{at}: A, B and base have shapes {shapes}, but they must be "
-                                 "r x n, m x r and m x n")
+            r = len(a)
+            check_factors(a, b, tuple(base.shape), at)
             check_base(base, r, at)
+            if held[memory(base)] > 1:
+                raise ValueError(f"{at}: its base weight is given {held[memory(base)]} times, but "
+                                 "it must belong to one layer: a switch would change the others")
             if base.requires_grad or base.grad is not None:
                 raise ValueError(f"{at}: its base weight has requires_grad={base.requires_grad}, "
                                  "but it must be frozen: switches alone move it")
-            if len({x.device for x in (a, b, base)}) > 1 or a.dtype != b.dtype:
-                raise ValueError(f"{at}: A, B and base are {a.dtype}, {b.dtype} on {a.device}, "
-                                 f"{b.device}, {base.device}, but A and B must have one dtype and "
-                                 "all one device")
+            if len({x.device for x in (a, b, base)}) > 1:
+                raise ValueError(f"{at}: A, B and base are on {a.device}, {b.device}, "
+                                 f"{base.device}, but they must be on one device")
             if not r < _pool_size(o, base) <= min(base.shape):
                 raise ValueError(f"{at}: candidates={o['candidates']}, but it must be > rank {r} "
                                  f"and <= the smaller side {min(base.shape)}")
@@ -179,8 +183,10 @@ class SwitchLoRAAdamW(MatrixOptimizer):
 
     # ---------------------------------------------------------------- switches
 
-    def before_updates(self, work: list[Work]) -> None:
+    def before_updates(self, work: list[Work]) -> list[str]:
         """The switches of this step, in every pair whose two factors have a gradient."""
+        names = {p: name for name, p, _ in self._named()}
+        switched: list[str] = []
         ready = {w.p for w in work}
         for group in self.param_groups:
             for pair in _pairs(group):
@@ -190,10 +196,18 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         for group in self.param_groups:
             for pair in _pairs(group):
                 if pair.a in ready and pair.b in ready:
-                    self._switch(pair, group)
+                    mine = [names[p] for p in pair[1:]]
+                    try:
+                        switched += mine if self._switch(pair, group) else []
+                    except Exception as error:
+                        raise PartialStepError(
+                            f"{type(self).__name__}.step() failed while it switched vectors of "
+                            f"{', '.join(mine)} ({error}), which may be partly switched; before "
+                            f"these {', '.join(switched) or 'none'} had been moved") from error
+        return switched
 
-    def _switch(self, pair: _Pair, o: Mapping[str, Any]) -> None:
-        """Exchange some vectors of one pair; the base weight takes up the difference."""
+    def _switch(self, pair: _Pair, o: Mapping[str, Any]) -> bool:
+        """Exchange some vectors of one pair, if it is time; the base takes up the difference."""
         a, b, base = pair[1:]
         sa, sb = self.state[a], self.state[b]
         bound_a, bound_b = bounds(base, len(a), o["scaling"])
@@ -206,7 +220,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         j, to_b = _chosen(sb, sa, o)
         sa["frozen"][j] = o["freeze_steps"]
         if not len(i) and not len(j):
-            return
+            return False
         out_a = _exchanged(a, sa, i, to_a)
         out_b = _exchanged(b.mT, sb, j, to_b)
         # W <- W + s (B_I (A_I - A'_I) + (B_J - B'_J) A_J); I and J have nothing in common
@@ -214,6 +228,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         left = torch.cat([b[:, i.to(b.device)].to(wide), out_b.mT.to(wide)], 1)
         right = torch.cat([out_a.to(wide), a[j.to(a.device)].to(wide)])
         _add(base, left, right, {"index": sb["index"] + _BASE}, o, int(sb["step"]) + 1)
+        return True
 
     # ---------------------------------------------------------------- the update
 

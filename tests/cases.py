@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,12 +24,19 @@ from lissom.optim import (
 )
 from lissom.optim.base import MatrixOptimizer
 
-from . import oracle
+from . import helpers, oracle
+
+#: Rank of the pairs that stand for matrices in rows with roles.
+PAIR = 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """A class with options, and its float64 oracle (gradients, start, options) -> weights."""
+    """A class with options, and its float64 oracle (gradients, start, options) -> weights.
+
+    A row with ``roles`` trains pairs: what the other rows have for a matrix with more than
+    :data:`PAIR` rows and columns is three parameters there, in the order of the roles.
+    """
 
     name: str
     make: type[MatrixOptimizer]
@@ -39,8 +46,10 @@ class Case:
     #: What a scaled gradient does to the update: nothing down to epsilon ("adam"), nothing at all
     #: ("sign"), or the same ("linear").
     scaling: str = "adam"
-    #: Words of the warning that plain parameters give rise to.
-    warns: str = ""
+    #: What stands for a matrix: ("A", "B", "base") or ("A", "B", "magnitude"); none is itself.
+    roles: tuple[str, ...] = ()
+    #: Options under which gradients and decay alone move a parameter.
+    still: Mapping[str, Any] = field(default_factory=dict)
 
     def option(self, name: str) -> Any:
         """An option, given or by default."""
@@ -55,7 +64,71 @@ class Case:
                 and self.option("polar_dtype") != "bfloat16")
 
     def __call__(self, params: Any, **more: Any) -> MatrixOptimizer:
-        return self.make(params, **{**self.options, **more})
+        return self.make(self.groups(params), **{**self.options, **more})
+
+    def parameters(self, shapes: Iterable[tuple[int, ...]], seed: int = 0,
+                   dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+        """Random parameters, those of a pair in the place of a matrix."""
+        out = []
+        for i, w in enumerate(helpers.parameters(shapes, seed, dtype)):
+            if not self.roles or w.ndim != 2 or min(w.shape) <= PAIR:
+                out.append(w)
+                continue
+            m, n = w.shape
+            out += helpers.parameters([(PAIR, n), (m, PAIR)], 1000 * (seed + 1) + i, dtype)
+            out.append(w.requires_grad_(False) if "base" in self.roles else
+                       torch.nn.Parameter(w.detach().norm(dim=0)))
+        return out
+
+    def groups(self, params: Any) -> Any:
+        """What ``adapter_groups`` makes of a model: pairs with their roles, then the rest.
+
+        Args:
+            params: tensors, (name, tensor) or groups of them; a pair is known by its shapes.
+        """
+        if not self.roles:
+            return params
+        entries, groups, rest = list(params), [], []
+        if entries and isinstance(entries[0], dict):
+            return [{**part, **{k: v for k, v in group.items() if k != "params"}}
+                    for group in entries for part in self.groups(group["params"])]
+        pairs: dict[tuple[str, ...], list[Any]] = {}
+        while entries:
+            a, b, last = (e[1] if isinstance(e, tuple) else e for e in (*entries, *[None] * 2)[:3])
+            if not self._is_pair(a, b, last):
+                rest.append(entries.pop(0))
+                continue
+            if "base" in self.roles:
+                last.requires_grad_(False)
+                pairs.setdefault(self.roles, []).extend(entries[:3])
+            else:
+                pairs.setdefault(("A", "B"), []).extend(entries[:2])
+                pairs.setdefault(("magnitude",), []).append(entries[2])
+            del entries[:3]
+        for roles, members in pairs.items():
+            groups.append({"params": members, "roles": roles})
+            if "base" in roles:
+                groups[-1]["scaling"] = 0.5
+            if "magnitude" in roles:
+                groups[-1]["algorithm"] = "adamw"
+        return [*groups, {"params": rest}] if rest else groups
+
+    def _is_pair(self, a: Any, b: Any, last: Any) -> bool:
+        if last is None or not a.ndim == b.ndim == 2 or len(a) != PAIR or b.shape[1] != PAIR:
+            return False
+        return last.shape == ((len(b), a.shape[1]) if "base" in self.roles else (a.shape[1],))
+
+    def effective(self, params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """What a model computes with: of a pair that is switched W + s B A, else the parameters."""
+        params, out = list(params), []
+        while params:
+            if "base" in self.roles and self._is_pair(*(*params, None, None)[:3]):
+                a, b, w = params[:3]
+                out.append(torch.addmm(w, b, a, alpha=0.5))
+                del params[:3]
+            else:
+                out.append(params.pop(0))
+        return out
 
 
 COMMON_BAD = {
@@ -167,7 +240,18 @@ def frugal(**options: Any) -> Case:
     return replace(case, bad={**case.bad, "free_scale": [-1.0, "x"]}, scaling="sign")
 
 
-# Pairs need a model: what they promise is in test_reparam.py.
+def gradnormlorp_pairs(**options: Any) -> Case:
+    case = gradnormlorp(rank=2, **options)
+    return replace(case, name=f"{case.name}-pairs", roles=("A", "B", "magnitude"))
+
+
+def switchlora(**options: Any) -> Case:
+    given = {"interval": 4.0, "freeze_steps": 2, "decay_steps": 50, **options}
+    name = "-".join(["switchlora", *(f"{k}={v}" for k, v in options.items())])
+    return Case(name, SwitchLoRAAdamW, given, bad=COMMON_BAD | SWITCHLORA_BAD,
+                roles=("A", "B", "base"), still={"interval": 1e9})
+
+
 SWITCHLORA_BAD = {
     "roles": [("A", "B"), "A", 3], "scaling": [0.0, "x"], "interval": [0, "often"],
     "interval_decay": [0.0, 1.5], "decay_steps": [0, 1.5], "freeze_steps": [0, 2.0],
@@ -220,7 +304,8 @@ ROWS = [
     polargrad(polar="zolo-pd", nuclear_scaling=False),
     polargrad(polar="qdwh", polar_steps=2, lower_bound="eps"),
     polargrad(polar="polar-express"),
-    Case("switchlora", SwitchLoRAAdamW, bad=COMMON_BAD | SWITCHLORA_BAD, warns="no pair"),
+    switchlora(),
+    switchlora(candidates=4, candidate_device="cpu", amsgrad=True),
     gradnormlorp(projection="svd"),
     gradnormlorp(projection="svd", axis="output", amsgrad=True),
     gradnormlorp(projection="svd", magnitude_scale=0.25),
@@ -228,13 +313,16 @@ ROWS = [
     gradnormlorp(projection="dct", moments="rotate", inner="factored"),
     gradnormlorp(basis_bits=8),
     gradnormlorp(matricize="batch", axis="output", projection="random"),
+    gradnormlorp_pairs(projection="svd"),
+    gradnormlorp_pairs(projection="svd", proj_type="full", basis_bits=8),
 ]
 
 
 def first_of_each_class() -> list[Case]:
-    seen: dict[type[MatrixOptimizer], Case] = {}
+    """Of each class, and of each way in which it is given parameters."""
+    seen: dict[tuple[type[MatrixOptimizer], tuple[str, ...]], Case] = {}
     for row in ROWS:
-        seen.setdefault(row.make, row)
+        seen.setdefault((row.make, row.roles), row)
     return list(seen.values())
 
 

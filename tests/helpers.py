@@ -21,8 +21,19 @@ def parameters(shapes: Iterable[tuple[int, ...]], seed: int = 0,
 
 
 def feed(params: list[Any], seed: int, scale: float = 1.0) -> None:
+    """Random gradients for all that take one."""
     for p, g in zip(params, tensors([p.shape for p in params], seed, scale), strict=True):
-        p.grad = g.to(p.dtype)
+        if p.requires_grad:
+            p.grad = g.to(p.dtype)
+
+
+def trained(params: Iterable[Any]) -> list[Any]:
+    return [p for p in params if p.requires_grad]
+
+
+def named(params: Iterable[Any]) -> list[tuple[str, Any]]:
+    """With the names p0, p1, ..."""
+    return [(f"p{i}", p) for i, p in enumerate(params)]
 
 
 def run(optimizer: Any, params: list[Any], steps: range, scale: float = 1.0) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 
 import pytest
 import torch
-from lissom.bench import memory, names, polargrad, projections, step, text, train
+from lissom.bench import memory, names, polargrad, projections, reparam, step, text, train
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import LLAMA, PAPER_RANK, Shape
 from torch import nn
@@ -74,6 +75,11 @@ def test_memory_of_reparameterizations(capsys):
         saved = 1 - small["optimizer_state"] / full["optimizer_state"]
         assert saved == pytest.approx(part, abs=1e-4)
         assert saved > 0.895  # the paper's claim
+    factors = counted(capsys, "--model", "llama-7b", "--optimizer", "gradnormlorp-factors",
+                      "--rank", "640", "--state-bits", "8", "--basis-bits", "8")
+    saved = 1 - factors["optimizer_state"] / full["optimizer_state"]
+    assert saved == pytest.approx(0.9003, abs=1e-4)
+    assert saved > 0.895
     full = counted(capsys, "--model", "llama-1b", "--optimizer", "adamw")
     pairs = counted(capsys, "--model", "llama-1b", "--optimizer", "switchlora", "--rank", "512")
     assert round(pairs["trainable"] / 1e6, 1) == 609.3  # the paper prints 609.7 of 1339.5
@@ -133,6 +139,48 @@ def test_train_resumes_exactly(tmp_path, name, bits):
     resumed = quick(tmp_path, *common, "--resume", saved)
     assert resumed[0]["losses"] == whole[0]["losses"]
     assert resumed[0]["valid_loss"] == whole[0]["valid_loss"]
+
+
+@pytest.mark.parametrize("valley", [0, 1, 3, 4, 5, 7])
+def test_climb_finds_the_valley_and_looks_at_both_sides(valley):
+    seen = []
+
+    def loss(rate):
+        seen.append(rate)
+        return abs(reparam.LADDER.index(rate) - valley)
+
+    assert reparam.climb(loss, reparam.LADDER, 3) == reparam.LADDER[valley]
+    sides = {i for i in (valley - 1, valley, valley + 1) if 0 <= i < len(reparam.LADDER)}
+    assert sides <= {reparam.LADDER.index(rate) for rate in seen}
+
+
+def test_reparam_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    file, picture = tmp_path / "rows.json", tmp_path / "curves.png"
+    argv = ["--steps", "2", "--batch", "2", "--length", "16", "--rank", "4", "--json", str(file)]
+    assert reparam.main([*argv, "--seeds", "1"]) == 0
+    first = json.loads(file.read_text())["rows"]
+    assert {row["method"] for row in first} == set(reparam.METHODS)
+    shares = {name: method.share or 4 / 16 for name, method in reparam.METHODS.items()}
+    assert all(row["rank"] == round(16 * shares[row["method"]]) for row in first)
+    assert reparam.main([*argv, "--plot", str(picture)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert rows[:len(first)] == first
+    assert [row["seed"] for row in rows[len(first):]] == [1] * len(reparam.METHODS)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    out = capsys.readouterr().out
+    gap, closed = re.findall(r"gap of LoRA (\S+); SwitchLoRA closes (\S+)%", out)[-1]
+    best = {}
+    for row in rows:
+        if row["seed"] == 1:
+            twin = next(x for x in first if (x["method"], x["lr"]) == (row["method"], row["lr"]))
+            best[row["method"]] = (row["valid_loss"] + twin["valid_loss"]) / 2
+    full, plain, switched = (best[k] for k in ("AdamW, full rank", "LoRA", "SwitchLoRA"))
+    assert float(gap) == pytest.approx(plain - full, abs=1e-4)
+    assert int(closed) == round(100 * (plain - switched) / (plain - full))
+    monkeypatch.setattr(reparam.train, "train", lambda *a: 1 / 0)
+    assert reparam.main(argv) == 0  # all is there
+    with pytest.raises(SystemExit):
+        reparam.main([*argv, "--methods", "Adam"])
 
 
 def test_train_reads_files_and_refuses(tmp_path, capsys):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from lissom.optim import (
     AdamW,
     GradNormLoRPAdamW,
+    PartialStepError,
     SwitchLoRAAdamW,
     adapter_groups,
     base_weights,
@@ -488,7 +491,7 @@ def test_bad_pairs_are_refused_by_name():
         TypeError)
     refused(r"one dtype", {**base, "params": [good[0], ("l.B", nn.Parameter(
         torch.zeros(9, 3, dtype=torch.bfloat16))), good[2]]})
-    with pytest.raises(ValueError, match="more than one parameter group"):
+    with pytest.raises(ValueError, match=r"l\.A: its base weight is given 2 times"):
         SwitchLoRAAdamW([{**base, "params": good}, {**base, "params": good}])
     with pytest.raises(ValueError, match=r"roles=\('A', 'B', 'base'\), but it must be"):
         GradNormLoRPAdamW([{"params": good, "roles": base["roles"]}])
@@ -501,6 +504,53 @@ def test_bad_pairs_are_refused_by_name():
     assert_same(before, snapshot(optimizer))
 
 
+def test_a_base_weight_that_is_given_twice_is_refused():
+    (w, _, _, group), (_, a, b, _) = pair(), pair(seed=3)
+    alias = nn.Parameter(w.data, requires_grad=False)
+    for base in (w, alias):
+        other = [("k.A", a), ("k.B", b), ("k.weight", base)]
+        words = r"l\.A: its base weight is given 2 times, but it must belong to one layer"
+        refused(words, {**group, "params": [*group["params"], *other]})
+        optimizer = SwitchLoRAAdamW([group])
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=words.replace("l", "k", 1)):
+            optimizer.add_param_group({**group, "params": other})
+        assert_same(before, snapshot(optimizer))
+    # as the weight of an embedding that is trained
+    with pytest.raises(ValueError, match=words):
+        SwitchLoRAAdamW([{"params": [("embed.weight", nn.Parameter(w.data))]}, group])
+
+
+def test_factors_without_a_partner_are_refused():
+    _, a, b, _ = pair()
+    for params, words in (([("l.A", a)], r"1 parameters with roles=\('A', 'B'\).*partner"),
+                          ([("l.B", b), ("l.A", a)], r"l\.B: A and B have shapes \[\(9, 3\)"),
+                          ([("l.A", a), ("l.B", nn.Parameter(b.data.double()))],
+                           r"l\.A: A is torch.float32 and B torch.float64")):
+        with pytest.raises(ValueError, match=words):
+            GradNormLoRPAdamW([{"params": params, "roles": ("A", "B")}], rank=2)
+
+
+def test_a_failure_says_what_was_switched(monkeypatch):
+    *_, group = pair()
+    optimizer = SwitchLoRAAdamW([group], interval=2, freeze_steps=1)
+    for p, g in zip(group["params"][:2], tensors([(3, 7), (9, 3)]), strict=True):
+        p[1].grad = g
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SwitchLoRAAdamW, "update", fails)
+        with pytest.raises(PartialStepError, match=r"'l\.A'.*no memory.*not updated; 0 parameters"
+                           r".*before all updates l\.A, l\.B, l\.weight had been moved"):
+            optimizer.step()
+    monkeypatch.setattr("lissom.optim.switchlora._add", fails)
+    with pytest.raises(PartialStepError, match=r"while it switched vectors of l\.A, l\.B, "
+                       r"l\.weight \(no memory\).*partly switched; before these none"):
+        optimizer.step()
+
+
 class Shared(nn.Module):
     def __init__(self, kind):
         super().__init__()
@@ -509,12 +559,14 @@ class Shared(nn.Module):
             self.two.weight = self.one.weight
         elif kind == "module":
             self.two = self.one
+        elif kind == "storage":  # another parameter on the same memory
+            self.two.weight = nn.Parameter(self.one.weight.data)
         else:
             self.table = nn.Embedding(8, 8)
             self.table.weight = self.two.weight
 
 
-@pytest.mark.parametrize("kind", ["weight", "module", "embedding"])
+@pytest.mark.parametrize("kind", ["weight", "module", "embedding", "storage"])
 def test_shared_weights_are_refused(kind):
     model = Shared(kind)
     before = copy.deepcopy(model.state_dict())
@@ -618,8 +670,8 @@ def tiny_llama():
 
 def peft_model(dora=False, **options):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"],
-                             use_dora=dora, **options)
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **options}, use_dora=dora,
+                             target_modules=["q_proj", "v_proj", "down_proj"])
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return peft.get_peft_model(tiny_llama(), config)
@@ -669,6 +721,35 @@ def test_peft_models_train_save_and_merge(dora, tmp_path):
         torch.testing.assert_close(merged(input_ids=TOKENS).logits, logits, rtol=0, atol=2e-5)
 
 
+def test_readme_shows_them_on_peft_models(tmp_path, monkeypatch):
+    """Its blocks are executed as they stand, in one place, each in under ten lines."""
+    pytest.importorskip("peft")
+    readme = Path(__file__).parent.parent / "README.md"
+    blocks = [x for x in re.findall("```python\n(.*?)```", readme.read_text(), re.DOTALL)
+              if "peft" in x]
+    assert [
+        next(word for word in ("SwitchLoRAAdamW", "GradNormLoRPAdamW", "PeftModel") if word in x)
+        for x in blocks] == ["SwitchLoRAAdamW", "PeftModel", "GradNormLoRPAdamW"]
+    monkeypatch.chdir(tmp_path)
+    names, logits, plain = {"torch": torch, "steps": 5000}, [], tiny_llama().eval()
+
+    def run(model, optimizer):
+        rules = {row.rule for row in optimizer.plan()}
+        assert type(optimizer).algorithm in rules
+        model.eval()  # no dropout
+        logits.append(tune(model, optimizer))
+
+    for block in blocks:
+        assert len(block.splitlines()) < 10
+        names["model"] = copy.deepcopy(plain)
+        exec(block, {**names, "train": run}, names)
+        after = names["model"].eval()(input_ids=TOKENS).logits.detach()
+        if len(logits) == 1:  # trained, and then loaded by the next block
+            torch.testing.assert_close(after, logits[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(after, logits[1], rtol=0, atol=2e-5)
+    assert type(names["model"]) is type(plain)
+
+
 def test_peft_models_that_cannot_be_read_are_refused():
     model = peft_model()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -685,9 +766,27 @@ def test_peft_models_that_cannot_be_read_are_refused():
     with pytest.raises(ValueError, match=rf"{name}: its adapter is merged"):
         adapter_groups(model)
     layer.unmerge()
+    kept, layer.base_layer = layer.base_layer, nn.Identity()  # as GPTQ layers have no weight
+    with pytest.raises(TypeError, match=rf"{name}: its base layer is a Identity without a weight"):
+        adapter_groups(model)
+    layer.base_layer = kept
     model.add_adapter("other", model.peft_config["default"])
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="exactly one"):
+        adapter_groups(model)
+    with pytest.raises(ValueError, match=rf"{name}: rank=32, but it must be below the smaller"):
+        adapter_groups(peft_model(r=32))
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_quantized_bases_are_refused(kind):
+    bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    more = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
+    model = nn.Sequential(getattr(bnb.nn, kind)(16, 16, **more), nn.Linear(16, 16))
+    with pytest.raises(ValueError, match=f"'0', a {kind}, but it must match an nn.Linear"):
+        lora(model, 2, target="0")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    with pytest.raises(TypeError, match=r"base_model\.model\.0: its base weight has .*quantized"):
         adapter_groups(model)
 
 
