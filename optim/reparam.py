@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import sharding
 from .codec import wide
 from .groups import output_heads, param_groups
 from .options import Option, nearest, optional
@@ -180,7 +181,7 @@ def check_base(weight: Tensor, r: int, layer: str) -> None:
     Raises:
         TypeError, ValueError: names the layer, the value and the rule.
     """
-    plain = type(weight) in (Tensor, nn.Parameter)
+    plain = type(weight) in (Tensor, nn.Parameter) or sharding.is_sharded(weight)
     if weight.dtype not in _DTYPES or not plain:
         kind = f"dtype {weight.dtype}" if plain else f"type {type(weight).__name__}"
         raise TypeError(f"{layer}: its base weight has {kind}, but it must be a plain tensor of a "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import codec, project
+from . import codec, project, sharding
 from .base import AdamWPart, MatrixOptimizer, PartialStepError, Update, Work
 from .codec import Slot, State
 from .inner import adam_slots, averages, representable
@@ -221,13 +221,21 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         sa["frozen"][j] = o["freeze_steps"]
         if not len(i) and not len(j):
             return False
-        out_a = _exchanged(a, sa, i, to_a)
-        out_b = _exchanged(b.mT, sb, j, to_b)
+        all_a, all_b = sharding.whole(a), sharding.whole(b)
+        out_a = _exchanged(all_a, sa, i, to_a)
+        out_b = _exchanged(all_b.mT, sb, j, to_b)
         # W <- W + s (B_I (A_I - A'_I) + (B_J - B'_J) A_J); I and J have nothing in common
-        wide = codec.wide(base).dtype
-        left = torch.cat([b[:, i.to(b.device)].to(wide), out_b.mT.to(wide)], 1)
-        right = torch.cat([out_a.to(wide), a[j.to(a.device)].to(wide)])
-        _add(base, left, right, {"index": sb["index"] + _BASE}, o, int(sb["step"]) + 1)
+        wide = torch.promote_types(base.dtype, torch.float32)
+        left = torch.cat([all_b[:, i.to(b.device)].to(wide), out_b.mT.to(wide)], 1)
+        right = torch.cat([out_a.to(wide), all_a[j.to(a.device)].to(wide)])
+        rows = sharding.rows_of(base)
+        gather = sharding.whole if rows is None else sharding.local
+        w, first = gather(base), 0 if rows is None else rows.start
+        _add(w, left[first:first + len(w)], right, {"index": sb["index"] + _BASE}, o,
+             int(sb["step"]) + 1, first * base.shape[1])
+        for p, value in ((a, all_a), (b, all_b), *(((base, w),) if rows is None else ())):
+            if sharding.is_sharded(p):
+                sharding.keep(p, value)
         return True
 
     # ---------------------------------------------------------------- the update
@@ -323,11 +331,14 @@ def _exchanged(vectors: Tensor, s: Mapping[str, Tensor], order: Tensor, places: 
 
 
 def _add(p: Tensor, left: Tensor, right: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any],
-         t: int) -> None:
-    """P <- p + scaling * left @ right, rounded once, in blocks."""
+         t: int, start: int) -> None:
+    """P <- p + scaling * left @ right, rounded once, in blocks.
+
+    ``start`` is the index in the whole weight of p's first element.
+    """
     rows = max(1, _BLOCK // p.shape[1])
     for i in range(0, len(p), rows):
         part = p[i:i + rows]
         x = codec.wide(part)
         x.addmm_(left[i:i + rows], right, alpha=o["scaling"])
-        codec.write_weight(part, x, kept, o, t, i * p.shape[1])
+        codec.write_weight(part, x, kept, o, t, start + i * p.shape[1])

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
-from lissom.optim import codec
+import torch.distributed.checkpoint as dcp
+from lissom.optim import codec, param_groups
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 
 from .cases import CASES
-from .helpers import parameters, tensors
+from .helpers import named, tensors
 
 #: Tall, wide, square, one row, fewer rows than ranks, a vector, an image filter, a tensor.
 SHAPES = [(10, 6), (6, 10), (7, 7), (1, 5), (2, 9), (5,), (5, 3, 2, 2)]
@@ -29,7 +46,10 @@ def quantize_small() -> None:
 def placed(x: Tensor, mesh: DeviceMesh | None, places: list[Placement] | None = None) -> Tensor:
     if mesh is None:
         return x
-    return distribute_tensor(x, mesh, places or [Shard(0)] * mesh.ndim, src_data_rank=None)
+    # a dimension that x has not is not cut
+    places = [Replicate() if isinstance(place, Shard) and place.dim >= x.ndim else place
+              for place in places or [Shard(0)] * mesh.ndim]
+    return distribute_tensor(x, mesh, places, src_data_rank=None)
 
 
 def plain(x: Tensor) -> Tensor:
@@ -37,17 +57,198 @@ def plain(x: Tensor) -> Tensor:
 
 
 def trained(mesh: DeviceMesh | None, name: str, steps: int = 20, dtype: torch.dtype = torch.float32,
-            shapes: Any = SHAPES, places: list[Placement] | None = None, first: int = 0,
+            shapes: Any = SHAPES, places: list[Placement] | None = None,
             **more: Any) -> dict[str, Any]:
     """Weights and state after some steps with the same gradients on any number of ranks."""
-    quantize_small()
-    ps = [torch.nn.Parameter(placed(p.detach(), mesh, places))
-          for p in parameters(shapes, dtype=dtype)]
-    optimizer = case_of(name)([(f"p{i}", p) for i, p in enumerate(ps)], **{"lr": 1e-2, **more})
-    for i in range(first, first + steps):
-        for p, g in zip(ps, tensors([p.shape for p in ps], 100 + i), strict=True):
-            p.grad = placed(g.to(dtype), mesh, places)
+    if mesh is not None:
+        quantize_small()
+    case = case_of(name)
+    ps = [torch.nn.Parameter(placed(p.detach(), mesh, places), requires_grad=p.requires_grad)
+          for p in case.parameters(shapes, dtype=dtype)]
+    optimizer = case(named(ps), **{"lr": 1e-2, **more})
+    for i in range(steps):
+        give(ps, i, mesh, places)
         optimizer.step()
-    state = [{k: plain(x) for k, x in optimizer.state[p].items()} for p in ps]
-    sharded = [{k: isinstance(x, DTensor) for k, x in optimizer.state[p].items()} for p in ps]
-    return {"weights": [plain(p) for p in ps], "state": state, "sharded": sharded}
+    return outcome(optimizer, ps)
+
+
+def give(ps: list[Any], step: int, mesh: DeviceMesh | None,
+         places: list[Placement] | None = None) -> None:
+    """The gradients of a step, the same on any number of ranks."""
+    for p, g in zip(ps, tensors([p.shape for p in ps], 100 + step), strict=True):
+        if p.requires_grad:
+            p.grad = placed(g.to(p.dtype), mesh, places)
+
+
+def outcome(optimizer: Any, ps: list[Any]) -> dict[str, Any]:
+    """Weights and state in full, and the bytes of the state that this rank holds."""
+    states = [optimizer.state.get(p, {}) for p in ps]
+    of = {p: o for o in optimizer.param_groups for p in o["params"]}
+    return {"weights": [plain(p) for p in ps],
+            "state": [{k: plain(x) for k, x in s.items()} for s in states],
+            "slots": [optimizer.stored_slots(p, of[p]) if p in optimizer.state else {} for p in ps],
+            "bytes": [{k: (x.to_local() if isinstance(x, DTensor) else x).nbytes
+                       for k, x in s.items()} for s in states]}
+
+
+def with_nan(mesh: DeviceMesh, name: str, nonfinite: str) -> dict[str, Any]:
+    """A NaN in the rows of one rank."""
+    quantize_small()
+    ps = [torch.nn.Parameter(placed(p.detach(), mesh))
+          for p in case_of(name).parameters([(7, 5), (4,)])]
+    optimizer = case_of(name)(named(ps), nonfinite=nonfinite)
+    give(ps, 0, mesh)
+    optimizer.step()
+    before = [plain(p) for p in ps]
+    give(ps, 1, mesh)
+    if mesh.get_rank() == 1:
+        ps[0].grad.to_local()[0, 0] = torch.nan
+    error = ""
+    try:
+        optimizer.step()
+    except FloatingPointError as found:
+        error = str(found)
+    return {"before": before, "after": [plain(p) for p in ps], "error": error,
+            "skipped": optimizer.skipped_steps}
+
+
+def refusals(mesh: DeviceMesh, name: str) -> list[str]:
+    """Messages about what cannot be: a partial sum as parameter, a gradient placed elsewhere."""
+    messages = []
+    partial = DTensor.from_local(torch.ones(6, 4), mesh, [Partial()])
+    p = torch.nn.Parameter(placed(torch.ones(6, 4), mesh))
+    for step in (lambda: case_of(name)([("w", torch.nn.Parameter(partial))]), None):
+        try:
+            if step is not None:
+                step()
+            else:
+                optimizer = case_of(name)([("w", p)])
+                p.grad = placed(torch.ones(6, 4), mesh, [Shard(1)])
+                optimizer.step()
+        except (TypeError, ValueError) as error:
+            messages.append(str(error))
+    return messages
+
+
+# ---- real models
+
+
+def network(dtype: torch.dtype = torch.float32) -> torch.nn.Sequential:
+    """Odd sizes, so that shards are uneven; the head has fewer rows than there are ranks."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(12, 18), torch.nn.Tanh(), torch.nn.Linear(18, 7), torch.nn.Tanh(),
+              torch.nn.Linear(7, 2)]
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def optimizer_of(model: torch.nn.Module, name: str, **more: Any) -> Any:
+    case = case_of(name)
+    if case.roles:
+        return case(list(model.named_parameters()), **{"lr": 1e-2, **more})
+    rank = case.options.get("rank")
+    return case(param_groups(model, rank=rank or 3), **{"lr": 1e-2, **more})
+
+
+def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ranks: int = 1
+         ) -> list[float]:
+    """Steps on batches of 12 lines, of which a rank has its part; the losses of the whole."""
+    losses = []
+    for i in steps:
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(12, 12, generator=generator)
+        y = x[:, :2].sin()
+        part = slice(rank * 12 // ranks, (rank + 1) * 12 // ranks)
+        loss = (model(x[part]).float() - y[part]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def fsdp(mesh: DeviceMesh | None, name: str, steps: int = 8, half: bool = False, **more: Any
+         ) -> dict[str, Any]:
+    """A model trained under FSDP2, or on one device."""
+    if mesh is None:
+        model = network()
+        optimizer = optimizer_of(model, name, **more)
+        take(model, optimizer, range(steps))
+        return outcome(optimizer, list(model.parameters()))
+    quantize_small()
+    model = sharded(mesh, half)
+    optimizer = optimizer_of(model, name, **more)
+    take(model, optimizer, range(steps), mesh.get_rank(), mesh.size())
+    return outcome(optimizer, list(model.parameters()))
+
+
+def sharded(mesh: DeviceMesh, half: bool = False) -> torch.nn.Module:
+    model = network()
+    policy = MixedPrecisionPolicy(torch.bfloat16 if half else None,
+                                  torch.float32 if half else None)
+    for layer in model:
+        if isinstance(layer, torch.nn.Linear):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def ddp(mesh: DeviceMesh, name: str, steps: int = 8, **more: Any) -> dict[str, Any]:
+    """The same under DistributedDataParallel."""
+    quantize_small()
+    model = network()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
+    optimizer = optimizer_of(model, name, **more)
+    take(wrapped, optimizer, range(steps), mesh.get_rank(), mesh.size())
+    return outcome(optimizer, list(model.parameters()))
+
+
+# ---- checkpoints
+
+
+def saved(mesh: DeviceMesh, name: str, folder: str, steps: range, resume: bool, way: str = "dcp",
+          die_at: int | None = None, **more: Any) -> dict[str, Any]:
+    """Train from or to a checkpoint; the last rank may die in the middle.
+
+    Args:
+        mesh: of this run.
+        name: of the row.
+        folder: of the checkpoint, written after the last step, or before a death.
+        steps: to take.
+        resume: from the checkpoint.
+        way: ``"dcp"``, by torch.distributed.checkpoint; ``"full"``, one whole state dict.
+        die_at: the step at which the last rank is gone.
+        more: options.
+    """
+    quantize_small()
+    model = sharded(mesh)
+    optimizer = optimizer_of(model, name, **more)
+    group, whole = mesh.get_group(), StateDictOptions(full_state_dict=True)
+    if resume and way == "dcp":
+        state = {"model": get_model_state_dict(model),
+                 "optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, checkpoint_id=folder, process_group=group)
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    elif resume:
+        state = torch.load(f"{folder}/full.pt", weights_only=True)
+        set_model_state_dict(model, state["model"], options=whole)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=whole)
+    losses = []
+    for i in steps:
+        if die_at is not None and i == die_at and mesh.get_rank() == mesh.size() - 1:
+            os._exit(1)
+        # every rank sees the whole batch: the mean over ranks does not depend on their number
+        losses += take(model, optimizer, range(i, i + 1))
+        if die_at is None and i < steps[-1]:
+            continue
+        if way == "dcp":
+            dcp.save({"model": get_model_state_dict(model),
+                      "optimizer": get_optimizer_state_dict(model, optimizer)},
+                     checkpoint_id=folder, process_group=group)
+        else:
+            state = {"model": get_model_state_dict(model, options=whole),
+                     "optimizer": get_optimizer_state_dict(model, optimizer, options=whole)}
+            if mesh.get_rank() == 0:
+                torch.save(state, f"{folder}/full.pt")
+            torch.distributed.barrier(group=group)
+    return {**outcome(optimizer, list(model.parameters())), "losses": losses}

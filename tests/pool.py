@@ -32,6 +32,7 @@ class Pool:
             worker = context.Process(target=_work, args=(rank, self.folder.name, theirs),
                                      daemon=True)
             worker.start()
+            theirs.close()  # so that a death is the end of the pipe
             self.pipes.append(mine)
             self.workers.append(worker)
 
@@ -59,8 +60,9 @@ class Pool:
                 rank = pipes.index(pipe)
                 try:
                     ok, results[rank] = pipe.recv()
-                except EOFError:
-                    ok, results[rank] = False, "died"
+                except EOFError:  # the others wait for it
+                    self.close()
+                    raise AssertionError(f"rank {rank} died") from None
                 left.remove(pipe)
                 if not ok:
                     failures.append(f"rank {rank}: {results[rank]}")

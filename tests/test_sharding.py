@@ -1,0 +1,180 @@
+"""More than one process: every class sharded, under FSDP2 and DDP, saved and loaded elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from lissom.bench.sharding import rank_bytes
+from torch.distributed.tensor import Replicate, Shard
+
+from . import jobs
+from .cases import CASES, first_of_each_class
+from .helpers import assert_same
+from .pool import RANKS, Pool
+
+pytestmark = pytest.mark.xdist_group("pool")
+CLASSES = first_of_each_class()
+FEW = [case.name for case in CLASSES] + [
+    f"{case.name}-8bit" for case in CLASSES if case.option("state_bits") != 8]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(autouse=True)
+def _quantize_small(monkeypatch):
+    monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
+    monkeypatch.setattr("lissom.optim.codec.SHORT", 0)
+
+
+def assert_close(one: dict[str, Any], outs: list[dict[str, Any]], exact: bool,
+                 tolerance: float = 1e-6) -> None:
+    """Weights equal on all ranks, and those of one process: exactly, or to 1e-6 of the largest."""
+    for out in outs[1:]:
+        assert_same(outs[0]["weights"], out["weights"], "other rank")
+    for i, (a, b) in enumerate(zip(one["weights"], outs[0]["weights"], strict=True)):
+        if exact:
+            assert_same(a, b, f"weight {i}")
+        else:
+            assert (a - b).abs().max() <= tolerance * a.abs().max(), i
+    for a, b in zip(one["state"], outs[0]["state"], strict=True):
+        assert a.keys() == b.keys()
+        assert int(a.get("step", 0)) == int(b.get("step", 0))
+
+
+def assert_bytes(outs: list[dict[str, Any]], ranks: int) -> None:
+    """What each rank holds is what the memory profiler's model says, to the byte."""
+    for i, state in enumerate(outs[0]["state"]):
+        shape = tuple(outs[0]["weights"][i].shape)
+        slots = outs[0]["slots"][i]
+        expected = rank_bytes(shape, slots, ranks)
+        held = [sum(out["bytes"][i].values()) for out in outs]
+        assert held == expected, (i, shape, list(state))
+
+
+def exact(name: str) -> bool:
+    """Whether the class reduces nothing: element by element, or as a whole on every rank."""
+    return name.startswith(("adamw", "switchlora", "gradnormlorp")) and "pairs" not in name
+
+
+# ---- sharded by hand: the same gradients
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_three_ranks_equal_one(pool, name):
+    one = jobs.trained(None, name)
+    outs = pool.run(jobs.trained, 3, name=name)
+    assert_close(one, outs, exact(name))
+    assert_bytes(outs, 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", FEW)
+def test_any_number_of_ranks_equals_one(pool, name, ranks):
+    one = jobs.trained(None, name)
+    outs = pool.run(jobs.trained, ranks, name=name)
+    assert_close(one, outs, exact(name) or ranks == 1)
+    assert_bytes(outs, ranks)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_whole_shards_are_exact(pool, name):
+    one = jobs.trained(None, name)
+    assert_close(one, pool.run(jobs.trained, 3, name=name, shards="whole"), True)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_stochastic_rounding_does_not_see_shards(pool, name):
+    given = {"name": name, "dtype": torch.bfloat16, "shapes": [(40, 33), (33, 40), (300,)]}
+    one, outs = jobs.trained(None, **given), pool.run(jobs.trained, 3, **given)
+    flipped = total = 0
+    for a, b in zip(one["weights"], outs[0]["weights"], strict=True):
+        off = (a.view(torch.int16).int() - b.view(torch.int16).int()).abs()
+        assert off.max() <= 1
+        flipped, total = flipped + int(off.sum()), total + off.numel()
+    assert flipped <= max(1, 1e-4 * total) * (not exact(name))
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("places", [[Replicate(), Shard(0)], [Shard(0), Shard(1)],
+                                    [Replicate(), Shard(1)], [Shard(0), Shard(0)]], ids=str)
+def test_two_dimensional_meshes(pool, name, places):
+    shapes = [(10, 6), (6, 10), (7, 7), (1, 5)]
+    one = jobs.trained(None, name, shapes=shapes, steps=8)
+    outs = pool.run(jobs.trained, (2, 2), name=name, shapes=shapes, steps=8, places=places)
+    assert_close(one, outs, exact(name))
+
+
+@pytest.mark.parametrize("name", ["adamw", "galoreadamw", "muon"])
+def test_a_nan_on_one_rank_stops_all(pool, name):
+    for nonfinite in ("skip", "raise"):
+        for out in pool.run(jobs.with_nan, 3, name=name, nonfinite=nonfinite):
+            assert_same(out["before"], out["after"])
+            assert out["skipped"] == (nonfinite == "skip")
+            assert ("'p0' has a NaN" in out["error"]) == (nonfinite == "raise")
+
+
+def test_what_cannot_be_is_refused_by_name(pool):
+    for messages in pool.run(jobs.refusals, 2, name="galoreadamw"):
+        assert "w has placements (Partial" in messages[0]
+        assert "Replicate" in messages[0]
+        assert "the gradient of 'w' has placements" in messages[1]
+
+
+# ---- engines
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", [case.name for case in CLASSES])
+def test_fsdp2_and_ddp_train_as_one_process(pool, name, ranks):
+    one = jobs.fsdp(None, name)
+    # gradients are means over the ranks, in another order
+    for job in (jobs.fsdp, jobs.ddp):
+        assert_close(one, pool.run(job, ranks, name=name), False, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "galoreadamw", "muon"])
+def test_mixed_precision(pool, name):
+    one = jobs.fsdp(None, name)
+    outs = pool.run(jobs.fsdp, 3, name=name, half=True)
+    for a, b in zip(one["weights"], outs[0]["weights"], strict=True):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=0.05)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("way", ["dcp", "full"])
+@pytest.mark.parametrize("name", FEW)
+def test_saved_on_three_ranks_continues_on_two(pool, name, way, tmp_path):
+    given = {"name": name, "folder": str(tmp_path), "way": way}
+    straight = pool.run(jobs.saved, 2, **given, steps=range(6), resume=False)
+    pool.run(jobs.saved, 3, **given, steps=range(3), resume=False)
+    outs = pool.run(jobs.saved, 2, **given, steps=range(3, 6), resume=True)
+    assert_close(straight[0], outs, False, 1e-5)
+    again = pool.run(jobs.saved, 3, **given, steps=range(6), resume=False)
+    pool.run(jobs.saved, 3, **given, steps=range(3), resume=False)
+    same = pool.run(jobs.saved, 3, **given, steps=range(3, 6), resume=True)
+    assert_same([x["weights"] for x in again], [x["weights"] for x in same])
+    assert_same([x["state"] for x in again], [x["state"] for x in same])
+
+
+def test_a_killed_rank_costs_the_steps_since_the_checkpoint(pool, tmp_path):
+    given = {"name": "galoreadamw-8bit", "folder": str(tmp_path)}
+    straight = pool.run(jobs.saved, 2, **given, steps=range(6), resume=False)[0]["losses"]
+    for file in tmp_path.iterdir():
+        file.unlink()
+    doomed = Pool()
+    with pytest.raises(AssertionError, match="died"):
+        doomed.run(jobs.saved, RANKS, **given, steps=range(6), resume=False, die_at=3)
+    doomed.close()
+    losses = pool.run(jobs.saved, 2, **given, steps=range(3, 6), resume=True)[0]["losses"]
+    torch.testing.assert_close(losses, straight[3:], rtol=1e-4, atol=0)
