@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from lissom.optim import codec, param_groups
+from lissom.optim.ddp import projected_allreduce
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -192,14 +193,19 @@ def sharded(mesh: DeviceMesh, half: bool = False) -> torch.nn.Module:
     return model
 
 
-def ddp(mesh: DeviceMesh, name: str, steps: int = 8, **more: Any) -> dict[str, Any]:
-    """The same under DistributedDataParallel."""
+def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, **more: Any
+        ) -> dict[str, Any]:
+    """The same under DistributedDataParallel, with or without projected reductions."""
     quantize_small()
     model = network()
     wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
     optimizer = optimizer_of(model, name, **more)
+    counts = projected_allreduce(optimizer, wrapped) if projected else None
     take(wrapped, optimizer, range(steps), mesh.get_rank(), mesh.size())
-    return outcome(optimizer, list(model.parameters()))
+    result = outcome(optimizer, list(model.parameters()))
+    if counts is not None:
+        result |= {"sent": counts.bytes_sent, "plain": counts.bytes_plain}
+    return result
 
 
 # ---- checkpoints

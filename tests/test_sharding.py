@@ -140,6 +140,24 @@ def test_fsdp2_and_ddp_train_as_one_process(pool, name, ranks):
         assert_close(one, pool.run(job, ranks, name=name), False, 1e-4)
 
 
+@pytest.mark.parametrize("name", [
+    "galoreadamw", "galoreadamw-8bit", "galoreadamw-right-svd", "galoreadamw-full-svd",
+    "galoreadamw-random", "dctadamw"])
+def test_ddp_that_sends_projected_gradients(pool, name):
+    given = {"name": name, "steps": 10}
+    plain = pool.run(jobs.ddp, 2, **given)
+    outs = pool.run(jobs.ddp, 2, **given, projected=True)
+    assert_close(plain[0], outs, False, 1e-4)
+    assert 0 < outs[0]["sent"] < outs[0]["plain"]
+
+
+def test_projected_reductions_are_refused_where_the_full_gradient_is_needed(pool):
+    for name, cls in (("firaadamw-svd", "FiraAdamW"), ("muon", "Muon"),
+                      ("gradnormlorpadamw-svd", "GradNormLoRPAdamW")):
+        with pytest.raises(AssertionError, match=f"{cls} has no matrix whose"):
+            pool.run(jobs.ddp, 2, name=name, projected=True)
+
+
 @pytest.mark.parametrize("name", ["adamw", "galoreadamw", "muon"])
 def test_mixed_precision(pool, name):
     one = jobs.fsdp(None, name)
