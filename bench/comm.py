@@ -1,6 +1,6 @@
 """Bytes that a rank gives to reductions under DDP, with projected gradients and without.
 
-    python -m lissom.bench.comm --json bench/results/comm-60m-cpu.json
+python -m lissom.bench.comm --json bench/results/comm-60m-cpu.json
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def _train(rank: int, ranks: int, folder: str, size: str, vocabulary: int, r: in
     rows = []
     for step in range(steps):
         before = (counts.bytes_sent, counts.bytes_plain) if counts else (0, 0)
-        tokens = torch.randint(vocabulary, (1, 33), generator=generator)
+        tokens = torch.randint(vocabulary, (2, 129), generator=generator)
         logits = wrapped(tokens[:, :-1])
-        nn.functional.cross_entropy(logits.flatten(0, 1), tokens[0, 1:]).backward()
+        nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
         if counts:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from . import codec
+from . import codec, sharding
 from .base import MatrixOptimizer, Update, Work, negated, spoilt
 from .checks import check_gradient
 from .codec import Slot, State
@@ -55,6 +55,7 @@ class InBackward:
             raise RuntimeError(f"{self.name}: this optimizer already has {optimizer._backward.name}"
                                "; call .remove() of that handle first")
         for name, p, o in optimizer._named():
+            self._check_ranks(name, p)
             self.check(name, p, o)
         optimizer._backward = self
         try:
@@ -98,6 +99,7 @@ class InBackward:
             self._hooks.pop(p).remove()
         self._groups = (None, 0)
         for name, p, o in self.optimizer._named():
+            self._check_ranks(name, p)
             self.check(name, p, o)
             if p.requires_grad and p not in self._hooks:
                 self._hooks[p] = p.register_post_accumulate_grad_hook(
@@ -120,6 +122,16 @@ class InBackward:
         if optimizer._forms.get(p) != optimizer._form(p, o, optimizer._kinds()):
             optimizer._sync_state()
         return name, o
+
+    def _check_ranks(self, name: str, p: Tensor) -> None:
+        """Refuse a parameter whose gradient is not yet the mean over ranks in the hook."""
+        dist = torch.distributed
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and not sharding.is_sharded(p):
+            raise ValueError(
+                f"{self.name}: {name!r} is no DTensor, but there are {dist.get_world_size()} "
+                "processes: DDP averages gradients only after the hook has seen them; use FSDP2, "
+                "or lissom.optim.ddp.projected_allreduce(optimizer, model)")
 
     def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
         """Refuse a parameter with which this cannot work; raises ValueError."""
@@ -226,6 +238,10 @@ class ProjectInBackward(InBackward):
         optimizer, where = self.optimizer, f"{self.name}: {name!r}"
         if optimizer._reason(p, o) is not None:
             return
+        if sharding.is_sharded(p):
+            raise ValueError(f"{where} is sharded (DTensor), but it must be a plain tensor: FSDP2 "
+                             "keeps one shard of each gradient only; call step() as usual, or use "
+                             "update_in_backward(optimizer)")
         if optimizer.residual(o).needs_gradient:
             option = ("error_feedback_bits" if o.get("error_feedback_bits") else
                       "residual" if "residual" in o else "algorithm")
@@ -514,7 +530,8 @@ def project_in_backward(
     Raises:
         TypeError, ValueError: an argument, or a parameter with whose options this cannot work:
             ``residual``, ``error_feedback_bits``, rules of whole matrices; with accumulation
-            ``update_proj_gap`` not above it and ``refresh="synchronous"``.
+            ``update_proj_gap`` not above it and ``refresh="synchronous"``; sharded parameters, and
+            any others where there are several processes, as under DDP.
         RuntimeError: the optimizer has such a handle already. Later: more micro-batches than
             ``accumulation``, a closure, a GradScaler that was not given here, a state that is
             saved between the backward pass and the step of a refresh.
@@ -636,7 +653,8 @@ def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | Non
         A handle with ``remove()``; as a context manager it removes itself.
 
     Raises:
-        TypeError, ValueError: an argument; ``nonfinite="skip"``; parameters that act together.
+        TypeError, ValueError: an argument; ``nonfinite="skip"``; parameters that act together;
+            parameters that are not sharded where there are several processes, as under DDP.
         RuntimeError: the optimizer has such a handle already. Later: a second gradient before
             ``step()``, a closure, a GradScaler. ``FloatingPointError`` from ``backward()``: a
             NaN or Inf with ``nonfinite="raise"``; that parameter is not written, those whose

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from lissom.optim import codec, param_groups
+from lissom.optim import codec, param_groups, project_in_backward, update_in_backward
 from lissom.optim.ddp import projected_allreduce
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -167,8 +167,8 @@ def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ra
     return losses
 
 
-def fsdp(mesh: DeviceMesh | None, name: str, steps: int = 8, half: bool = False, **more: Any
-         ) -> dict[str, Any]:
+def fsdp(mesh: DeviceMesh | None, name: str, steps: int = 8, half: bool = False,
+         in_backward: bool = False, **more: Any) -> dict[str, Any]:
     """A model trained under FSDP2, or on one device."""
     if mesh is None:
         model = network()
@@ -178,6 +178,8 @@ def fsdp(mesh: DeviceMesh | None, name: str, steps: int = 8, half: bool = False,
     quantize_small()
     model = sharded(mesh, half)
     optimizer = optimizer_of(model, name, **more)
+    if in_backward:
+        update_in_backward(optimizer)
     take(model, optimizer, range(steps), mesh.get_rank(), mesh.size())
     return outcome(optimizer, list(model.parameters()))
 
@@ -206,6 +208,18 @@ def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, **
     if counts is not None:
         result |= {"sent": counts.bytes_sent, "plain": counts.bytes_plain}
     return result
+
+
+def in_backward_refused(mesh: DeviceMesh) -> list[str]:
+    """What project_in_backward says of FSDP2, and what both say of DDP."""
+    messages = []
+    for model, work in ((sharded(mesh), project_in_backward), (network(), project_in_backward),
+                        (network(), update_in_backward)):
+        try:
+            work(optimizer_of(model, "galoreadamw"))
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
 
 
 # ---- checkpoints

@@ -151,6 +151,19 @@ def test_ddp_that_sends_projected_gradients(pool, name):
     assert 0 < outs[0]["sent"] < outs[0]["plain"]
 
 
+@pytest.mark.parametrize("name", ["adamw8bit", "galoreadamw", "muon", "gradnormlorpadamw-svd"])
+def test_update_in_backward_under_fsdp2(pool, name):
+    assert_close(pool.run(jobs.fsdp, 3, name=name)[0],
+                 pool.run(jobs.fsdp, 3, name=name, in_backward=True), True)
+
+
+def test_work_in_the_backward_pass_is_refused_where_gradients_are_not_complete(pool):
+    for messages in pool.run(jobs.in_backward_refused, 2):
+        assert "project_in_backward: '0.weight' is sharded" in messages[0]
+        assert "project_in_backward: '0.weight' is no DTensor, but there are 4" in messages[1]
+        assert "update_in_backward: '0.weight' is no DTensor, but there are 4" in messages[2]
+
+
 def test_projected_reductions_are_refused_where_the_full_gradient_is_needed(pool):
     for name, cls in (("firaadamw-svd", "FiraAdamW"), ("muon", "Muon"),
                       ("gradnormlorpadamw-svd", "GradNormLoRPAdamW")):
