@@ -86,6 +86,11 @@ def test_memory_of_reparameterizations(capsys):
     assert pairs["gradients"] == 2 * pairs["trainable"]
     assert full["trainable"] == full["parameters"]
     assert full["candidates"] == 0
+    assert round(1 - pairs["gradients"] / full["gradients"], 3) == 0.545
+    device = pairs["optimizer_state"] - pairs["candidates"]
+    assert round(1 - device / full["optimizer_state"], 3) == 0.545
+    sums = [x["weights"] + x["gradients"] + x["optimizer_state"] for x in (pairs, full)]
+    assert round(1 - (sums[0] - pairs["candidates"]) / sums[1], 3) == 0.319
     # pools of min(m, n) vectors beside A and beside B
     sizes = [(2048, 2048)] * 4 + [(2048, 5461)] * 3
     assert pairs["candidates"] == 24 * sum(2 * min(m, n) * (m + n) for m, n in sizes)
