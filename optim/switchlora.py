@@ -22,7 +22,7 @@ __all__ = ["SwitchLoRAAdamW"]
 _ROLES = ("A", "B", "base")
 # Elements of a base weight that are changed at once.
 _BLOCK = 1 << 18
-# Added to the index of B for the random rounding of the base weight, a stream of its own.
+# Flipped in the key of B for the random rounding of the base weight, a stream of its own.
 _BASE = 1 << 30
 # Stream of random numbers from which candidates are drawn; those of switches are the steps.
 _POOL = 0
@@ -213,7 +213,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         wide = codec.wide(base).dtype
         left = torch.cat([b[:, i.to(b.device)].to(wide), out_b.mT.to(wide)], 1)
         right = torch.cat([out_a.to(wide), a[j.to(a.device)].to(wide)])
-        _add(base, left, right, {"index": sb["index"] + _BASE}, o, int(sb["step"]) + 1)
+        _add(base, left, right, {"key": sb["key"] ^ _BASE}, o, int(sb["step"]) + 1)
 
     # ---------------------------------------------------------------- the update
 
