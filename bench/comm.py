@@ -75,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = []
         for projected in (False, True):
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(_train, (args.ranks, folder, args.size, vocabulary, r, args.steps,
-                                  projected), nprocs=args.ranks)
+                mp.start_processes(  # type: ignore[attr-defined, no-untyped-call]
+                    _train, (args.ranks, folder, args.size, vocabulary, r, args.steps, projected),
+                    nprocs=args.ranks)
                 weights.append(torch.load(Path(folder, f"{projected}.pt"), weights_only=True))
                 rows = json.loads(Path(folder, f"{projected}.json").read_text())
         off = max(float((a - b).norm() / a.norm()) for a, b in zip(*weights, strict=True))

@@ -39,8 +39,13 @@ class AdamW(MatrixOptimizer):
             :meth:`full_precision`.
         nonfinite: what a NaN or Inf gradient does: ``"propagate"`` as in torch (default),
             ``"skip"`` the whole step and count it in ``skipped_steps``, or ``"raise"``.
-        seed: of the random bits of 16-bit state and weights, an int >= 0. Default 0.
+        seed: of the random bits of 16-bit state and weights, an int >= 0. Default 0. They depend
+            on the parameter's name too, or on its place among the parameters where groups have
+            no names.
         metrics: measure each step for :meth:`metrics`. Default False.
+        shards: of a sharded matrix (DTensor) update the ``"rows"`` where they are, where the rule
+            allows it (default), or gather the ``"whole"``: then the result does not depend on the
+            number of ranks in any bit.
         foreach, fused, capturable, differentiable: torch's switches about how a step runs;
             the first two are accepted and change nothing, the last two must be False.
 

@@ -196,6 +196,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._measured: dict[int, dict[str, Tensor]] = {}
         # Next value of ``index``, of the own rule and of AdamW; None is to be counted.
         self._next_index: list[int] | None = None
+        # Every ``key`` in the state, counted with it.
+        self._keys: set[int] = set()
         super().__init__(params, defaults | values)
         if self.algorithm != "adamw" and not self.plan().matrices:
             warnings.warn(f"{type(self).__name__} has no matrix of its own, so it is AdamW. "
@@ -412,23 +414,34 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _logical(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         """The same with a quantized moment as one slot."""
         slots = {"step": codec.counter(), "index": codec.counter(torch.int64),
-                 **codec.master_slots(p, o)}
+                 "key": codec.counter(torch.int64), **codec.master_slots(p, o)}
         if self._reason(p, o) is None:
             slots |= self.slots(p, o)
         else:
             slots |= adam_slots(tuple(p.shape), p, o)
         return slots if self._backward is None else slots | self._backward.slots(p, o)
 
-    def _create_state(self, p: Tensor, o: Mapping[str, Any]) -> None:
-        """Zeros for every slot; ``index`` counts the parameters of the same rule before p."""
+    def _create_state(self, p: Tensor, o: Mapping[str, Any], name: str) -> None:
+        """Zeros for every slot, but for two numbers.
+
+        ``index`` counts the parameters of the same rule before p: phases of refreshes follow it.
+        ``key`` is for p's random numbers: from its name, or ``index`` where groups have no names.
+        A key that another parameter has (which names give once in 2^63) is counted up.
+        """
         state = {name: sharding.new(slot, p) for name, slot in self.stored_slots(p, o).items()}
         if self._next_index is None:
+            self._keys = {int(s["key"]) for s in self.state.values()}
             used = [int(s["index"]) for s in self.state.values()]
             self._next_index = [1 + max((i for i in used if i < _DENSE), default=-1),
                                 1 + max((i for i in used if i >= _DENSE), default=_DENSE - 1)]
         dense = self._reason(p, o) is not None
         state["index"].fill_(self._next_index[dense])
         self._next_index[dense] += 1
+        key = codec.name_key(name) if "param_names" in o else int(state["index"])
+        while key in self._keys:
+            key += 1
+        state["key"].fill_(key)
+        self._keys.add(key)
         self.state[p] = state
 
     def _sync_state(self) -> None:
@@ -450,7 +463,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if p not in self.state:
                 if not p.requires_grad and p.grad is None:
                     continue
-                self._create_state(p, group)
+                self._create_state(p, group, name)
             elif self._forms.get(p) != form:
                 last = self._forms.get(p, form)[0]
                 if last != p.shape and int(self.state[p]["step"]):
@@ -486,7 +499,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return state
         if not int(state["step"]):
             fresh = {k: sharding.new(x, p) for k, x in slots.items()}
-            fresh["index"].copy_(state["index"])
+            for number in ("index", "key"):
+                fresh[number].copy_(state[number])
             return fresh
         return checked_state(self, p, state, o, f"{name!r} or its options have changed, its "
                                                "state has not")

@@ -3,7 +3,8 @@
 Arithmetic sees fp32. A moment is stored as ``state_bits`` says: in fp32; in bf16, rounded
 stochastically, because to nearest a second moment with beta2 = 0.999 never decays (its change of
 0.1 % is below half a bf16 step); or in 8 or 4 bits with a dynamic codebook and a scale for each
-block of 256 (:mod:`lissom.kernels.quant8`). Moments of fewer than 4096 elements stay in fp32 where
+block of 256 (:mod:`lissom.kernels.quant8`). Blocks restart at each row of the last dimension, so
+that shards of rows cut between them. Moments of fewer than 4096 elements stay in fp32 where
 8 or 4 bits are asked for, and rows of 4 or fewer in bf16. Bases and error feedback are stored
 linearly in blocks (:mod:`lissom.kernels.linear`) where they are asked for in 8 or 4 bits. What is
 in codes has them under its name and its scales under ``name.scale``.
@@ -12,6 +13,7 @@ in codes has them under its name and its scales under ``name.scale``.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
     from .sharding import Rows
 
 __all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "counter", "encode", "held", "key_of",
-           "master_slots", "moment", "pieces", "random_rounding", "read", "read_weight", "rounded",
-           "row_sum", "rows_of", "stored", "whole_shape", "wide", "write", "write_weight"]
+           "master_slots", "moment", "name_key", "pieces", "random_rounding", "read",
+           "read_weight", "rounded", "row_sum", "rows_of", "stored", "whole_shape", "wide", "write",
+           "write_weight"]
 
 # Their positions are the streams of random bits that round them.
 _ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
@@ -208,11 +211,29 @@ def counter(dtype: torch.dtype = torch.float32) -> Slot:
     return Slot((), dtype, torch.device("cpu"))
 
 
+# Put into names by what wraps a module; DDP's is at the beginning alone.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def name_key(name: str) -> int:
+    """A parameter's ``key`` from its dotted name: the first 63 bits of its BLAKE2b hash.
+
+    Names that torch.compile, DDP, FSDP1 and activation checkpointing change by wrapping the model
+    give the key of the plain model's.
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    plain = ".".join(parts[1:] if parts[:1] == ["module"] else parts)
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "big") >> 1
+
+
 def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
-    """Key of a parameter's random numbers: (seed of the group, index of the parameter)."""
-    seed = int(o["seed"])
+    """The two 32-bit words that key a parameter's random numbers, from ``seed`` and its ``key``.
+
+    For one seed different keys give different words.
+    """
+    seed, key = int(o["seed"]), int(s["key"])
     # Philox takes 32 bits: the upper half of a longer seed is mixed into the lower.
-    return (seed ^ (seed >> 32) * 0x9E3779B9) & 0xFFFFFFFF, int(s["index"])
+    return (seed ^ (seed >> 32) * 0x9E3779B9 ^ key >> 32) & 0xFFFFFFFF, key & 0xFFFFFFFF
 
 
 class Decoded(MutableMapping[str, Tensor]):
@@ -383,8 +404,8 @@ def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[st
     """Round fp32 results into a weight, once.
 
     Where the state keeps more of it (:func:`master_slots`) what is cut off goes there. The random
-    bits are those of (seed, place among the parameters; step, element): the same on resume, in any
-    grouping that keeps the order of the parameters, on any number of ranks and on every device.
+    bits are those of (seed, key of the parameter; step, element): the same on resume, on any number
+    of ranks and on every device, and where parameters have names in any order and grouping.
 
     Args:
         p: a weight or a block of its rows.

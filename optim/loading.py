@@ -72,8 +72,10 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
         for name, p, key in zip(names, mine["params"], group["params"], strict=True):
             entry = state_dict["state"].get(key)
             if isinstance(entry, Mapping) and entry:
-                if not ours and p in optimizer.state:  # torch's states have no such number
-                    entry = {"index": optimizer.state[p]["index"], **entry}
+                if not ours and p in optimizer.state:  # torch's states have no such numbers
+                    entry = {k: optimizer.state[p][k] for k in ("index", "key")} | dict(entry)
+                elif "index" in entry:  # the first states of this format drew by index
+                    entry = {"key": entry["index"], **entry}
                 states[p] = checked_state(optimizer, p, entry, merged, f"{at}, {name!r}")
             elif entry is not None and not isinstance(entry, Mapping):
                 raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
@@ -139,7 +141,7 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
                                           and value.item() == int(value)):
             raise ValueError(f"{at}: {name}={value.item()}, but it must be an integer >= 0 "
                              "and not above step")
-        if name in ("index", "projected_count") and not value.item() >= 0:
+        if name in ("index", "key", "projected_count") and not value.item() >= 0:
             raise ValueError(f"{at}: {name}={value.item()}, but it must be >= 0")
         if name.endswith(("_sq", ".scale")) and not value.is_meta and bool((value < 0).any()):
             raise ValueError(f"{at}: {name} has a negative entry, but it must be >= 0")

@@ -23,7 +23,7 @@ __all__ = ["SwitchLoRAAdamW"]
 _ROLES = ("A", "B", "base")
 # Elements of a base weight that are changed at once.
 _BLOCK = 1 << 18
-# Added to the index of B for the random rounding of the base weight, a stream of its own.
+# Flipped in the key of B for the random rounding of the base weight, a stream of its own.
 _BASE = 1 << 30
 # Stream of random numbers from which candidates are drawn; those of switches are the steps.
 _POOL = 0
@@ -231,7 +231,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         rows = sharding.rows_of(base)
         gather = sharding.whole if rows is None else sharding.local
         w, first = gather(base), 0 if rows is None else rows.start
-        _add(w, left[first:first + len(w)], right, {"index": sb["index"] + _BASE}, o,
+        _add(w, left[first:first + len(w)], right, {"key": sb["key"] ^ _BASE}, o,
              int(sb["step"]) + 1, first * base.shape[1])
         for p, value in ((a, all_a), (b, all_b), *(((base, w),) if rows is None else ())):
             if sharding.is_sharded(p):

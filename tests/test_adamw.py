@@ -33,7 +33,8 @@ def test_equals_torch_over_100_steps(options):
         a.step()
         b.step()
     assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
-    states = [{k: v for k, v in a.state[p].items() if k != "index"} for p in ours]
+    states = [{k: v for k, v in a.state[p].items() if k not in ("index", "key")}
+              for p in ours]
     assert_same(states, [{k: b.state[q][k] for k in s}
                          for s, q in zip(states, theirs, strict=True)])
 
@@ -236,7 +237,7 @@ def test_split_weights_at_the_ends_of_the_range(bits):
                       1.00390625, -2.5, 1e-30])
     p = torch.zeros(len(x), dtype=torch.bfloat16)
     kept = {"master": torch.zeros(len(x), dtype=torch.int16 if bits == 16 else torch.int8),
-            "index": torch.tensor(0)}
+            "key": torch.tensor(0)}
     o = {"rounding": "nearest", "master_bits": bits, "seed": 0}
     codec.write_weight(p, x, kept, o, 1)
     back = codec.read_weight(p, kept)

@@ -733,7 +733,7 @@ def test_damaged_counters_and_layouts_are_refused(case):
            ("step", torch.tensor(2.5)), ("step", torch.tensor(0, device="meta"))]
     bad += [(k, state[k].to_sparse()) for k in state if k in MOMENTS]
     if "index" in state:
-        bad += [("index", torch.tensor(-5)), ("index", torch.tensor(True))]
+        bad += [(k, torch.tensor(x)) for k in ("index", "key") for x in (-5, True)]
     if "basis_step" in state:
         bad.append(("basis_step", torch.tensor(50.0)))
     for name in ("exp_avg_sq", "exp_avg.scale"):
@@ -812,8 +812,9 @@ def test_indices_stay_apart_when_a_parameter_is_replaced(case):
     optimizer = case(ps)
     optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(8, 6))
     optimizer.state_dict()
-    indices = [int(s["index"]) for s in optimizer.state.values() if "index" in s]
-    assert len(set(indices)) == len(indices)
+    for number in ("index", "key"):
+        values = [int(s[number]) for s in optimizer.state.values()]
+        assert len(set(values)) == len(values) == 3
 
 
 def test_a_tensor_may_stand_for_a_rate(case):

@@ -245,7 +245,7 @@ def test_reference_is_decode_adam_encode(kind, bits):
     shape, t = (40, 257), 3
     o = {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": False, "state_bits": bits, "seed": KEY[0],
          "rounding": None, "master_bits": None}
-    key = codec.key_of({"index": torch.tensor(KEY[1])}, o)
+    key = codec.key_of({"key": torch.tensor(KEY[1])}, o)
     g, p = tensors([shape, shape], 4)
     g.view(-1)[5:8] = torch.tensor([1e30, math.inf, 0.0])
     p, g = p.to(kind), g.to(kind)
@@ -259,7 +259,7 @@ def test_reference_is_decode_adam_encode(kind, bits):
 
     names = ("exp_avg", "exp_avg_sq", "exp_avg.scale", "exp_avg_sq.scale")
     kept = {k: x for k, x in zip(names, theirs, strict=True) if x is not None}
-    kept["index"] = torch.tensor(KEY[1])
+    kept["key"] = torch.tensor(KEY[1])
     slots = inner.adam_slots(shape, p, o)
     before = {k: x.clone() for k, x in kept.items()}
     s = codec.Decoded(kept, slots, p)

@@ -812,4 +812,4 @@ def test_state_of_pairs_stays_small():
     for p in (a, b):
         s = optimizer.state[p]
         extra = sum(v.nbytes for k, v in s.items() if k not in MOMENTS and k != "candidates")
-        assert extra == 3 * 4 * 8 + 4 + 8 + 8 + 4
+        assert extra == 3 * 4 * 8 + 4 + 8 + 8 + 8 + 4
