@@ -2,7 +2,8 @@
 
 Steps of all contestants alternate, so that a slow moment of the machine meets them all. Also
 timed: the two matrix products alone that every projection method needs. ``--whole`` adds
-embedding, head and norms to the matrices.
+embedding, head and norms to the matrices. ``ratio`` is that of the medians; ``pairs`` are the
+quartiles of the ratios round by round, for machines that others load.
 
     python -m lissom.bench.step --json bench/results/step-60m-cpu.json
 """
@@ -13,7 +14,10 @@ import argparse
 import importlib.util
 import json
 import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,6 +72,14 @@ def _products(matrices: list[nn.Parameter], rank: int) -> Callable[[], Any]:
     return step
 
 
+def _processor() -> str:
+    """The processor's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")),
+                platform.processor())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -77,8 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--only", metavar="NAMES", help="contestants, separated by semicolons")
+    parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     rank = args.rank or PAPER_RANK[args.size]
 
     def low_rank(cls: Any, gap: int = 200, alpha: str = "scale", **options: Any
@@ -151,10 +166,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             contestants[name]()
         peaks[name] = live.peak
     largest = max(p.nbytes for part in _weights(args.size, args.whole) for p in part)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                            text=True, check=False).stdout.strip()
+    command = shlex.join(["python", "-m", "lissom.bench.step",
+                          *(sys.argv[1:] if argv is None else argv)])
     rows = []
     for name, times in seconds.items():
         rest = sorted(times[1:])
         against = _AGAINST.get(name, "galore-torch")
+        pairs = sorted(a / b for a, b in zip(times[1:], seconds.get(against, [])[1:],
+                                             strict=False))
         rows.append({
             "optimizer": name, "step_ms": 1e3 * statistics.median(rest),
             "quartiles_ms": [1e3 * rest[len(rest) // 4], 1e3 * rest[3 * len(rest) // 4]],
@@ -162,16 +183,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             "against": against,
             "ratio": statistics.median(rest) / statistics.median(seconds[against][1:])
             if against in seconds else None,
+            "pairs": [pairs[len(pairs) * i // 4] for i in (1, 2, 3)] if pairs else None,
             "first_ratio": times[0] / seconds[against][0] if against in seconds else None,
             "peak_of_largest": peaks[name] / largest if name in peaks else None,
             "model": args.size, "vocabulary": 32000 if args.whole else None, "rank": rank,
             "whole": args.whole, "steps": args.steps, "torch": torch.__version__,
             "threads": torch.get_num_threads(), "machine": platform.machine(),
+            "processor": _processor(), "commit": commit, "command": command,
         })
     for row in rows:
         print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
                         for k, v in row.items() if k in (
-                            "optimizer", "step_ms", "worst_of_median", "first_ms", "ratio",
+                            "optimizer", "step_ms", "worst_of_median", "first_ms", "ratio", "pairs",
                             "first_ratio", "peak_of_largest")))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
-from .linear import BLOCK, linear_shapes, pack4, unpack4
+from .linear import BLOCK, linear_shapes, pack4
 
 __all__ = ["block_codes", "block_place", "block_values", "check_store", "codebook",
            "dequantize_dynamic", "dequantize_dynamic_ref", "load_codes", "quantize_dynamic",
@@ -70,6 +70,33 @@ def search(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tenso
     return table.to(device=device, dtype=torch.int32), ends.to(device)
 
 
+@functools.lru_cache(maxsize=32)
+def _carries(bits: int, signed: bool, device: torch.device) -> Tensor:
+    """The same search as one sum of integers: code = (table[upper] + ordered) >> 16.
+
+    ``ordered`` are the bits of a number; below zero, where numbers fall as their bits rise, those
+    of the signed codebook are inverted. The table's entry takes the upper half of ``ordered`` off,
+    adds the code of the smallest number to its place, and to the lower half so much that what is
+    above the end of that code's cell carries one into it.
+    """
+    table, ends = search(bits, signed, torch.device("cpu"))
+    upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int64)
+    end = ends[table.long()].view(torch.int32).long()
+    inverted = (upper < 0) & signed
+    upper_ordered, end_ordered = (torch.where(inverted, ~x, x) for x in (upper, end))
+    carry = (end >> 16 == upper) & ends[table.long()].isfinite()
+    entry = (table.long() << 16) - (upper_ordered << 16)
+    return (entry + torch.where(carry, 0xFFFF - (end_ordered & 0xFFFF), 0)).int().to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def _twos(bits: int, signed: bool, device: torch.device) -> Tensor:
+    """The values of any two codes beside each other, as one int64: entry low + high * 2^bits."""
+    book = codebook(bits, signed, device)
+    low, high = book.repeat(len(book)), book.repeat_interleave(len(book))
+    return torch.stack([low, high], -1).view(torch.int64).view(-1)
+
+
 def quantize_dynamic_ref(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales of x.
 
@@ -84,14 +111,17 @@ def quantize_dynamic_ref(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Te
     """
     columns = x.shape[-1]
     scales, parts = [], []
-    table, ends = search(bits, signed, x.device)
+    table = _carries(bits, signed, x.device)
     for part in _blocks(x):
-        scale = part.abs().amax(-1) if part.numel() else part.new_zeros(part.shape[:-1])
-        unit = part / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-        upper = (unit.view(torch.int32) >> 16).add_(1 << 15)
-        code = table.index_select(0, upper.view(-1))
-        code += unit.view(-1) > ends.index_select(0, code)
-        parts.append(code.view(part.shape).flatten(-2))
+        unit = part.abs()
+        scale = unit.amax(-1) if part.numel() else part.new_zeros(part.shape[:-1])
+        torch.div(part, scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1), out=unit)
+        ordered = unit.view(torch.int32)
+        upper = (ordered >> 16).add_(1 << 15)
+        code = table.index_select(0, upper.view(-1)).view(part.shape)
+        if signed:
+            ordered ^= torch.bitwise_right_shift(ordered, 31, out=upper)
+        parts.append(code.add_(ordered).bitwise_right_shift_(16).flatten(-2))
         scales.append(scale)
     codes = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(torch.uint8)
     scale = scales[0] if len(scales) == 1 else torch.cat(scales, -1)
@@ -113,10 +143,18 @@ def _blocks(x: Tensor) -> list[Tensor]:
 def dequantize_dynamic_ref(codes: Tensor, scale: Tensor, columns: int, bits: int, signed: bool
                            ) -> Tensor:
     """The fp32 tensor (..., columns) that the codes stand for."""
+    *rows, width = codes.shape
+    # Two codes are looked up at once: those of a byte, or bytes two by two.
     if bits == 4:
-        codes = unpack4(codes, columns)
-    book = codebook(bits, signed, codes.device)
-    x = book.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        twos = _twos(bits, signed, codes.device).index_select(0, codes.reshape(-1).int())
+        x = twos.view(torch.float32).view(*rows, 2 * width)[..., :columns].contiguous()
+    elif codes.is_contiguous() and not codes.numel() % 2 and not codes.storage_offset() % 2:
+        two = codes.view(-1).view(torch.uint16).to(torch.int32)
+        x = _twos(bits, signed, codes.device).index_select(0, two).view(torch.float32)
+        x = x.view(codes.shape)
+    else:
+        book = codebook(bits, signed, codes.device)
+        x = book.index_select(0, codes.reshape(-1).int()).view(codes.shape)
     whole = columns - columns % BLOCK
     if whole:
         x[..., :whole].unflatten(-1, (-1, BLOCK)).mul_(scale[..., : whole // BLOCK, None])

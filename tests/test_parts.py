@@ -352,3 +352,17 @@ def test_dynamic_quantizer_on_constants_zeros_outliers_and_nan(bits):
         back = dequantize_dynamic_ref(*quantize_dynamic_ref(odd, bits, signed), 257, bits, signed)
         assert back[0, 256] == 2.0
         assert back[0, :256].isnan().all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_read_alike_wherever_they_lie(signed):
+    """Two at a time where memory allows it, one by one elsewhere."""
+    codes = torch.randint(0, 256, (5, 9), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(2))
+    scale = torch.rand(5, 1)
+    expected = codebook(8, signed, CPU)[codes.long()] * scale
+    for place in (codes, codes[1:], codes[:4], codes[1:4], codes[3:3], codes[:, :4], codes.mT[:5]):
+        rows = place.shape[0]
+        back = dequantize_dynamic_ref(place, scale[:1].expand(rows, 1), place.shape[1], 8, signed)
+        assert torch.equal(back, codebook(8, signed, CPU)[place.long()] * scale[0])
+    assert torch.equal(dequantize_dynamic_ref(codes, scale, 9, 8, signed), expected)
