@@ -22,12 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..optim.codec import MOMENTS, Slot
+from ..optim.codec import Slot
 
 __all__ = ["chunk_rows", "is_sharded", "rank_bytes"]
 
-# Slots that may have the parameter's rows; "weight" and "gradient" are the parameter's own.
-_OF_ROWS = MOMENTS | {"weight", "gradient", "projected", "error", "master", "basis_left"}
+# The parameter and what has its shape, which are no slots of the state.
+_WHOLE = ("weight", "gradient")
 
 
 def chunk_rows(rows: int, ranks: int) -> list[int]:
@@ -38,10 +38,7 @@ def chunk_rows(rows: int, ranks: int) -> list[int]:
 
 def is_sharded(shape: Sequence[int], name: str, slots: Mapping[str, Slot]) -> bool:
     """Whether a slot of a parameter of this (full) shape is cut along its dimension 0."""
-    of = name.removesuffix(".scale")
-    if of not in _OF_ROWS or not shape or slots[name].shape[:1] != tuple(shape[:1]):
-        return False
-    return len(slots[of].shape) > 1 or f"{of}.scale" not in slots
+    return slots[name].rows or (name in _WHOLE and len(shape) > 0)
 
 
 def rank_bytes(shape: Sequence[int], slots: Mapping[str, Slot], ranks: int) -> list[int]:

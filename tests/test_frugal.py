@@ -32,7 +32,8 @@ def test_some_columns_are_adamws_and_the_others_signsgds(shape, along, free):
     assert like_a.sum() == 2
     assert like_b.sum() == 4
     assert not (like_a & like_b).any()
-    assert set(optimizer.state[p]) == {"step", "index", "basis_step", "exp_avg", "exp_avg_sq"}
+    assert set(optimizer.state[p]) == {"step", "index", "key", "basis_step",
+                                       "exp_avg", "exp_avg_sq"}
 
 
 def test_full_rank_is_adamw():

@@ -150,7 +150,7 @@ def test_what_is_sharded():
         optimizer = optim.GaLoreAdamW([p], rank=3, **more)
         return sharding.rank_bytes(shape, optimizer.stored_slots(p, optimizer.param_groups[0]), 4)
 
-    small = 4 + 8 + 4  # step, index, basis_step
+    small = 4 + 8 + 8 + 4  # step, index, key, basis_step
     # 10 rows of 6: moments (10, 3) of 3, 3, 3, 1 rows, a right basis (6, 3) on every rank
     assert galore(10, 6) == [2 * 4 * 3 * n + 4 * 6 * 3 + small for n in (3, 3, 3, 1)]
     # 6 rows of 10: a left basis (6, 3) of 2, 2, 2, 0 rows, moments (3, 10) on every rank
@@ -163,7 +163,7 @@ def test_what_is_sharded():
     p = torch.nn.Parameter(torch.empty(5000))
     optimizer = optim.AdamW8bit([p])
     slots = optimizer.stored_slots(p, optimizer.param_groups[0])
-    assert sharding.rank_bytes((5000,), slots, 2) == [2 * (5000 + 4 * 20) + 12] * 2
+    assert sharding.rank_bytes((5000,), slots, 2) == [2 * (5000 + 4 * 20) + 20] * 2
     # codes of a vector that is as long as a square matrix
     cpu = torch.device("cpu")
     vector = {"magnitude_exp_avg": Slot((8,), torch.uint8, cpu),

@@ -47,7 +47,7 @@ def test_report_adds_up():
     # left bases 6 x 3, two moments 3 x 10, counters
     assert (first.rule, first.rank, first.side, first.shape) == ("galore", 3, "left", (6, 10))
     assert (first.parameters, first.elements, first.weight_bytes) == (2, 120, 480)
-    assert first.state_bytes == 2 * (4 * 18 + 2 * 4 * 30 + 4 + 8 + 4)
+    assert first.state_bytes == 2 * (4 * 18 + 2 * 4 * 30 + 4 + 8 + 8 + 4)
     assert found.lines[1].rule == "adamw"
     assert found.lines[2].state_bytes == 0  # frozen
     assert found.notes == ("1 frozen parameters have no state until they have a gradient",)
@@ -58,12 +58,12 @@ def test_report_prints(monkeypatch):
     text = str(report(optimizer))
     lines = text.splitlines()
     assert lines[0] == "GaLoreAdamW(rank=3)"
-    assert lines[2].split() == ["galore", "3", "left", "6x10", "2", "120", "480", "656", "5.47"]
+    assert lines[2].split() == ["galore", "3", "left", "6x10", "2", "120", "480", "672", "5.60"]
     assert lines[-2].split()[:3] == ["total", "4", "157"]
     monkeypatch.setattr(sys, "stdout", Terminal())
     shown = str(report(optimizer))
     assert "\x1b[" in shown
-    assert "656" in shown
+    assert "672" in shown
     assert "frozen" in shown
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
