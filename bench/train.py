@@ -4,6 +4,7 @@ Same seed, same batches, same schedule (a tenth of warm-up, cosine to a tenth); 
 to norm 1. The text is Python's own standard library, byte by byte, or ``--data FILE``.
 
     python -m lissom.bench.train --optimizers adamw,galore --steps 300
+    torchrun --nproc-per-node 2 -m lissom.bench.train --parallel fsdp2
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.nn import functional
 from . import names, text
 from .livebytes import LiveBytes
 from .llama import Llama
+from .parallel import KINDS, Ranks, join
 from .shapes import LLAMA, PAPER_RANK
 
 __all__ = ["Run", "main", "train"]
@@ -49,6 +51,7 @@ class Run:
     rank: int
     lr: float | None
     options: dict[str, Any]
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -97,12 +100,14 @@ def train(
         optimizer, valid_loss, train_loss, state_bytes, peak_bytes, step_ms, losses and what the
         table shows beside them. step_ms is the median without the first step. peak_bytes is the
         largest sum of live tensor bytes (weights, state, gradients, activations, temporaries)
-        over the first two steps on the CPU, the allocator's peak on CUDA.
+        over the first two steps on the CPU, the allocator's peak on CUDA; of several processes on
+        the CPU weights and state alone, of all ranks together.
     """
     shape = replace(LLAMA[run.size], vocabulary=256)
     model = Llama(shape, run.tied)
     model.initialize(torch.Generator().manual_seed(run.seed))
     model.to(device=run.device, dtype=_DTYPES[run.dtype])
+    ranks, called = run.ranks, run.ranks.wrapped(model)
     default = names.PEERS[name] if name in names.PEERS else names.OPTIMIZERS[name].lr
     lr = run.lr if run.lr is not None else default
     build = names.build_peer if name in names.PEERS else names.build
@@ -126,9 +131,9 @@ def train(
     run_s: list[float] = []
 
     def one(step: int) -> float:
-        x, y = (z.to(run.device) for z in
+        x, y = (ranks.part(z).to(run.device) for z in
                 text.batch(data[0], run.batch, run.length, (run.seed << 32) + step))
-        loss = _loss(model, x, y)
+        loss = _loss(called, x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         _synchronize(run.device)
@@ -138,11 +143,11 @@ def train(
         step_s.append(time.perf_counter() - start)
         schedule.step()
         optimizer.zero_grad()
-        return loss.item()
+        return ranks.mean(loss)
 
     for step in range(len(losses), run.until):
         start = time.perf_counter()
-        if len(run_s) < 2 and not cuda:
+        if len(run_s) < 2 and not cuda and not ranks.kind:
             with LiveBytes() as live:
                 losses.append(one(step))
             peak = max(peak, held + live.peak)
@@ -169,7 +174,7 @@ def train(
         "optimizer_share": sum(step_s) / sum(run_s) if run_s else math.nan,
         "model": run.size, "vocabulary": shape.vocabulary, "rank": run.rank, "lr": lr,
         "steps": len(losses), "seed": run.seed, "dtype": run.dtype, "device": run.device,
-        "options": run.options, "losses": losses,
+        "parallel": ranks.kind, "ranks": ranks.size, "options": run.options, "losses": losses,
     }
 
 
@@ -214,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=[*_DTYPES], default="fp32")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parallel", choices=KINDS,
+                        help="under torchrun: the batch is shared out among its ranks")
     parser.add_argument("--json", metavar="FILE", help="write a list with a row per optimizer")
     parser.add_argument("--plot", metavar="FILE.png", default="lissom-train.png",
                         help="all curves in one picture (default lissom-train.png)")
@@ -250,13 +257,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--lr has {len(rates)} rates for {len(chosen)} optimizers")
     if args.steps < 1 or args.batch < 1 or args.length < 1:
         parser.error("--steps, --batch and --length must be >= 1")
+    for option in ("save", "resume"):
+        if args.parallel and getattr(args, option):
+            parser.error(f"--{option} is of one process: with --parallel use "
+                         "torch.distributed.checkpoint, as the README shows")
+    try:
+        ranks = join(args.parallel, args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.batch % ranks.size:
+        parser.error(f"--batch {args.batch} must be a multiple of the {ranks.size} ranks")
 
     def place(file: str | None, name: str) -> Path | None:
         if file is None:
             return None
         return Path(file if len(chosen) == 1 else f"{file}.{name}")
 
-    console = rich.console.Console(stderr=True)
+    console = rich.console.Console(stderr=True, quiet=ranks.rank > 0)
     try:
         data = text.load(args.data)
     except (OSError, ValueError) as error:
@@ -265,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, lr in zip(chosen, rates, strict=True):
         run = Run(args.size, args.tied, args.steps, min(args.until or args.steps, args.steps),
                   args.batch, args.length, args.seed, args.device, args.dtype,
-                  args.rank or PAPER_RANK[args.size], lr, names.options_of(args))
+                  args.rank or PAPER_RANK[args.size], lr, names.options_of(args), ranks)
         with rich.progress.Progress(
             f"{name:8}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
             "loss {task.fields[loss]:.3f}", "{task.fields[tokens_per_s]:.0f} tokens/s",
@@ -283,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                                   place(args.resume, name)))
             except (OSError, TypeError, ValueError) as error:
                 parser.error(f"{name}: {error}")
+    if ranks.rank:
+        return 0
     table = rich.table.Table(title=f"{args.size} LLaMA, 256-byte vocabulary, {args.dtype}, "
                                    f"{rows[0]['steps']} steps")
     for column in ("optimizer", "valid loss", "train loss", "state MiB", "peak MiB",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import lzma
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -236,3 +238,27 @@ def test_benchmarks_run(tmp_path, capsys):
     rows = {row["projection"]: row for row in json.loads((tmp_path / "p").read_text())}
     assert rows["svd"]["of_svd_worst"] == 1.0
     assert rows["random"]["of_svd_median"] < rows["randomized"]["of_svd_median"] < 1.0001
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_training_under_torchrun_follows_one_process(kind, tmp_path):
+    """AdamW's losses; low-rank rules follow too where gradients have full rank (README)."""
+    common = ["-m", "lissom.bench.train", "--optimizers", "adamw", "--steps", "40", "--until", "3",
+              "--batch", "4", "--length", "16", "--device", "cpu", "--plot", ""]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    losses = []
+    for run, more in (([], []), (launcher, ["--parallel", kind])):
+        file = tmp_path / f"{len(losses)}.json"
+        subprocess.run([sys.executable, *run, *common, *more, "--json", str(file)], check=True,
+                       capture_output=True, timeout=300)
+        (row,) = json.loads(file.read_text())
+        assert (row["parallel"], row["ranks"]) == ((kind, 2) if more else (None, 1))
+        losses.append(row["losses"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] > losses[0][2]
+
+
+def test_parallel_needs_torchrun(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--parallel", "ddp", "--data", __file__])
+    assert "--parallel ddp needs torchrun, which sets RANK" in capsys.readouterr().err
