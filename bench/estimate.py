@@ -70,7 +70,8 @@ def _torch_adamw(model: nn.Module) -> dict[Tensor, dict[str, Slot]]:
     for twin in twins:
         twin.grad = torch.empty_like(twin)
     optimizer.step()
-    return {p: {k: Slot(tuple(x.shape), x.dtype, p.device if x.is_meta else x.device)
+    return {p: {k: Slot(tuple(x.shape), x.dtype, p.device if x.is_meta else x.device,
+                        rows=x.ndim > 0)
                 for k, x in optimizer.state[twin].items()} for twin, p in twins.items()}
 
 

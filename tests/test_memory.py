@@ -302,7 +302,7 @@ def test_galores_table():
         # table 1: m r for the basis, 2 n r for the moments, m <= n
         width, mlp = MODELS[size].hidden, MODELS[size].mlp
         low = MODELS[size].layers * rank * (4 * 3 * width + 3 * (width + 2 * mlp))
-        counters = 4 * 3 + 4  # step, basis_step, index
+        counters = 4 + 8 + 8 + 4  # step, index, key, basis_step
         matrices = 7 * MODELS[size].layers
         assert galore["by_kind"]["low-rank matrices"]["optimizer_state"] == (
             2 * low + counters * matrices)
