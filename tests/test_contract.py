@@ -810,11 +810,15 @@ def test_a_failure_says_what_is_partly_written(case, monkeypatch):
 def test_indices_stay_apart_when_a_parameter_is_replaced(case):
     ps = case.parameters([(8, 6)] * 3)
     optimizer = case(ps)
-    optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(8, 6))
+    count = len(optimizer.state)
+    assert count >= 3
+    first = ps[0]
+    optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones_like(first))
     optimizer.state_dict()
+    assert first not in optimizer.state
     for number in ("index", "key"):
         values = [int(s[number]) for s in optimizer.state.values()]
-        assert len(set(values)) == len(values) == 3
+        assert len(set(values)) == len(values) == count
 
 
 def test_a_tensor_may_stand_for_a_rate(case):
