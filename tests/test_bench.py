@@ -7,6 +7,7 @@ import lzma
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +189,21 @@ def test_reparam_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     assert reparam.main(argv) == 0  # all is there
     with pytest.raises(SystemExit):
         reparam.main([*argv, "--methods", "Adam"])
+
+
+def test_readme_has_the_figures_of_the_comparison_of_pairs():
+    root = Path(__file__).parent.parent
+    readme = (root / "README.md").read_text()
+    rows = json.loads((root / "bench/results/reparam-tiny-cpu.json").read_text())["rows"]
+    for name, method in reparam.METHODS.items():
+        mine = [row for row in rows if row["method"] == name]
+        tuned = [row for row in rows if row["method"] == (method.of or name)]
+        rate = min((row for row in tuned if row["seed"] == 0), key=lambda x: x["valid_loss"])["lr"]
+        best = sorted((row for row in mine if row["lr"] == rate), key=lambda row: row["seed"])
+        losses = ", ".join(f"{row['valid_loss']:.3f}" for row in best)
+        rank = "" if name == "AdamW, full rank" else best[0]["rank"]
+        line = f"| {name} | {rank} | {rate:g} | {losses} | {best[0]['state_bytes'] / 2**20:.2f} |"
+        assert line.replace("|  |", "| |") in readme, line
 
 
 def test_train_reads_files_and_refuses(tmp_path, capsys):
