@@ -32,9 +32,10 @@ from ..optim import (
 from ..optim.base import COMMON, MatrixOptimizer
 from ..optim.options import Option
 from ..optim.reparam import adapters
+from ..optim.sharding import local
 
 __all__ = ["OPTIMIZERS", "PEERS", "REST", "Entry", "add_options", "build", "build_peer", "commit",
-           "options_of", "state_bytes"]
+           "options_of", "prepare", "state_bytes"]
 
 #: Rate of embeddings, head and norms in the entries with two rates.
 REST = 1e-2
@@ -47,13 +48,16 @@ class Entry(NamedTuple):
         make: its class.
         lr: learning rate that suits the training demo (tuned on it).
         options: options that differ from the class's defaults there.
-        groups: from the model (which it may change) and the rank to what is optimized.
+        groups: from the model and the rank to what is optimized.
+        pairs: options of :func:`lissom.optim.lora` for the pairs that the model gets before; None:
+            it gets none.
     """
 
     make: type[MatrixOptimizer]
     lr: float
     options: Mapping[str, Any] = {}
     groups: Callable[[nn.Module, int | None], Any] = param_groups
+    pairs: Mapping[str, Any] | None = None
 
 
 def _named(model: nn.Module, rank: int | None) -> Any:
@@ -70,15 +74,12 @@ def _two_rates(model: nn.Module, rank: int | None) -> Any:
 
 
 def _lora(model: nn.Module, rank: int | None) -> Any:
-    """Pairs as LoRA has them, everything else as it was."""
-    assert rank is not None
-    lora(model, rank, init="lora")
+    """Factors and everything else that was no matrix of a block, at one rate."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _lora_two_rates(model: nn.Module, rank: int | None) -> Any:
     """Factors at the given rate, everything else at REST."""
-    _lora(model, rank)
     factors = [(x.names[k], x.tensors[k]) for x in adapters(model) for k in "AB"]
     taken = {name for name, _ in factors}
     rest = [(name, p) for name, p in model.named_parameters()
@@ -87,15 +88,14 @@ def _lora_two_rates(model: nn.Module, rank: int | None) -> Any:
 
 
 def _switchlora(model: nn.Module, rank: int | None) -> Any:
-    assert rank is not None
-    return adapter_groups(lora(model, rank))
+    """Pairs as they are, without a projection of their gradients."""
+    return adapter_groups(model)
 
 
 def _normalized_factors(model: nn.Module, rank: int | None) -> Any:
     """Factors of normalized layers, their gradients projected to 5/8 of the pairs' rank."""
     assert rank is not None
-    groups = adapter_groups(lora(model, rank, init="lora", normalize="input"),
-                            max(1, rank * 5 // 8))
+    groups = adapter_groups(model, max(1, rank * 5 // 8))
     for group in groups:
         if group.get("roles") == ("magnitude",):
             group["lr"] = 3e-3  # columns of a fresh layer have norms of 0.2
@@ -107,10 +107,10 @@ OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(AdamW, 1.5e-3, groups=_named),
     "adamw-two-rates": Entry(AdamW, 1e-3, groups=_two_rates),
     "adamw8bit": Entry(AdamW8bit, 1.5e-3, groups=_named),
-    "lora": Entry(AdamW, 4e-3, groups=_lora),
-    "lora-two-rates": Entry(AdamW, 4e-3, groups=_lora_two_rates),
+    "lora": Entry(AdamW, 4e-3, groups=_lora, pairs={"init": "lora"}),
+    "lora-two-rates": Entry(AdamW, 4e-3, groups=_lora_two_rates, pairs={"init": "lora"}),
     # a tenth of 600 steps, as the paper takes a tenth of its runs
-    "switchlora": Entry(SwitchLoRAAdamW, 1e-2, {"decay_steps": 60}, groups=_switchlora),
+    "switchlora": Entry(SwitchLoRAAdamW, 1e-2, {"decay_steps": 60}, _switchlora, {}),
     "galore": Entry(GaLoreAdamW, 4e-2),
     "dct-adamw": Entry(DCTAdamW, 4e-2, {"scale": 0.25, "update_proj_gap": 200}),
     "fira": Entry(FiraAdamW, 2e-2),
@@ -118,7 +118,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "frugal": Entry(FRUGAL, 2e-3),
     "gradnormlorp": Entry(GradNormLoRPAdamW, 1e-2),
     "gradnormlorp-factors": Entry(GradNormLoRPAdamW, 4e-3, {"scale": 1.0, "update_proj_gap": 50},
-                                  groups=_normalized_factors),
+                                  _normalized_factors, {"init": "lora", "normalize": "input"}),
     # one rate for all parameters
     "trion": Entry(Trion, 2e-2, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),
     "muon": Entry(Muon, 5e-3, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None,
@@ -155,10 +155,22 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return {k: getattr(args, k) for k in _table() if getattr(args, k) is not None}
 
 
+def prepare(name: str, model: nn.Module, rank: int | None) -> None:
+    """Give the model the pairs that the named optimizer trains, unless it has them.
+
+    :func:`build` does so too; before a model is sharded or wrapped it has to be done apart.
+    """
+    pairs = OPTIMIZERS[name].pairs if name in OPTIMIZERS else None
+    if pairs is not None and not adapters(model):
+        assert rank is not None
+        lora(model, rank, **pairs)
+
+
 def build(name: str, model: nn.Module, rank: int | None, lr: float, **options: Any
           ) -> MatrixOptimizer:
     """The named optimizer over the model; options of other classes are left out."""
-    cls, _, own, groups = OPTIMIZERS[name]
+    cls, _, own, groups, _ = OPTIMIZERS[name]
+    prepare(name, model, rank)
     parts = ("lr_adamw",) if cls.algorithm != "adamw" else ()  # rate of what is no matrix
     known = {**own, **{k: v for k, v in options.items() if k in cls.table() or k in parts}}
     make: Callable[..., MatrixOptimizer] = cls
@@ -192,12 +204,16 @@ def commit() -> str | None:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of every tensor in the state, those inside a peer's projector objects included."""
+    """Bytes of every tensor in the state, those inside a peer's projector objects included.
+
+    Of a sharded one it counts what this rank holds.
+    """
     storages: dict[int, int] = {}
 
     def walk(value: Any) -> None:
         if isinstance(value, Tensor):
-            storages[value.data_ptr()] = value.untyped_storage().nbytes()
+            part = local(value)
+            storages[part.data_ptr()] = part.untyped_storage().nbytes()
         elif isinstance(value, (list, tuple)):
             for x in value:
                 walk(x)

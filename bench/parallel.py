@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 __all__ = ["KINDS", "Ranks", "join"]
 
@@ -40,10 +41,17 @@ class Ranks(NamedTuple):
 
             layers = model.layers
             assert isinstance(layers, nn.ModuleList)
+            # Its default mesh is of the accelerator, also where the model is on the CPU.
+            mesh = init_device_mesh(next(model.parameters()).device.type, (self.size,))
             for layer in layers:
-                fully_shard(layer)
-            fully_shard(model)
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
         return model
+
+    def leave(self) -> None:
+        """End the meeting of :func:`join`; nothing for a single process."""
+        if self.kind:
+            dist.destroy_process_group()
 
     def part(self, x: Tensor) -> Tensor:
         """The rows of a batch that this rank has: as many as every other."""
@@ -57,12 +65,16 @@ class Ranks(NamedTuple):
         return float(total) / self.size
 
 
-def join(kind: str | None, device: str) -> Ranks:
-    """Meet the other ranks that torchrun has started; raises ValueError where there are none.
+def join(kind: str | None, device: str, batch: int) -> Ranks:
+    """Meet the other ranks that torchrun has started.
 
     Args:
         kind: of :data:`KINDS`, or None.
         device: ``"cpu"``, which speaks gloo, or ``"cuda"``, nccl with one device per rank.
+        batch: sequences that all ranks share out, a multiple of their number.
+
+    Raises:
+        ValueError: outside torchrun, or for a device or batch that the ranks cannot share.
     """
     if kind is None:
         return Ranks()
@@ -70,8 +82,13 @@ def join(kind: str | None, device: str) -> Ranks:
     if missing:
         raise ValueError(f"--parallel {kind} needs torchrun, which sets {', '.join(missing)}: "
                          "torchrun --nproc-per-node 2 -m lissom.bench.train ...")
-    if device.startswith("cuda"):
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device} with --parallel must be cpu, or cuda, of which each "
+                         "rank takes its own")
+    count = int(os.environ["WORLD_SIZE"])
+    if batch % count:
+        raise ValueError(f"--batch {batch} must be a multiple of the {count} ranks")
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return Ranks(kind, dist.get_rank(), dist.get_world_size())

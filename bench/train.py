@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..optim.sharding import local
 from . import names, text
 from .livebytes import LiveBytes
 from .llama import Llama
@@ -100,13 +101,14 @@ def train(
         optimizer, valid_loss, train_loss, state_bytes, peak_bytes, step_ms, losses and what the
         table shows beside them. step_ms is the median without the first step. peak_bytes is the
         largest sum of live tensor bytes (weights, state, gradients, activations, temporaries)
-        over the first two steps on the CPU, the allocator's peak on CUDA; of several processes on
-        the CPU weights and state alone, of all ranks together.
+        over the first two steps on the CPU, the allocator's peak on CUDA. Of several processes
+        both count what rank 0 holds, peak_bytes on the CPU its weights and state alone.
     """
     shape = replace(LLAMA[run.size], vocabulary=256)
     model = Llama(shape, run.tied)
     model.initialize(torch.Generator().manual_seed(run.seed))
     model.to(device=run.device, dtype=_DTYPES[run.dtype])
+    names.prepare(name, model, run.rank)  # what is wrapped has all its parameters
     ranks, called = run.ranks, run.ranks.wrapped(model)
     default = names.PEERS[name] if name in names.PEERS else names.OPTIMIZERS[name].lr
     lr = run.lr if run.lr is not None else default
@@ -125,7 +127,7 @@ def train(
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     # A peer makes its state in the first step, where LiveBytes sees it.
-    held = sum(p.nbytes for p in model.parameters()) + names.state_bytes(optimizer)
+    held = sum(local(p.detach()).nbytes for p in model.parameters()) + names.state_bytes(optimizer)
     peak = held
     step_s: list[float] = []
     run_s: list[float] = []
@@ -262,11 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{option} is of one process: with --parallel use "
                          "torch.distributed.checkpoint, as the README shows")
     try:
-        ranks = join(args.parallel, args.device)
+        ranks = join(args.parallel, args.device, args.batch)
     except ValueError as error:
         parser.error(str(error))
-    if args.batch % ranks.size:
-        parser.error(f"--batch {args.batch} must be a multiple of the {ranks.size} ranks")
 
     def place(file: str | None, name: str) -> Path | None:
         if file is None:
@@ -300,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                   place(args.resume, name)))
             except (OSError, TypeError, ValueError) as error:
                 parser.error(f"{name}: {error}")
+    ranks.leave()
     if ranks.rank:
         return 0
     table = rich.table.Table(title=f"{args.size} LLaMA, 256-byte vocabulary, {args.dtype}, "

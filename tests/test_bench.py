@@ -258,23 +258,39 @@ def test_benchmarks_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_training_under_torchrun_follows_one_process(kind, tmp_path):
-    """AdamW's losses; low-rank rules follow too where gradients have full rank (README)."""
-    common = ["-m", "lissom.bench.train", "--optimizers", "adamw", "--steps", "40", "--until", "3",
+    """Losses of AdamW and of pairs; other low-rank rules follow at full rank (README)."""
+    chosen = "adamw,lora,switchlora,gradnormlorp-factors"
+    common = ["-m", "lissom.bench.train", "--optimizers", chosen, "--steps", "40", "--until", "3",
               "--batch", "4", "--length", "16", "--device", "cpu", "--plot", ""]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    losses = []
+    runs = []
     for run, more in (([], []), (launcher, ["--parallel", kind])):
-        file = tmp_path / f"{len(losses)}.json"
+        file = tmp_path / f"{len(runs)}.json"
         subprocess.run([sys.executable, *run, *common, *more, "--json", str(file)], check=True,
                        capture_output=True, timeout=300)
-        (row,) = json.loads(file.read_text())
-        assert (row["parallel"], row["ranks"]) == ((kind, 2) if more else (None, 1))
-        losses.append(row["losses"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[0][0] > losses[0][2]
+        runs.append(json.loads(file.read_text()))
+    assert len(runs[0]) == len(runs[1]) == 4
+    for one, two in zip(*runs, strict=True):
+        assert [(x["parallel"], x["ranks"]) for x in (one, two)] == [(None, 1), (kind, 2)]
+        assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
+        assert one["valid_loss"] == pytest.approx(two["valid_loss"], rel=1e-5)
+        assert one["losses"][0] > one["losses"][2]
+        # a rank of FSDP2 holds half, and what is equal on all
+        share = two["state_bytes"] / one["state_bytes"]
+        assert share == 1 if kind == "ddp" else 0.5 <= share < 0.75
 
 
-def test_parallel_needs_torchrun(capsys):
+@pytest.mark.parametrize(("given", "said"), [
+    ([], "--parallel ddp needs torchrun, which sets RANK"),
+    (["--batch", "4"], "--batch 4 must be a multiple of the 3 ranks"),
+    (["--batch", "3", "--device", "cuda:1"], "--device cuda:1 with --parallel must be cpu, or"),
+    (["--batch", "3", "--save", "x"], "--save is of one process"),
+    (["--batch", "3", "--resume", "x"], "--resume is of one process"),
+], ids=str)
+def test_parallel_is_refused(given, said, monkeypatch, capsys):
+    if given:
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("MASTER_ADDR", "localhost")):
+            monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit):
-        train.main(["--parallel", "ddp", "--data", __file__])
-    assert "--parallel ddp needs torchrun, which sets RANK" in capsys.readouterr().err
+        train.main(["--device", "cpu", "--parallel", "ddp", "--data", __file__, *given])
+    assert said in capsys.readouterr().err
