@@ -275,9 +275,10 @@ def test_training_under_torchrun_follows_one_process(kind, tmp_path):
         assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
         assert one["valid_loss"] == pytest.approx(two["valid_loss"], rel=1e-5)
         assert one["losses"][0] > one["losses"][2]
-        # a rank of FSDP2 holds half, and what is equal on all
         share = two["state_bytes"] / one["state_bytes"]
-        assert share == 1 if kind == "ddp" else 0.5 <= share < 0.75
+        assert share == 1 if kind == "ddp" else 0.5 <= share < 1
+        if kind == "fsdp2" and one["optimizer"] == "adamw":
+            assert share < 0.501  # moments are halved, counters are not
 
 
 @pytest.mark.parametrize(("given", "said"), [
