@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows:
             row |= {"model": args.size, "vocabulary": vocabulary, "rank": r, "gap": 200,
                     "ranks": args.ranks, "share": row["bytes_sent"] / row["bytes_plain"],
-                    "weights_off": off, "command": "python -m lissom.bench.comm",
+                    "weights_off": off, "command": names.command("comm", argv),
                     "provider": "lissom", "device": "cpu", "machine": platform.machine(),
                     "torch": torch.__version__, "commit": names.commit()}
             print(f"{vocabulary} tokens, step {row['step']}: {row['bytes_sent'] / 1e6:.2f} MB of "

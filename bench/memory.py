@@ -16,9 +16,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +69,7 @@ def estimate(source: Source, name: str, rank: int | None, *, dtype: torch.dtype,
         length: tokens of a sequence.
         ranks: over how many FSDP2 shards.
         in_backward: what happens to gradients, as in :func:`lissom.bench.estimate.count`; where
-            the optimizer refuses it, they wait for the step.
+            it is refused, they wait for the step.
         options: further options of the optimizer's class.
     """
     if name in RIVALS:
@@ -83,8 +80,6 @@ def estimate(source: Source, name: str, rank: int | None, *, dtype: torch.dtype,
             return source.make().to(dtype)
 
     model = empty()
-    if in_backward not in modes(name, empty(), rank, **options):
-        in_backward = "none"
     held = holdings(name, model, rank, **options)
     try:
         active: int | None = activations(model, batch, length)
@@ -92,8 +87,9 @@ def estimate(source: Source, name: str, rank: int | None, *, dtype: torch.dtype,
         active = None
     rows = []
     for n in ranks:
+        accepted = in_backward in modes(name, empty(), rank, n, **options)
         row = {"optimizer": name, "dtype": str(dtype).removeprefix("torch."),
-               **count(held, in_backward, n), "activations": active}
+               **count(held, in_backward if accepted else "none", n), "activations": active}
         row["total"] = sum(row[k] or 0 for k in _PARTS) - row["host"]
         rows.append(row)
     return rows
@@ -143,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
     parser = _parser()
     args = parser.parse_args(argv)
-    args.command = shlex.join(sys.argv[1:] if argv is None else argv)
+    args.command = names.command("memory", argv)
     try:
         if args.module:
             source = sources.from_factory(args.module)
@@ -196,11 +192,9 @@ def _installed(package: str) -> bool:
 
 def _about(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     """What every row says of its origin."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                            text=True, cwd=Path(__file__).parent, check=False).stdout.strip()
     about = {"provider": "lissom", "model": source.name, "batch": args.batch,
-             "length": args.length, "torch": torch.__version__, "commit": commit,
-             "command": f"python -m lissom.bench.memory {args.command}"}
+             "length": args.length, "torch": torch.__version__,
+             "commit": names.commit(), "command": args.command}
     if not args.module and not args.config:
         about["vocabulary"] = MODELS[args.model].vocabulary
     return about

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +36,8 @@ from ..optim.options import Option
 from ..optim.reparam import adapters
 from ..optim.sharding import local
 
-__all__ = ["OPTIMIZERS", "PEERS", "REST", "Entry", "add_options", "build", "build_peer", "commit",
-           "options_of", "prepare", "state_bytes"]
+__all__ = ["OPTIMIZERS", "PEERS", "REST", "Entry", "add_options", "build", "build_peer", "command",
+           "commit", "options_of", "prepare", "state_bytes"]
 
 #: Rate of embeddings, head and norms in the entries with two rates.
 REST = 1e-2
@@ -194,6 +196,17 @@ def build_peer(name: str, model: nn.Module, rank: int | None, lr: float, **optio
     peer: torch.optim.Optimizer = make(groups, lr=lr, eps=1e-8, weight_decay=1e-2,
                                        no_deprecation_warning=True)
     return peer
+
+
+def command(module: str, argv: Sequence[str] | None) -> str:
+    """The command line that makes a result: ``python -m lissom.bench.`` and so on.
+
+    Args:
+        module: its last part.
+        argv: what ``main`` was given; None is the process's own arguments.
+    """
+    return shlex.join(["python", "-m", f"lissom.bench.{module}",
+                       *(sys.argv[1:] if argv is None else argv)])
 
 
 def commit() -> str | None:

@@ -12,9 +12,7 @@ import argparse
 import functools
 import json
 import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,9 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common = {
         "provider": "lissom", "torch": torch.__version__, "cuda": torch.version.cuda,
         "triton": getattr(_triton.triton, "__version__", None), "machine": platform.machine(),
-        "commit": names.commit(), "command": shlex.join([
-            "python", "-m", "lissom.bench.polar_gpu",
-            *(sys.argv[1:] if argv is None else argv)]),
+        "commit": names.commit(), "command": names.command("polar_gpu", argv),
     }
     rows: list[dict[str, Any]] = []
     if not torch.cuda.is_available() or _triton.triton is None:

@@ -14,10 +14,7 @@ import argparse
 import importlib.util
 import json
 import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +24,7 @@ import torch
 from torch import nn
 
 from ..optim import AdamW, AdamW8bit, DCTAdamW, FiraAdamW, GaLoreAdamW, Muon, PolarGrad
+from . import names
 from .livebytes import LiveBytes
 from .shapes import LLAMA, PAPER_RANK
 
@@ -166,10 +164,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             contestants[name]()
         peaks[name] = live.peak
     largest = max(p.nbytes for part in _weights(args.size, args.whole) for p in part)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                            text=True, check=False).stdout.strip()
-    command = shlex.join(["python", "-m", "lissom.bench.step",
-                          *(sys.argv[1:] if argv is None else argv)])
     rows = []
     for name, times in seconds.items():
         rest = sorted(times[1:])
@@ -189,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "model": args.size, "vocabulary": 32000 if args.whole else None, "rank": rank,
             "whole": args.whole, "steps": args.steps, "torch": torch.__version__,
             "threads": torch.get_num_threads(), "machine": platform.machine(),
-            "processor": _processor(), "commit": commit, "command": command,
+            "processor": _processor(), "commit": names.commit(), "command": names.command("step", argv),
         })
     for row in rows:
         print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"

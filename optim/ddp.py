@@ -3,7 +3,7 @@
 # No postponed annotations here: DDP reads those of the hook.
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,19 +31,23 @@ class ProjectedAllReduce:
         self.optimizer, self.group = weakref.ref(optimizer), group
         self.bytes_sent = self.bytes_plain = 0
 
-    def bases(self, p: Tensor, g: Tensor) -> tuple[Bases, tuple[int, ...]] | None:
-        """The bases on which p's gradient is sent, and its shape as a matrix; None is in full."""
+    def bases(self, params: Sequence[Tensor]) -> dict[Tensor, tuple[Bases, tuple[int, ...]]]:
+        """Of parameters whose gradients are sent projected: the bases, the shape as a matrix."""
         optimizer = self.optimizer()
-        if optimizer is None or p not in optimizer.state:
-            return None
-        o = next(o for _, q, o in optimizer._named() if q is p)
-        s = optimizer.state[p]
-        if not _projects(optimizer, p, o) or optimizer.due(s, o, int(s["step"]) + 1):
-            return None
-        shape = optimizer.matrix_shape(p, o)
-        decoded = codec.Decoded(s, optimizer._layouts[p], p)
-        like = codec.wide(g[:0]).new_empty(()).expand(shape)
-        return optimizer.bases(like, decoded, o, int(s["basis_step"])), shape
+        if optimizer is None:
+            return {}
+        found, asked = {}, {p for p in params if p in optimizer.state}
+        for _, p, o in optimizer._named():
+            if p not in asked or not _projects(optimizer, p, o):
+                continue
+            s = optimizer.state[p]
+            if optimizer.due(s, o, int(s["step"]) + 1):
+                continue
+            shape = optimizer.matrix_shape(p, o)
+            like = codec.wide(p.detach().new_empty(())).expand(shape)
+            decoded = codec.Decoded(s, optimizer._layouts[p], p)
+            found[p] = optimizer.bases(like, decoded, o, int(s["basis_step"])), shape
+        return found
 
 
 def _projects(optimizer: LowRankOptimizer, p: Tensor, o: dict[str, Any]) -> bool:
@@ -61,13 +65,14 @@ def _hook(state: ProjectedAllReduce, bucket: dist.GradBucket  # type: ignore[nam
     with torch.no_grad():
         parts: list[Tensor] = []
         finish: list[Callable[[Tensor], None]] = []
+        projected = state.bases(bucket.parameters())
         for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            found = state.bases(p, g)
-            if found is None:
+            if p not in projected:
                 parts.append(g.reshape(-1))
                 finish.append(g.view(-1).copy_)
                 continue
-            bases, matrix = found[0], g.view(found[1])
+            bases, shape = projected[p]
+            matrix = g.view(shape)
             low = bases.down(codec.wide(matrix))
             parts.append(low.reshape(-1).to(buffer.dtype))
             finish.append(_Lift(bases, low.shape, matrix))

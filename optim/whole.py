@@ -141,8 +141,7 @@ def _exchanged(asked: Sequence[tuple[Tensor, Function]], rows: Sequence[Rows]) -
         outs = _computed([(torch.cat([part[k] for part in parts]), asked[i][1])
                           for k, i in enumerate(mine)])
     except Exception as error:  # the other ranks wait for an answer
-        failure, outs = error, [x.new_empty(rows[i].total, x.shape[1])
-                                for i in mine for x in (asked[i][0],)]
+        failure, outs = error, []
     failed = rows[0].max(torch.tensor([int(failure is not None)], device=device))
     if failure is not None:
         raise failure

@@ -168,18 +168,20 @@ def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ra
 
 
 def fsdp(mesh: DeviceMesh | None, name: str, steps: int = 8, half: bool = False,
-         in_backward: bool = False, **more: Any) -> dict[str, Any]:
+         in_backward: bool = False, limit: float | None = None, **more: Any) -> dict[str, Any]:
     """A model trained under FSDP2, or on one device."""
     if mesh is None:
         model = network()
         optimizer = optimizer_of(model, name, **more)
+        if in_backward:
+            update_in_backward(optimizer, max_grad_norm=limit)
         take(model, optimizer, range(steps))
         return outcome(optimizer, list(model.parameters()))
     quantize_small()
     model = sharded(mesh, half)
     optimizer = optimizer_of(model, name, **more)
     if in_backward:
-        update_in_backward(optimizer)
+        update_in_backward(optimizer, max_grad_norm=limit)
     take(model, optimizer, range(steps), mesh.get_rank(), mesh.size())
     return outcome(optimizer, list(model.parameters()))
 

@@ -235,6 +235,22 @@ def test_codes_are_those_of_bitsandbytes(signed):
     assert (theirs_off - ours_off).max() < 2**-14
 
 
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_on_a_gpu_are_those_of_bitsandbytes(signed):
+    """All but one in a thousand, and those by one: its kernel against ours."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    x = tensors([(64, 512)], 5)[0].pow(3).cuda()
+    x = x if signed else x.abs()
+    codes, scale = quantize_dynamic(x, 8, signed)
+    theirs, state = functional.quantize_blockwise(x, code=codebook(8, signed, x.device),
+                                                  blocksize=256)
+    apart = (codes.short() - theirs.view(codes.shape).short()).abs()
+    assert int(apart.count_nonzero()) <= x.numel() // 1000
+    assert apart.max() <= 1
+    assert torch.equal(scale.view(-1), state.absmax.view(-1))
+
+
 # ----------------------------------------------------------------------------------- Adam
 
 

@@ -398,6 +398,18 @@ def test_configurations_of_hugging_face(tmp_path, capsys):
         assert row["gradients"] == 2 * row["parameters"] + 2 * 2 * 90 * 64
 
 
+def test_sharded_gradients_are_not_projected():
+    """As project_in_backward refuses them: neither in a row nor in a line of code."""
+    source = sources.from_name("tiny")
+    given = {"dtype": torch.bfloat16, "batch": 1, "length": 16}
+    one, two = memory.estimate(source, "galore", 16, ranks=(1, 2), in_backward="project", **given)
+    assert (one["in_backward"], two["in_backward"]) == ("project", "none")
+    for ranks, expected in ((1, True), (2, False)):
+        found = budget.choices(source, 1, reserve=0, ranks=ranks, optimizers=("galore",),
+                               in_backward="project", **given)
+        assert bool(found) == expected
+
+
 def test_measuring_on_the_command_line(capsys):
     assert memory.main(["--model", "tiny", "--measure", "--device", "cpu", "--optimizers", "galore",
                         "--length", "8", "--steps", "2", "--in-backward", "update",

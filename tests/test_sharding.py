@@ -157,6 +157,16 @@ def test_update_in_backward_under_fsdp2(pool, name):
                  pool.run(jobs.fsdp, 3, name=name, in_backward=True), True)
 
 
+@pytest.mark.parametrize("name", ["adamw", "polargrad"])
+def test_clipping_in_the_backward_pass_takes_the_norm_of_all_shards(pool, name):
+    given = {"name": name, "in_backward": True, "limit": 0.02, "lr": 0.1}
+    one = jobs.fsdp(None, **given)
+    assert_close(one, pool.run(jobs.fsdp, 3, **given), False, 1e-4)
+    free = jobs.fsdp(None, **{**given, "limit": None})
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(one["weights"], free["weights"],
+                                                          strict=True))
+
+
 def test_work_in_the_backward_pass_is_refused_where_gradients_are_not_complete(pool):
     for messages in pool.run(jobs.in_backward_refused, 2):
         assert "project_in_backward: '0.weight' is sharded" in messages[0]
