@@ -183,7 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "model": args.size, "vocabulary": 32000 if args.whole else None, "rank": rank,
             "whole": args.whole, "steps": args.steps, "torch": torch.__version__,
             "threads": torch.get_num_threads(), "machine": platform.machine(),
-            "processor": _processor(), "commit": names.commit(), "command": names.command("step", argv),
+            "processor": _processor(), "commit": names.commit(),
+            "command": names.command("step", argv),
         })
     for row in rows:
         print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
