@@ -26,8 +26,7 @@ from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
 from .philox import (
     bounded,
     nearest_bf16,
-    random16,
-    random16_rows,
+    random16_tile,
     round_bf16,
     round_fp16,
     stochastic_bf16_ref,
@@ -116,17 +115,6 @@ def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | Non
 
 
 @jit
-def _random(index: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
-            stream: tl.tensor, ALIGNED: tl.constexpr, W: tl.constexpr) -> tl.tensor:
-    """Random bits of W elements from each index on: int64 [R] to int32 [R, W]."""
-    if ALIGNED:
-        block = (index >> 3)[:, None] + tl.arange(0, W // 8)[None, :]
-        return random16_rows(block, seed, parameter, step, stream)
-    else:
-        return random16(index[:, None] + tl.arange(0, W)[None, :], seed, parameter, step, stream)
-
-
-@jit
 def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor,
                  m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, m_book_ptr: tl.tensor,
                  v_book_ptr: tl.tensor, m_table_ptr: tl.tensor, m_ends_ptr: tl.tensor,
@@ -169,7 +157,7 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
         x = tl.load(target_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         x = x * keep + tl.div_rn(factor * m, denominator)
         if STOCHASTIC:
-            random = _random(index, seed, parameter, step, 64, ALIGNED, W)
+            random = random16_tile(index, seed, parameter, step, 64, ALIGNED, W)
             if target_ptr.dtype.element_ty == tl.bfloat16:
                 x = round_bf16(x, random)
             else:
@@ -189,8 +177,8 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
         tl.store(v_scale_ptr + block, scale, mask=inside)
     else:
         if BITS == 16:
-            m = round_bf16(m, _random(index, seed, parameter, step, 0, ALIGNED, W))
-            v = round_bf16(v, _random(index, seed, parameter, step, 1, ALIGNED, W))
+            m = round_bf16(m, random16_tile(index, seed, parameter, step, 0, ALIGNED, W))
+            v = round_bf16(v, random16_tile(index, seed, parameter, step, 1, ALIGNED, W))
         tl.store(m_ptr + offset, m, mask=mask)
         tl.store(v_ptr + offset, v, mask=mask)
 

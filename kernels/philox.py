@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
 
-__all__ = ["bounded", "nearest_bf16", "random16", "random16_rows", "random_bits16_ref",
-           "round_bf16", "round_fp16", "stochastic_bf16_ref", "stochastic_fp16_ref",
-           "stochastic_round"]
+__all__ = ["bounded", "nearest_bf16", "random16", "random16_rows", "random16_tile",
+           "random_bits16_ref", "round_bf16", "round_fp16", "stochastic_bf16_ref",
+           "stochastic_fp16_ref", "stochastic_round"]
 
 _MASK = 0xFFFFFFFF
 # Multipliers and Weyl constants of Philox 4x32 (Salmon et al., 2011).
@@ -208,6 +208,17 @@ def random16_rows(block: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step:
     w0, w1, w2, w3 = _words(block, seed, parameter, step, stream)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)
+
+
+@jit
+def random16_tile(index: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+                  stream: tl.tensor, ALIGNED: tl.constexpr, W: tl.constexpr) -> tl.tensor:
+    """Random bits of W elements from each index on: int64 [R] to int32 [R, W]."""
+    if ALIGNED:
+        block = (index >> 3)[:, None] + tl.arange(0, W // 8)[None, :]
+        return random16_rows(block, seed, parameter, step, stream)
+    else:
+        return random16(index[:, None] + tl.arange(0, W)[None, :], seed, parameter, step, stream)
 
 
 @jit

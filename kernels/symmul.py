@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import INTERPRETED, cdiv, define, jit, launch, tl, use_triton
+from ._triton import cdiv, define, jit, launch, tl, use_triton
 from .philox import nearest_bf16
+from .tiles import dot_tile, precision, stacked, widened
 
 __all__ = ["newton_schulz_step", "newton_schulz_step_ref", "symm_muladd", "symm_muladd_ref", "syrk",
            "syrk_ref"]
@@ -102,21 +103,9 @@ def _symmul_kernel(left_ptr: tl.tensor, right_ptr: tl.tensor, out_ptr: tl.tensor
     if (first_row < m) & (first_row >= first_column):
         row = first_row.to(tl.int64) + tl.arange(0, B)  # [B]
         column = first_column.to(tl.int64) + tl.arange(0, B)  # [B]
-        term = tl.arange(0, K).to(tl.int64)  # [K]
         left_ptr += batch * left_batch
-        right_ptr += batch * right_batch
-        left = left_ptr + row[:, None] * left_row + term[None, :] * left_column  # [B, K]
-        right = right_ptr + term[:, None] * right_row + column[None, :] * right_column  # [K, B]
-        total = tl.zeros([B, B], dtype=tl.float32)
-        for start in range(0, k, K):
-            inside = term < k - start
-            x = tl.load(left, mask=(row < m)[:, None] & inside[None, :], other=0.0)
-            y = tl.load(right, mask=inside[:, None] & (column < m)[None, :], other=0.0)
-            if WIDEN:  # the interpreter multiplies the bits of bf16 as integers
-                x, y = x.to(tl.float32), y.to(tl.float32)
-            total = tl.dot(x, y, total, input_precision=PRECISION)
-            left += K * tl.cast(left_column, tl.int64)
-            right += K * tl.cast(right_row, tl.int64)
+        total = dot_tile(left_ptr, right_ptr + batch * right_batch, row, column, m, m, k, left_row,
+                         left_column, right_row, right_column, B, B, K, PRECISION, WIDEN)
         mask = (row < m)[:, None] & (column < m)[None, :]
         total *= beta
         if ADD:
@@ -143,12 +132,10 @@ def _symmul(left: Tensor, right: Tensor, alpha: float | None, beta: float, out: 
     tiles = min(t.side // t.size, 1 << (cdiv(m, t.size) - 1).bit_length())
     squares = cdiv(m, tiles * t.size)
     programs = squares * (squares + 1) // 2 * tiles * tiles
-    exact = torch.get_float32_matmul_precision() == "highest"
     launch(_symmul_kernel, batch * programs, left.device, left, right, out, m, k, *left.stride(),
            *right.stride(), alpha or 0.0, beta, programs, ADD=alpha is not None, B=t.size,
-           K=t.depth, TILES=tiles, PRECISION="ieee" if exact else "tf32",
-           WIDEN=INTERPRETED and left.dtype == torch.bfloat16, num_warps=t.warps,
-           num_stages=t.stages)
+           K=t.depth, TILES=tiles, PRECISION=precision(), WIDEN=widened(left),
+           num_warps=t.warps, num_stages=t.stages)
     torch.autograd.graph.increment_version(out)
 
 
@@ -175,18 +162,13 @@ def _use_triton(x: Tensor, backend: str | None) -> bool:
             and along[1] % 8 == 0)
 
 
-def _stacked(x: Tensor) -> Tensor:
-    """(..., m, n) as (batch, m, n)."""
-    return x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
-
-
 def _muladd(c: Tensor | None, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
     """Beta C + alpha A B."""
     if c is None:
         return a @ b
     if c.ndim == 2:
         return torch.addmm(c, a, b, beta=beta, alpha=alpha)
-    return torch.baddbmm(_stacked(c), _stacked(a), _stacked(b), beta=beta, alpha=alpha
+    return torch.baddbmm(stacked(c), stacked(a), stacked(b), beta=beta, alpha=alpha
                          ).view(c.shape)
 
 
@@ -195,8 +177,7 @@ def _product(x: Tensor, y: Tensor, alpha: float | None, beta: float, triton: boo
     m = x.shape[-2]
     if triton:
         out = torch.empty(*x.shape[:-1], m, dtype=x.dtype, device=x.device)
-        _op(_stacked(x), _stacked(y), alpha, beta,
-            _stacked(out))
+        _op(stacked(x), stacked(y), alpha, beta, stacked(out))
         return out
     c = None if alpha is None else x
     if x.dtype != torch.float32 or x.device.type != "cpu" or m < _HALVES:

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from . import project
 from .base import MatrixOptimizer, Update
 from .codec import Slot
-from .lowrank import LowRankOptimizer, LowRankOptions
+from .lowrank import LowRankOptimizer, LowRankOptions, Projected
 from .norms import ALONG, norms
 from .options import Option, choice, real
 from .project import Bases
@@ -26,13 +26,16 @@ class _Scaling(Residual):
 
     needs_low = True
     needs_gradient = True
+    needs_norms = True
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return limiter_slot(shape, p, o)
 
-    def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
+    def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
                 ) -> Tensor | None:
-        return norms(g, "full" if o["scale_type"] == "tensor" else side)
+        if o["scale_type"] == "tensor" or space.norms is None:
+            return norms(g, "full" if o["scale_type"] == "tensor" else side)
+        return space.norms
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:

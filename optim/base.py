@@ -29,7 +29,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
+from ..kernels._triton import use_triton
 from ..kernels.adam8 import adamw8
+from ..kernels.lift import lift
 from . import codec, metrics, sharding
 from .checks import TORCH_ONLY, check_gradient, check_parameter, refuse_torch_only
 from .codec import Slot, State
@@ -84,8 +86,9 @@ _FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_mo
 _ADAMW_PART = {"lr_adamw": "lr", "betas_adamw": "betas", "weight_decay_adamw": "weight_decay"}
 # Values of ``index`` from here on are of parameters that get AdamW.
 _DENSE = 1 << 31
-# Elements in one block of an element-wise update: temporaries stay this small, and in cache.
-_BLOCK = 1 << 18
+# Elements in one block of an element-wise update: temporaries stay this small, and in a CPU's
+# cache. A GPU is not busy with fewer than some millions.
+_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 # Elements of all parameters whose updates wait together, or as many as the largest has: batches
 # are worth a fifth of Muon's step on LLaMA-60M, and their temporaries stay below 150 MiB.
 _WINDOW = 1 << 22
@@ -856,17 +859,25 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     All have the first one's shape, or (codes and scales) its shape but for the last dimension.
     """
     first = tensors[0]
-    if first.numel() <= _BLOCK or first.ndim == 0:
+    block = _BLOCK.get(first.device.type, _BLOCK["cuda"])
+    if first.numel() <= block or first.ndim == 0:
         return [tensors]
     alike = all(x.shape == first.shape for x in tensors)
-    rows = max(1, _BLOCK // first[0].numel())
+    rows = max(1, block // first[0].numel())
     if all(x.is_contiguous() for x in tensors):
         tensors = tuple(x.view(-1) if alike else x.view(-1, x.shape[-1]) for x in tensors)
         # codes take more temporaries to decode and to encode
-        rows = _BLOCK if alike else max(1, _BLOCK // 2 // first.shape[-1])
+        rows = block if alike else max(1, block // 2 // first.shape[-1])
     elif first.ndim == 1 and not alike:
         return [tensors]
     return zip(*(torch.split(x, rows) for x in tensors), strict=True)
+
+
+def _in_one_pass(p: Tensor, u: Update, kept: Mapping[str, Tensor]) -> bool:
+    """Whether a kernel applies the update: on a GPU, but for products in fp32 and split weights."""
+    product = u.left is None or (u.left.element_size() == 2 and p.element_size() == 2)
+    return (product and use_triton(None, p.device) and p.dtype != torch.float64
+            and "master" not in kept and p.is_contiguous())
 
 
 def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
@@ -874,6 +885,11 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
     """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is (m, n) or (b, m, n)."""
     lr = o["lr"]
     keep: Tensor | float = 1 - lr * o["weight_decay"] if u.keep is None else u.keep.expand(p.shape)
+    if _in_one_pass(p, u, kept):
+        lift(p, u.left, u.right, alpha=-lr * u.factor, keep=keep, dense=u.dense, gain=u.gain,
+             beta=-lr, key=codec.key_of(kept, o) if codec.random_rounding(p, o) else None, t=t,
+             start=start)
+        return
     master = kept["master"].view(p.shape) if "master" in kept else None
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
     if p.ndim == 3 and codec.random_rounding(p, o):
@@ -889,7 +905,8 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
     rows = p.shape[-2]
     if u.dense is not None or codec.wide(p) is not p:
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.
-        rows = max(1, _BLOCK // max(1, p[..., :1, :].numel()))
+        block = _BLOCK.get(p.device.type, _BLOCK["cuda"])
+        rows = max(1, block // max(1, p[..., :1, :].numel()))
     cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else repeat(x)
            for x in (p, u.left, u.dense, gain, keep, master)]
     for p_, left, dense, gain_, keep_, master_ in zip(*cut, strict=False):

@@ -17,14 +17,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels._triton import use_triton
+from ..kernels.project import project as product
+from . import codec
 from .sharding import Rows
 
 __all__ = ["by_fft", "columns", "dct", "project", "rows"]
 
 # Where the FFT beats the product: measured with bench.projections on 2 cores (from n = 128 on;
-# lengths with large prime factors too). On CUDA the product holds its own to about 2048
-# (arXiv 2505.17967).
+# lengths with large prime factors too). On CUDA an fp32 product holds its own to about 2048
+# (arXiv 2505.17967); in 16 bits it is 2 n operations for each element at some 700 TFLOP/s, against
+# some 40 bytes that the FFT's passes move at 3 TB/s: they meet at about 4700. Not measured yet.
 _FFT_FROM = {"cpu": 129, "cuda": 2049}
+_FFT_FROM_16 = {"cpu": 129, "cuda": 4673}
 # Elements of a piece that is transformed at once on the CPU: 512 KiB in fp32.
 _PIECE = 1 << 17
 
@@ -105,10 +110,11 @@ def _inverse_fft(x: Tensor, dim: int) -> Tensor:
     return out
 
 
-def by_fft(n: int, device: torch.device, similarity: str) -> bool:
-    """Whether the transform of length n is done by FFT; ``"auto"`` follows measurement."""
+def by_fft(n: int, x: Tensor, similarity: str) -> bool:
+    """Whether a transform of length n is done by FFT; ``"auto"`` follows device and dtype of x."""
     if similarity == "auto":
-        return n >= _FFT_FROM.get(device.type, 2049)
+        table = _FFT_FROM_16 if x.element_size() == 2 else _FFT_FROM
+        return n >= table.get(x.device.type, table["cuda"])
     return similarity == "fft"
 
 
@@ -123,7 +129,7 @@ def dct(x: Tensor, kind: int = 2, dim: int = -1, similarity: str = "auto") -> Te
     """
     x = x if x.dtype == torch.float64 else x.float()
     n = x.shape[dim]
-    if not by_fft(n, x.device, similarity):
+    if not by_fft(n, x, similarity):
         q = rows(n, kind, x.dtype, x.device)
         return x @ q.mT if dim == -1 else q @ x
     place, sign = _packing(n, kind, x.dtype, x.device)
@@ -137,7 +143,8 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
     """The r basis vectors along dim that x has most of, and x on them, from one transform.
 
     Args:
-        x: (..., m, n), fp32 or float64.
+        x: (..., m, n). fp32 and float64 have that arithmetic; 16 bits have fp32, but for their
+            product with a basis on CUDA.
         r: how many.
         kind: 2 or 3.
         dim: -1 for a right basis, -2 for a left one.
@@ -151,10 +158,13 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
         Indices (..., r), int32, in ascending order, and R = x Q or Q^T x on them.
     """
     n, other = x.shape[dim], -1 if dim == -2 else -2
+    fast = by_fft(n, x, similarity)
+    if not fast and x.element_size() == 2 and use_triton(None, x.device):
+        return _in_one_pass(x, r, kind, dim, norm, old, cut)
+    x = codec.wide(x)
     kept: list[Tensor] = []
     scores: Tensor | float = 0.0
     largest = _largest(x, cut) if norm == 2 else 1.0
-    fast = by_fft(n, x.device, similarity)
     place, sign = _packing(n, kind, x.dtype, x.device) if fast else (None, None)
     for part in _parts(x, other, fast):
         if fast:
@@ -175,6 +185,23 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
     if sign is not None:
         low *= sign[index].unsqueeze(-2 if dim == -1 else -1)
     return index.int(), low
+
+
+def _in_one_pass(x: Tensor, r: int, kind: int, dim: int, norm: int, old: Tensor | None,
+                 cut: Rows | None) -> tuple[Tensor, Tensor]:
+    """The product with the basis and the norms of its columns from one kernel, in x's dtype."""
+    n = x.shape[dim]
+    q = rows(n, kind, x.dtype, x.device)
+    largest = _largest(x, cut).float() if norm == 2 else None
+    left = dim == -2
+    full, _, scores = product(x.mT if left else x, q.mT, dtype=x.dtype, scores=norm,
+                              largest=largest, transposed=left)
+    assert scores is not None
+    if cut is not None:
+        scores = cut.sum(scores.double()).float()
+    index = _best(scores, r, old)
+    full = full.mT if left else full
+    return index.int(), codec.wide(_take(full.unsqueeze(-1), index, dim))
 
 
 def _parts(x: Tensor, other: int, fast: bool) -> Sequence[Tensor]:

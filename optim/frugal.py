@@ -34,7 +34,7 @@ def _coordinates(n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], s
     """The columns of the identity that belong to r of n coordinates, drawn anew: (..., n, r)."""
     drawn = torch.rand((*batch, n), generator=project.generator(key, stream))
     index = drawn.topk(r).indices.sort().values
-    return functional.one_hot(index, n).mT.to(like)
+    return functional.one_hot(index.to(like.device), n).mT.to(like)
 
 
 class FRUGALOptions(LowRankOptions, total=False):

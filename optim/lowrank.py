@@ -59,6 +59,7 @@ class Projected(NamedTuple):
         writes: where they are new, what is stored of them, by slot.
         more: what else a rule takes of the gradient, linear in it, by slot of
             :meth:`LowRankOptimizer.buffers`.
+        norms: of the gradient along the projected dimensions, where they came with R.
     """
 
     bases: Bases
@@ -66,6 +67,7 @@ class Projected(NamedTuple):
     turns: tuple[Turn | None, Turn | None] | None = None
     writes: Mapping[str, Tensor] = {}
     more: Mapping[str, Tensor] = {}
+    norms: Tensor | None = None
 
 
 class LowRankOptimizer(MatrixOptimizer):
@@ -275,7 +277,7 @@ class LowRankOptimizer(MatrixOptimizer):
         side = project.side_of(m, columns, o["proj_type"])
         low = codec.wide(space.low)
         moments = _turned(rule, s, space, o)
-        measured = residual.measure(g, low, space.bases, side, o)
+        measured = residual.measure(g, low, space, side, o)
         # N = inner(R); state is written from here on
         for name in moments:  # decoded, so that the turned ones are written to their store
             s[name]
@@ -296,6 +298,9 @@ class LowRankOptimizer(MatrixOptimizer):
         born = int(s["basis_step"])
         old = self.bases(g, s, o, born)
         if not self.due(s, o, t):
+            if self.residual(o).needs_norms:
+                low, size = old.measured(g)
+                return Projected(old, low, norms=size)
             return Projected(old, old.down(g))
         if born and o["keep_energy"] is not None:
             low = old.down(g)
@@ -377,13 +382,13 @@ class LowRankOptimizer(MatrixOptimizer):
         new: list[Tensor | None] = [None, None]
         turns: list[Turn | None] = [None, None]
         writes: dict[str, Tensor] = {}
-        low, x = None, codec.wide(g)
+        low = None
         r = min(o["rank"], *codec.whole_shape(g, s)[-2:])
         for number, (basis, side) in enumerate(zip(old, _SIDES, strict=True)):
             if basis is None:
                 continue
             left, name = side == "left", f"columns_{side}"
-            index, part = dct.project(x, r, kind=o["dct_basis"], dim=-2 if left else -1,
+            index, part = dct.project(g, r, kind=o["dct_basis"], dim=-2 if left else -1,
                                       norm=o["column_norm"], similarity=o["similarity"],
                                       old=s[name] if born else None, cut=codec.rows_of(s))
             if o["moments"] == "rotate" and born:

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels._triton import use_triton
+from ..kernels.project import project
 from . import codec
+from .norms import norms
 
 __all__ = ["FINDERS", "Bases", "Turn", "find", "gaussian", "gaussian_basis", "generator",
            "random_basis", "shift", "side_of", "turn"]
@@ -40,6 +43,20 @@ class Bases(NamedTuple):
             g = self.left.mT @ g
         return g if self.right is None else g @ self.right
 
+    def measured(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """R, and the norms of g along the projected dimensions: on a GPU from one pass."""
+        if self.left is not None and self.right is not None:
+            return self.down(g), norms(g, "full")
+        side = "right" if self.left is None else "left"
+        if g.element_size() != 2 or not use_triton(None, g.device):
+            return self.down(g), norms(g, side)
+        left = self.left is not None
+        basis = self.left if left else self.right
+        assert basis is not None
+        low, size, _ = project(g.mT if left else g, basis, norms=True, transposed=left)
+        assert size is not None
+        return (low.mT, size.unsqueeze(-2)) if left else (low, size.unsqueeze(-1))
+
     def factors(self, n: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors whose product is P N Q^T."""
         if self.left is None:
@@ -61,11 +78,12 @@ def side_of(m: int, n: int, proj_type: str) -> str:
     return proj_type
 
 
-def generator(key: tuple[int, int], stream: int) -> torch.Generator:
-    """Random numbers on the CPU that depend on (seed, parameter) and a stream alone."""
+def generator(key: tuple[int, int], stream: int, device: torch.device | str = "cpu"
+              ) -> torch.Generator:
+    """Random numbers of a device that depend on (seed, parameter) and a stream alone."""
     # Weyl steps with odd 64-bit constants spread neighbouring keys over the seed space.
     mixed = key[0] * 0x9E3779B97F4A7C15 + key[1] * 0xC2B2AE3D27D4EB4F + stream * 0x165667B19E3779F9
-    return torch.Generator(device="cpu").manual_seed(mixed % 2**63)
+    return torch.Generator(device=device).manual_seed(mixed % 2**63)
 
 
 def gaussian(shape: tuple[int, ...], key: tuple[int, int], stream: int) -> Tensor:
@@ -181,9 +199,13 @@ def random_basis(
 def gaussian_basis(
     n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int, like: Tensor
 ) -> Tensor:
-    """Independent normal entries of variance 1/r, (..., n, r): E[P P^T] = I."""
-    q: Tensor = gaussian((*batch, n, r), key, stream) * r**-0.5
-    return q.to(device=like.device, dtype=like.dtype)
+    """Independent normal entries of variance 1/r, (..., n, r): E[P P^T] = I.
+
+    They are drawn where they are used, at every step: another device draws others.
+    """
+    place = like.device if like.device.type == "cuda" else torch.device("cpu")
+    q: Tensor = torch.randn((*batch, n, r), generator=generator(key, stream, place), device=place)
+    return q.mul_(r**-0.5).to(device=like.device, dtype=like.dtype)
 
 
 #: What a change of basis does to a moment along the projected side: (moment, power) to moment,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from .base import Update
 from .codec import Slot
 from .norms import ALONG, norms
 from .project import Bases
+
+if TYPE_CHECKING:
+    from .lowrank import Projected
 
 __all__ = ["RESIDUALS", "Fira", "Residual", "gains", "limited", "residual_of"]
 
@@ -37,6 +40,8 @@ class Residual:
     #: Whether G itself is read: if not, :meth:`measure` and :meth:`combine` look at its shape,
     #: dtype and device alone.
     needs_gradient = False
+    #: Whether :meth:`measure` takes norms of G along the projected dimensions.
+    needs_norms = False
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         """State for a parameter that the rule sees in this shape."""
@@ -46,14 +51,14 @@ class Residual:
         """What is projected."""
         return g
 
-    def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
+    def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
                 ) -> Tensor | None:
         """All of matrix size that :meth:`combine` needs, made before the first write.
 
         Args:
             g: what :meth:`gradient` returned.
             low: R, in fp32.
-            bases: the bases of this step.
+            space: the bases of this step, and what came with R.
             side: ``"left"``, ``"right"`` or ``"full"``.
             o: options of the group.
         """
@@ -80,17 +85,18 @@ class Fira(Residual):
 
     needs_low = True
     needs_gradient = True
+    needs_norms = True
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return limiter_slot(shape, p, o)
 
-    def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
+    def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
                 ) -> Tensor | None:
         # At full rank G - P R is rounding, which is not to be scaled up.
         leak = 1 - o["scale"] if o["residual_scale"] == "released" else 0.0
         if leak == 0 and low.shape == g.shape:
             return None
-        return norms(g, side)
+        return norms(g, side) if space.norms is None else space.norms
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
@@ -120,11 +126,11 @@ class Sign(Residual):
 
     needs_gradient = True
 
-    def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
+    def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
                 ) -> Tensor | None:
         if low.shape == g.shape:  # full rank: the rest is rounding, whose sign means nothing
             return None
-        return _without(codec.wide(g).clone(), low, bases).sign_()
+        return _without(codec.wide(g).clone(), low, space.bases).sign_()
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
@@ -148,9 +154,9 @@ class ErrorFeedback(Residual):
         assert error is not None
         return codec.wide(g) + error
 
-    def measure(self, g: Tensor, low: Tensor, bases: Bases, side: str, o: Mapping[str, Any]
+    def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
                 ) -> Tensor | None:
-        return _without(g, low, bases)  # g is A, a temporary
+        return _without(g, low, space.bases)  # g is A, a temporary
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:

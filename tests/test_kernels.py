@@ -31,11 +31,11 @@ from lissom.kernels.quant8 import (
     quantize_dynamic,
     quantize_dynamic_ref,
 )
-from lissom.optim import AdamW, FiraAdamW, GaLoreAdamW, codec, inner
+from lissom.optim import codec, inner
 from torch.library import opcheck
 
 from .cases import CASES
-from .helpers import assert_same, parameters, run, tensors
+from .helpers import assert_same, run, tensors
 
 tl = _triton.tl
 CUDA = torch.cuda.is_available() and _triton.triton is not None
@@ -521,21 +521,35 @@ def test_refusals():
         quantize_dynamic(x.to("meta"), 8, True, backend="triton")
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.make in (AdamW, GaLoreAdamW, FiraAdamW)
-                                  and "amsgrad" not in c.options], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_optimizers_step_through_the_kernel_as_without_it(device, case, kind, monkeypatch):
-    """What CUDA does by default: same weights, and the same codes but for one in a hundred."""
+def test_optimizers_step_through_the_kernels_as_without_them(device, case, kind, monkeypatch):
+    """What CUDA does by default, over two refreshes of most rules."""
     monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
-    results = []
+    users = [m for name, m in sys.modules.items()
+             if name.startswith("lissom.") and hasattr(m, "use_triton")]
+    assert len(users) > 6
+    results, launched = [], []
+    launch = _triton.launch
     for fused in (False, True):
-        monkeypatch.setattr("lissom.optim.inner.use_triton", lambda *a, on=fused: on)
-        monkeypatch.setattr("lissom.kernels.adam8.use_triton", lambda *a, on=fused: on)
-        ps = [torch.nn.Parameter(p.detach().to(device)) for p in
-              parameters([(7, 5), (5, 7), (6,)], dtype=kind)]
+        for module in users:
+            monkeypatch.setattr(module, "use_triton", lambda backend, device, on=fused: on)
+            if hasattr(module, "launch"):
+                monkeypatch.setattr(module, "launch", lambda kernel, *a, on=fused, **k: (
+                    launched.append((on, kernel)), launch(kernel, *a, **k)))
+        ps = [torch.nn.Parameter(p.detach().to(device), p.requires_grad) for p in
+              case.parameters([(7, 5), (5, 7), (6,), (12, 8)], dtype=kind)]
         optimizer = case(ps, lr=1e-2)
         run(optimizer, ps, range(5))
-        results.append([p.detach().float() for p in ps])
-    rough = 0.05 if kind == torch.bfloat16 or case.option("state_bits") < 32 else 1e-5
+        results.append([p.detach().double() for p in ps])
+    assert any(on for on, _ in launched) or case.option("amsgrad") or case.roles
+    assert not any(not on for on, _ in launched)
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=rough)
+        apart = (a - b).abs()
+        if kind == torch.float32:
+            assert apart.max() <= (1e-5 if case.option("state_bits") == 32 else 1e-4)
+            continue
+        # The kernel does not round the lifted product to 2^-9 of lr = 0.01, so that some weights at
+        # the edge of two numbers get the other one: 9 % of 35 at most here.
+        assert (apart <= 2**-7 * torch.maximum(a.abs(), b.abs()) + 5 * 0.01 * 2**-8).all()
+        assert (apart > 0).double().mean() <= 0.15

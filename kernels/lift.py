@@ -1,0 +1,184 @@
+"""The last pass of a step: lift, decay, what the residual adds and rounding, applied to the weight.
+
+    P <- keep o P + alpha L R + beta gain o D, rounded once
+
+with L (..., m, r), R (..., r, n) and D (..., m, n). Each term but the first may be missing; keep
+and gain are numbers or broadcast to P. Sums are in fp32. No temporary has P's size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
+from .philox import nearest_bf16, random16_tile, round_bf16, round_fp16, stochastic_round
+from .tiles import Tiles, dot_tile, place_tile, precision, stacked, tiles_for, widened
+
+__all__ = ["STREAM", "lift", "lift_ref"]
+
+#: Stream of the random bits that round a weight.
+STREAM = 64
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Half the columns of a projection's tiles: registers for what the epilogue reads, so that one
+# program's epilogue runs beside another's product.
+_LARGE = Tiles(128, 64, 64, 8, 8, 3)
+# Without a product rows are long, so that loads of all terms are.
+_FLAT = Tiles(16, 256, 16, 8, 4, 1)
+
+
+def lift_ref(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
+             alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Tensor | None = None,
+             gain: Tensor | float = 1.0, beta: float = 1.0, key: tuple[int, int] | None = None,
+             t: int = 1, start: int = 0) -> None:
+    """Define :func:`lift`."""
+    x = p.float() * keep
+    if left is not None and right is not None:
+        x += alpha * (left.float() @ right.float())
+    if dense is not None:
+        x += beta * (gain * dense.float())
+    if key is not None and p.dtype != torch.float32:
+        x = stochastic_round(x, p.dtype, start, key, (t, STREAM), backend="torch")
+    p.copy_(x)
+
+
+@jit
+def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, dense_ptr: tl.tensor,
+                 gain_ptr: tl.tensor, keep_ptr: tl.tensor, m: tl.tensor, n: tl.tensor,
+                 k: tl.tensor, left_batch: tl.tensor, left_row: tl.tensor, left_column: tl.tensor,
+                 right_batch: tl.tensor, right_row: tl.tensor, right_column: tl.tensor,
+                 dense_batch: tl.tensor, dense_row: tl.tensor, dense_column: tl.tensor,
+                 gain_batch: tl.tensor, gain_row: tl.tensor, gain_column: tl.tensor,
+                 keep_batch: tl.tensor, keep_row: tl.tensor, keep_column: tl.tensor,
+                 alpha: tl.tensor, beta: tl.tensor, keep: tl.tensor, start: tl.tensor,
+                 seed: tl.tensor, parameter: tl.tensor, step: tl.tensor, tiles_m: tl.tensor,
+                 tiles_n: tl.tensor, PRODUCT: tl.constexpr, DENSE: tl.constexpr,
+                 GAIN: tl.constexpr, KEEP: tl.constexpr, STOCHASTIC: tl.constexpr,
+                 ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                 GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> None:
+    batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    tile_m, tile_n = place_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
+    row = tile_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    first = tile_n.to(tl.int64) * BN
+    column = first + tl.arange(0, BN)  # [BN]
+    mask = (row < m)[:, None] & (column < n)[None, :]  # [BM, BN], as all that follows
+    offset = batch * m * n + row[:, None] * n + column[None, :]
+    if PRODUCT:
+        x = alpha * dot_tile(left_ptr + batch * left_batch, right_ptr + batch * right_batch, row,
+                             column, m, n, k, left_row, left_column, right_row, right_column, BM,
+                             BN, BK, PRECISION, WIDEN)
+    else:
+        x = tl.zeros([BM, BN], dtype=tl.float32)
+    p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if KEEP:
+        p *= tl.load(keep_ptr + batch * keep_batch + row[:, None] * keep_row
+                     + column[None, :] * keep_column, mask=mask, other=0.0)
+    else:
+        p *= keep
+    x += p
+    if DENSE:
+        dense = tl.load(dense_ptr + batch * dense_batch + row[:, None] * dense_row
+                        + column[None, :] * dense_column, mask=mask, other=0.0).to(tl.float32)
+        if GAIN:
+            dense *= tl.load(gain_ptr + batch * gain_batch + row[:, None] * gain_row
+                             + column[None, :] * gain_column, mask=mask, other=0.0)
+        x += beta * dense
+    if STOCHASTIC:
+        index = batch * m * n + row * n + first + start
+        random = random16_tile(index, seed, parameter, step, 64, ALIGNED, BN)
+        if p_ptr.dtype.element_ty == tl.bfloat16:
+            x = round_bf16(x, random)
+        else:
+            x = round_fp16(x, random)
+    elif p_ptr.dtype.element_ty == tl.bfloat16:
+        x = nearest_bf16(x)
+    tl.store(p_ptr + offset, x.to(p_ptr.dtype.element_ty), mask=mask)
+
+
+def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | None,
+          gains: Tensor | None, keeps: Tensor | None, alpha: float, beta: float, keep: float,
+          key: list[int], stochastic: bool, t: int, start: int) -> None:
+    """All tensors are batches (b, m, n), of those that are not p any strides."""
+    batch, m, n = p.shape
+    if not p.numel():
+        return
+    k = 0 if left is None else left.shape[-1]
+    tiles = _FLAT if left is None else tiles_for(left.dtype, batch, m, n, _LARGE)
+    tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
+    strides = [s for x in (left, right, dense, gains, keeps)
+               for s in ((0, 0, 0) if x is None else x.stride())]
+    launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, p, left, right, dense, gains, keeps,
+           m, n, k, *strides, alpha, beta, keep, start, *map(signed32, (*key, t)), tiles_m, tiles_n,
+           PRODUCT=left is not None, DENSE=dense is not None, GAIN=gains is not None,
+           KEEP=keeps is not None, STOCHASTIC=stochastic, ALIGNED=start % 8 == 0 and n % 8 == 0,
+           BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, GROUP=tiles.group,
+           PRECISION=precision(), WIDEN=left is not None and widened(left),
+           num_warps=tiles.warps, num_stages=tiles.stages)
+    torch.autograd.graph.increment_version(p)
+
+
+_op = define("lift(Tensor(a!) p, Tensor? left, Tensor? right, Tensor? dense, Tensor? gains, "
+             "Tensor? keeps, float alpha, float beta, float keep, int[] key, bool stochastic, "
+             "int t, int start) -> ()", _lift)
+
+
+def lift(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
+         alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Tensor | None = None,
+         gain: Tensor | float = 1.0, beta: float = 1.0, key: tuple[int, int] | None = None,
+         t: int = 1, start: int = 0, backend: str | None = None) -> None:
+    """P <- keep o P + alpha L R + beta gain o D in place, rounded once.
+
+    Args:
+        p: weight (..., m, n), contiguous, fp32, bf16 or fp16.
+        left: L, (..., m, r), any strides, or None with ``right`` for no product.
+        right: R, (..., r, n) of left's dtype. L and R have p's leading dimensions, or none.
+        alpha: multiplies the product.
+        keep: multiplies P: a number, or an fp32 tensor that broadcasts to it.
+        dense: D, of p's shape, any strides; None for no such term.
+        gain: multiplies D: a number, or an fp32 tensor that broadcasts to it.
+        beta: multiplies that once more.
+        key: (seed, parameter) of the random bits that round a bf16 or fp16 weight; None rounds to
+            nearest.
+        t: the random stream's step.
+        start: index in the whole parameter of p's first element.
+        backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
+
+    Raises:
+        TypeError: a dtype is another one.
+        ValueError: shapes do not fit.
+        RuntimeError: "triton" was asked for and cannot run there.
+    """
+    if p.ndim < 2:
+        raise ValueError(f"p: expected (..., m, n), got shape {tuple(p.shape)}")
+    check("p", p, shape=tuple(p.shape), dtypes=_FLOATS, device=p.device)
+    if (left is None) != (right is None):
+        raise ValueError("left, right: expected two tensors or None and None, got one of them")
+    if left is not None and right is not None:
+        if left.dtype not in _FLOATS or right.dtype != left.dtype:
+            raise TypeError(f"left, right: expected one dtype of {' or '.join(map(str, _FLOATS))}, "
+                            f"got {left.dtype} and {right.dtype}")
+        if (left.shape[-2] != p.shape[-2] or right.shape[-1] != p.shape[-1]
+                or left.shape[-1] != right.shape[-2]):
+            raise ValueError(f"left, right: expected (..., m, r) and (..., r, n) for p of "
+                             f"{tuple(p.shape)}, got {tuple(left.shape)} and {tuple(right.shape)}")
+    if dense is not None and dense.shape != p.shape:
+        raise ValueError(f"dense: expected shape {tuple(p.shape)}, got {tuple(dense.shape)}")
+    if not use_triton(backend, p.device):
+        lift_ref(p, left, right, alpha=alpha, keep=keep, dense=dense, gain=gain, beta=beta,
+                 key=key, t=t, start=start)
+        return
+
+    def batched(x: Tensor | float | None, *shape: int) -> Tensor | None:
+        """A view (b, ...) of what may lack leading dimensions."""
+        if not isinstance(x, Tensor):
+            return None
+        return stacked(x.expand(*p.shape[:-2], *(s or d for s, d in
+                                                 zip(shape, x.shape[-2:], strict=True))))
+
+    m, n = p.shape[-2:]
+    _op(stacked(p), batched(left, 0, 0), batched(right, 0, 0), batched(dense, 0, 0),
+        batched(gain, m, n) if dense is not None else None, batched(keep, m, n), alpha,
+        beta if isinstance(gain, Tensor) else beta * gain,
+        1.0 if isinstance(keep, Tensor) else keep,
+        key or (0, 0), key is not None and p.dtype != torch.float32, t, start)

@@ -1,0 +1,169 @@
+"""Projection of a gradient, with the norms that come after it taken in the same pass.
+
+C = A B, with A (..., m, k) and B (..., k, n) of any strides, so that R = G Q is ``(G, Q)`` and the
+transpose of R = P^T G is ``(G^T, P)``. In the same pass, where asked for: norms of A's rows, which
+Fira needs of G, and norms of C's columns, by which a cosine basis is chosen. Sums are in fp32 and
+in an order that does not change from run to run; C is rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton import cdiv, check, define, jit, launch, tl, use_triton
+from .philox import nearest_bf16
+from .tiles import dot_tile, place_tile, precision, stacked, tiles_for, widened
+
+__all__ = ["project", "project_ref"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def project_ref(a: Tensor, b: Tensor, *, dtype: torch.dtype = torch.float32, norms: bool = False,
+                scores: int | None = None, largest: Tensor | None = None
+                ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Define :func:`project`."""
+    c = a.float() @ b.float()
+    rows = torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64) if norms else None
+    columns = None
+    if scores == 1:
+        columns = c.abs().sum(-2)
+    elif scores == 2:
+        columns = (c if largest is None else c / largest).square().sum(-2)
+    return c.to(dtype), rows, columns
+
+
+@jit
+def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, norms_ptr: tl.tensor,
+                    scores_ptr: tl.tensor, largest_ptr: tl.tensor, m: tl.tensor, n: tl.tensor,
+                    k: tl.tensor, a_batch: tl.tensor, a_row: tl.tensor, a_column: tl.tensor,
+                    b_batch: tl.tensor, b_row: tl.tensor, b_column: tl.tensor, c_batch: tl.tensor,
+                    c_row: tl.tensor, c_column: tl.tensor, tiles_m: tl.tensor, tiles_n: tl.tensor,
+                    NORMS: tl.constexpr, SCORES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                    BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+                    WIDEN: tl.constexpr) -> None:
+    batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    tile_m, tile_n = place_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
+    row = tile_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    column = tile_n.to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
+    a_ptr += batch * a_batch
+    total = dot_tile(a_ptr, b_ptr + batch * b_batch, row, column, m, n, k, a_row, a_column, b_row,
+                     b_column, BM, BN, BK, PRECISION, WIDEN)
+    mask = (row < m)[:, None] & (column < n)[None, :]
+    c = c_ptr + batch * c_batch + row[:, None] * c_row + column[None, :] * c_column
+    if c_ptr.dtype.element_ty == tl.bfloat16:
+        tl.store(c, nearest_bf16(total), mask=mask)
+    else:
+        tl.store(c, total.to(c_ptr.dtype.element_ty), mask=mask)
+    if SCORES > 0:
+        # Partial sums of this row of tiles; rows beyond the end are zero.
+        if SCORES == 1:
+            part = tl.sum(tl.abs(total), 0)
+        else:
+            scaled = total * tl.load(largest_ptr)
+            part = tl.sum(scaled * scaled, 0)
+        tl.store(scores_ptr + (batch * tiles_m + tile_m) * n + column, part, mask=column < n)
+    if NORMS:
+        # Each tile of a row of tiles takes its share of A's columns, which the cache still has:
+        # |x|^2 = peak^2 * sum (x / peak)^2 with a running peak, so that no square overflows.
+        share = tl.cdiv(tl.cdiv(k, BK), tiles_n) * BK
+        peak = tl.zeros([BM], dtype=tl.float32)
+        square = tl.zeros([BM], dtype=tl.float32)
+        term = tl.arange(0, BK).to(tl.int64)
+        for start in range(tile_n * share, tl.minimum(k, (tile_n + 1) * share), BK):
+            at = start + term
+            x = tl.load(a_ptr + row[:, None] * a_row + at[None, :] * a_column,
+                        mask=(row < m)[:, None] & (at < k)[None, :], other=0.0)
+            x = tl.abs(x.to(tl.float32))
+            top = tl.maximum(peak, tl.max(x, 1))
+            some = tl.where(top > 0, top, 1.0)
+            # An infinity over itself is 1, so that the sum is infinite and no NaN.
+            x = tl.where(x == some[:, None], 1.0, x / some[:, None])
+            ratio = tl.where(peak == some, 1.0, peak / some)
+            square = square * ratio * ratio + tl.sum(x * x, 1)
+            peak = top
+        wide = peak.to(tl.float64)
+        tl.store(norms_ptr + (batch * tiles_n + tile_n) * m + row, wide * wide * square,
+                 mask=row < m)
+
+
+def _project(a: Tensor, b: Tensor, c: Tensor, norms: Tensor | None, scores: Tensor | None,
+             largest: Tensor | None, order: int) -> None:
+    """Fill c and what else is given, all of them batches.
+
+    Norms (batch, tiles of c's columns, m) and scores (batch, tiles of c's rows, n) take parts.
+    """
+    batch, m, k = a.shape
+    n = b.shape[-1]
+    t = tiles_for(a.dtype, batch, m, n)
+    tiles_m, tiles_n = cdiv(m, t.rows), cdiv(n, t.columns)
+    launch(_project_kernel, batch * tiles_m * tiles_n, a.device, a, b, c, norms, scores, largest,
+           m, n, k, *a.stride(), *b.stride(), *c.stride(), tiles_m, tiles_n,
+           NORMS=norms is not None, SCORES=order if scores is not None else 0, BM=t.rows,
+           BN=t.columns, BK=t.depth, GROUP=t.group, PRECISION=precision(), WIDEN=widened(a),
+           num_warps=t.warps, num_stages=t.stages)
+
+
+_op = define("project(Tensor a, Tensor b, Tensor(a!) c, Tensor(b!)? norms, Tensor(c!)? scores, "
+             "Tensor? largest, int order) -> ()", _project)
+
+
+def project(a: Tensor, b: Tensor, *, dtype: torch.dtype = torch.float32, norms: bool = False,
+            scores: int | None = None, largest: Tensor | None = None, transposed: bool = False,
+            backend: str | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """C = A B, the norms of A's rows, and those of C's columns.
+
+    Args:
+        a: (..., m, k), fp32, bf16 or fp16, any strides.
+        b: (..., k, n) of a's dtype, any strides, with a's leading dimensions or none.
+        dtype: of C.
+        norms: whether Euclidean norms of A's rows are wanted.
+        scores: 1 for the sums of absolute values of C's columns, 2 for the sums of their squares
+            divided by ``largest`` squared, None for neither.
+        largest: a positive fp32 number on the device by which squares come into range.
+        transposed: C is laid out as its transpose is contiguous.
+        backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
+
+    Returns:
+        C (..., m, n); norms (..., m) in float64 or None; scores (..., n) in fp32 or None.
+
+    Raises:
+        TypeError: a dtype is another one.
+        ValueError: shapes do not fit, or ``scores`` is none of the above.
+        RuntimeError: "triton" was asked for and cannot run there.
+    """
+    if a.ndim < 2 or b.ndim not in (2, a.ndim) or a.shape[-1] != b.shape[-2] or (
+            b.ndim > 2 and b.shape[:-2] != a.shape[:-2]):
+        raise ValueError(f"a, b: expected (..., m, k) and (..., k, n), got {tuple(a.shape)} and "
+                         f"{tuple(b.shape)}")
+    if a.dtype not in _FLOATS or b.dtype != a.dtype:
+        raise TypeError(f"a, b: expected one dtype of {' or '.join(map(str, _FLOATS))}, got "
+                        f"{a.dtype} and {b.dtype}")
+    if scores not in (None, 1, 2):
+        raise ValueError(f"scores: expected None, 1 or 2, got {scores!r}")
+    if largest is not None:
+        check("largest", largest, shape=(), dtypes=(torch.float32,), device=a.device)
+    if not use_triton(backend, a.device) or not a.numel() or not b.numel():
+        c, rows, columns = project_ref(a, b, dtype=dtype, norms=norms, scores=scores,
+                                       largest=largest)
+        return c.mT.contiguous().mT if transposed else c, rows, columns
+    lead, m, n = a.shape[:-2], a.shape[-2], b.shape[-1]
+    a_ = stacked(a)
+    b_ = b.expand(len(a_), *b.shape) if b.ndim == 2 else stacked(b)
+    shape = (len(a_), n, m) if transposed else (len(a_), m, n)
+    c_ = torch.empty(shape, dtype=dtype, device=a.device)
+    c_ = c_.mT if transposed else c_
+    t = tiles_for(a.dtype, len(a_), m, n)
+    squares = sums = None
+    if norms:
+        squares = torch.empty(len(a_), cdiv(n, t.columns), m, dtype=torch.float64, device=a.device)
+    if scores:
+        sums = torch.empty(len(a_), cdiv(m, t.rows), n, dtype=torch.float32, device=a.device)
+    inverse = largest if largest is None else 1 / largest
+    if scores == 2 and inverse is None:
+        inverse = torch.ones((), device=a.device)
+    _op(a_, b_, c_, squares, sums, inverse, scores or 0)
+    return (c_.view(*lead, *c_.shape[1:]) if not transposed else c_.mT.view(*lead, n, m).mT,
+            None if squares is None else squares.sum(1).sqrt().view(*lead, m),
+            None if sums is None else sums.sum(1).view(*lead, n))

@@ -1,0 +1,95 @@
+"""What the kernels of matrix products share: the loop over terms, the order of tiles, the sizes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._triton import INTERPRETED, cdiv, jit, tl
+
+__all__ = ["LARGE", "SMALL", "WIDE", "Tiles", "dot_tile", "place_tile", "precision", "stacked",
+           "tiles_for", "widened"]
+
+# Programs of the large tile that keep an H100's or H200's 132 processors busy.
+_BUSY = 132
+
+
+class Tiles(NamedTuple):
+    """A product is cut into tiles of ``rows`` x ``columns``, with ``depth`` terms at once.
+
+    ``group`` rows of tiles run column by column, so that what they read stays in the cache.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    group: int
+    warps: int
+    stages: int
+
+
+# Chosen by the code compiled for an H100 (no spills; two programs' registers and shared memory fit
+# a processor), not yet by time.
+LARGE = Tiles(128, 128, 64, 8, 8, 3)
+SMALL = Tiles(64, 64, 64, 8, 4, 3)
+WIDE = Tiles(64, 64, 32, 8, 4, 2)  # fp32: twice the bytes
+
+
+def tiles_for(dtype: torch.dtype, batch: int, m: int, n: int, large: Tiles = LARGE) -> Tiles:
+    """Large tiles where there are enough of them to occupy a GPU, else small ones."""
+    if dtype == torch.float32:
+        return WIDE
+    enough = batch * cdiv(m, large.rows) * cdiv(n, large.columns) >= _BUSY
+    return large if enough else SMALL
+
+
+def precision() -> str:
+    """How fp32 products are taken, by torch.set_float32_matmul_precision."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def widened(x: Tensor) -> bool:
+    """Whether a kernel must multiply in fp32: the interpreter takes bf16's bits for integers."""
+    return INTERPRETED and x.dtype == torch.bfloat16
+
+
+def stacked(x: Tensor) -> Tensor:
+    """(..., m, n) as (batch, m, n)."""
+    return x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
+
+
+@jit
+def place_tile(place: tl.tensor, rows: tl.tensor, columns: tl.tensor, GROUP: tl.constexpr
+               ) -> tl.tensor:
+    """Row and column of the tile that a program has, of rows x columns tiles."""
+    group = place // (GROUP * columns)
+    height = tl.minimum(rows - group * GROUP, GROUP)
+    inside = place % (GROUP * columns)
+    return group * GROUP + inside % height, inside // height
+
+
+@jit
+def dot_tile(left_ptr: tl.tensor, right_ptr: tl.tensor, row: tl.tensor, column: tl.tensor,
+             m: tl.tensor, n: tl.tensor, k: tl.tensor, left_row: tl.tensor, left_column: tl.tensor,
+             right_row: tl.tensor, right_column: tl.tensor, BM: tl.constexpr, BN: tl.constexpr,
+             BK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
+    """Rows x columns of the product of an m x k and a k x n matrix, in fp32; zero beyond its ends.
+
+    row is int64 [BM], column int64 [BN]; the result is [BM, BN].
+    """
+    term = tl.arange(0, BK).to(tl.int64)  # [BK]
+    left = left_ptr + row[:, None] * left_row + term[None, :] * left_column  # [BM, BK]
+    right = right_ptr + term[:, None] * right_row + column[None, :] * right_column  # [BK, BN]
+    total = tl.zeros([BM, BN], dtype=tl.float32)
+    for start in range(0, k, BK):
+        inside = term < k - start
+        x = tl.load(left, mask=(row < m)[:, None] & inside[None, :], other=0.0)
+        y = tl.load(right, mask=inside[:, None] & (column < n)[None, :], other=0.0)
+        if WIDEN:
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+        left += BK * tl.cast(left_column, tl.int64)
+        right += BK * tl.cast(right_row, tl.int64)
+    return total

@@ -1,0 +1,331 @@
+"""The two kernels around a low-rank rule, projection and lift, against float64.
+
+On CUDA, and on the CPU under TRITON_INTERPRET=1. Outputs are filled with NaN first, so that a tile
+that is left out shows.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lissom.kernels import _triton, tiles
+from lissom.kernels.lift import STREAM, lift, lift_ref
+from lissom.kernels.philox import stochastic_round
+from lissom.kernels.project import project, project_ref
+from torch.library import opcheck
+
+CUDA = torch.cuda.is_available() and _triton.triton is not None
+DEVICES = (["cuda"] if CUDA else []) + (["cpu"] if _triton.INTERPRETED else [])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: (batch), m, k, n of a product.
+SIZES = [(1, 1, 1), (7, 5, 3), (33, 64, 20), (64, 33, 65), (129, 100, 8), (3, 33, 20, 9),
+         (2, 2, 7, 9, 16)]
+if CUDA:
+    SIZES += [(4096, 4096, 1024), (4096, 11008, 1000), (16, 512, 1376, 128)]
+KEY = (0x9234567890, 7)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@pytest.fixture(params=DEVICES or ["none"])
+def device(request, monkeypatch):
+    if request.param == "none":
+        pytest.skip("kernels run on CUDA, or on the CPU under TRITON_INTERPRET=1")
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(torch.nan if x.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    return request.param
+
+
+def whole(shape, dtype, device, low=-3, high=4):
+    """Small integers: every sum is exact, so that equality can be asked."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randint(low, high, shape, generator=generator).to(device, dtype)
+
+
+def drawn(shape, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+# -------------------------------------------------------------------- projection
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_product_and_sums_of_integers_are_exact(size, dtype, backend, device):
+    *batch, m, k, n = size
+    a, b = whole((*batch, m, k), dtype, device), whole((*batch, k, n), dtype, device)
+    exact = a.double() @ b.double()
+    for order, sums in ((1, exact.abs().sum(-2)), (2, exact.square().sum(-2) / 16)):
+        c, norms, scores = project(a, b, norms=True, scores=order, backend=backend,
+                                   largest=torch.tensor(4.0, device=device))
+        assert c.dtype == scores.dtype == torch.float32
+        assert torch.equal(c.double(), exact)
+        torch.testing.assert_close(scores.double(), sums, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norms, a.double().norm(dim=-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_strides_are_followed_and_a_basis_serves_a_batch(dtype, transposed, device):
+    g, q = whole((3, 40, 70), dtype, device), whole((12, 40), dtype, device).mT
+    c, norms, scores = project(g.mT, q, norms=True, scores=1, transposed=transposed,
+                               dtype=dtype, backend="triton")
+    exact = g.mT.double() @ q.double()
+    assert c.dtype == dtype
+    assert torch.equal(c, exact.to(dtype))
+    assert (c.mT if transposed else c).is_contiguous()
+    torch.testing.assert_close(norms, g.double().norm(dim=-2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scores.double(), exact.abs().sum(-2), rtol=1e-6, atol=0)
+
+
+def test_norms_of_hard_rows(device):
+    """Rows of 1e30 and of 1e-30, of zeros, with an infinity, with a NaN."""
+    a = drawn((6, 200), torch.float32, device)
+    a[0] *= 1e30
+    a[1] *= 1e-30
+    a[2] = 0
+    a[3, 100] = torch.inf
+    a[4, 190] = torch.nan
+    a[5] *= torch.logspace(-30, 30, 200, device=device)
+    for order in (a, a.flip(1)):
+        c, norms, _ = project(order, drawn((200, 70), torch.float32, device), norms=True,
+                              backend="triton")
+        expected = order.double().norm(dim=-1)
+        torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0, equal_nan=True)
+        assert c[3:5].isfinite().logical_not().all()
+        assert c[:3].isfinite().all()
+
+
+def test_scores_do_not_depend_on_the_run(device):
+    a, b = drawn((300, 80), torch.bfloat16, device), drawn((80, 130), torch.bfloat16, device)
+    first, again = (project(a, b, norms=True, scores=2, backend="triton") for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_nothing_is_asked_and_nothing_is_there(device):
+    a, b = drawn((0, 5), torch.float32, device), drawn((5, 3), torch.float32, device)
+    c, norms, scores = project(a, b, norms=True, scores=1, backend="triton")
+    assert c.shape == (0, 3)
+    assert norms.shape == (0,)
+    assert torch.equal(scores, torch.zeros(3, device=device))
+    c, norms, scores = project(b, b.mT, backend="triton")
+    assert norms is None
+    assert scores is None
+
+
+# -------------------------------------------------------------------- lift
+
+
+def terms(size, kind, dtype, device, make=whole):
+    """P, L, R, D, one gain for each column, one share for each row."""
+    *batch, m, k, n = size
+    return (make((*batch, m, n), kind, device), make((*batch, m, k), dtype, device),
+            make((*batch, k, n), dtype, device), make((*batch, m, n), dtype, device),
+            whole((*batch, 1, n), torch.float32, device, 1, 5) / 4,
+            whole((*batch, m, 1), torch.float32, device, 0, 5) / 4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_all_terms_of_small_numbers_are_exact(size, dtype, backend, device):
+    p, left, right, dense, gain, keep = terms(size, torch.float32, dtype, device)
+    exact = keep * p.double() - 0.5 * (left.double() @ right.double()) + 2 * gain * dense
+    lift(p, left, right, alpha=-0.5, keep=keep, dense=dense, gain=gain, beta=2.0, backend=backend)
+    assert torch.equal(p.double(), exact)
+
+
+@pytest.mark.parametrize("part", ["product", "dense", "keep"])
+def test_each_term_may_be_missing(part, device):
+    size = (2, 33, 20, 70)
+    p, left, right, dense, _, _ = terms(size, torch.float32, torch.float16, device)
+    exact, given = 0.5 * p.double(), {"keep": 0.5}
+    if part == "product":
+        exact, given = exact + 2 * (left.double() @ right.double()), {**given, "alpha": 2.0}
+    elif part == "dense":
+        exact, given = exact - 3 * dense, {**given, "dense": dense, "gain": -1.5, "beta": 2.0}
+    factors = (left, right) if part == "product" else (None, None)
+    lift(p, *factors, **given, backend="triton")
+    assert torch.equal(p.double(), exact)
+
+
+def test_views_and_factors_that_a_batch_shares(device):
+    p = whole((3, 20, 33), torch.bfloat16, device)
+    left, right = whole((8, 20), torch.bfloat16, device).mT, whole((3, 33, 8), torch.bfloat16,
+                                                                  device).mT
+    dense = whole((3, 33, 20), torch.bfloat16, device).mT
+    exact = p.double() + 0.25 * (left.double() @ right.double()) + dense
+    lift(p, left, right, alpha=0.25, dense=dense, backend="triton")
+    assert torch.equal(p, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("start", [0, 8, 5, (1 << 35) + 8])
+@pytest.mark.parametrize("shape", [(20, 64), (20, 33), (2, 9, 40)])
+def test_random_bits_are_those_of_the_reference(shape, start, kind, device):
+    """The numbers before rounding are equal, so that the weights are."""
+    *batch, m, n = shape
+    p, left, right, _, _, _ = terms((*batch, m, 7, n), kind, torch.float32, device)
+    wide = p.float() + 0.000244140625 * (left @ right)
+    expected = stochastic_round(wide, kind, start, KEY, (3, STREAM), backend="torch")
+    plain = p.clone()
+    for backend in ("torch", "triton"):
+        x = p.clone()
+        lift(x, left, right, alpha=0.000244140625, key=KEY, t=3, start=start, backend=backend)
+        assert torch.equal(x, expected), backend
+    lift(plain, left, right, alpha=0.000244140625, backend="triton")
+    assert torch.equal(plain, wide.to(kind))
+    assert not torch.equal(plain, expected)
+
+
+def test_what_is_not_finite_stays_so(device):
+    p, left, right, dense, _, _ = terms((20, 5, 40), torch.bfloat16, torch.bfloat16, device)
+    left[3, 1], dense[7, 7], p[9, 9] = torch.nan, torch.inf, -torch.inf
+    expected = p.clone()
+    lift_ref(expected, left, right, alpha=0.125, dense=dense, key=KEY)
+    lift(p, left, right, alpha=0.125, dense=dense, key=KEY, backend="triton")
+    torch.testing.assert_close(p, expected, rtol=0, atol=0, equal_nan=True)
+    assert p[3].isnan().all()
+    assert p.isfinite().logical_not().sum() == 42
+
+
+def test_a_write_shows_in_the_version(device):
+    p = whole((3, 4), torch.float32, device)
+    before = p._version
+    lift(p, keep=0.5, backend="triton")
+    assert p._version > before
+
+
+# -------------------------------------------------------------------- operators, compile, errors
+
+
+def test_operators_and_compile(device):
+    p, left, right, dense, gain, keep = terms((20, 7, 33), torch.float32, torch.float32, device)
+    opcheck(torch.ops.lissom.lift.default, (
+        p[None], left[None], right[None], dense[None], gain.expand(20, 33)[None],
+        keep.expand(20, 33)[None], 0.5, 1.0, 1.0, [1, 2], False, 1, 0))
+    parts = torch.empty(1, 1, 20, dtype=torch.float64, device=device)
+    sums = torch.empty(1, 1, 33, device=device)
+    opcheck(torch.ops.lissom.project.default, (
+        left[None], right[None], torch.empty(1, 20, 33, device=device), parts, sums, None, 1))
+
+    def step(p, left, right):
+        c, norms, _ = project(left, right, norms=True, backend="triton")
+        lift(p, left, right, dense=c, gain=norms.float()[:, None], backend="triton")
+
+    compiled = p.clone()
+    step(p, left, right)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(compiled, left, right)
+    assert torch.equal(p, compiled)
+
+
+def test_refusals():
+    x = torch.zeros(4, 6)
+    with pytest.raises(ValueError, match=r"a, b: expected .*, got \(4, 6\) and \(4, 6\)"):
+        project(x, x)
+    with pytest.raises(TypeError, match=r"a, b: expected one dtype of .*, got torch\.float32 and"):
+        project(x, x.mT.half())
+    with pytest.raises(ValueError, match=r"scores: expected None, 1 or 2, got 3"):
+        project(x, x.mT, scores=3)
+    with pytest.raises(ValueError, match=r"largest: expected shape \(\), got \(2,\)"):
+        project(x, x.mT, scores=2, largest=torch.ones(2))
+    with pytest.raises(ValueError, match=r"p: expected \(\.\.\., m, n\), got shape \(4,\)"):
+        lift(x[:, 0])
+    with pytest.raises(ValueError, match=r"p: expected a contiguous tensor"):
+        lift(x.mT)
+    with pytest.raises(ValueError, match=r"left, right: expected two tensors or None and None"):
+        lift(x, x)
+    with pytest.raises(ValueError, match=r"left, right: expected .* for p of \(4, 6\), got"):
+        lift(x, x, x)
+    with pytest.raises(TypeError, match=r"left, right: expected one dtype"):
+        lift(x, x, x.mT.double())
+    with pytest.raises(ValueError, match=r"dense: expected shape \(4, 6\), got \(6, 4\)"):
+        lift(x, dense=x.mT)
+
+
+COMPILE = """
+import re
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lissom.kernels import lift, project, tiles
+
+def build(kernel, constants, types, t, capability):
+    names = [p.name for p in kernel.params]
+    uneven = {"tiles_m", "tiles_n", "start", "seed", "parameter", "step"}
+    constants = {**constants, "BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group,
+                 "PRECISION": "ieee", "WIDEN": False}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    even = [n for n in names if signature[n] not in ("constexpr", "fp32") and n not in uneven]
+    built = compile(
+        ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()},
+                  {(names.index(n),): [["tt.divisibility", 16]] for n in even}),
+        target=GPUTarget("cuda", capability, 32),
+        options={"enable_fp_fusion": False, "num_warps": t.warps, "num_stages": t.stages})
+    ptx = built.asm["ptx"]
+    # 16 bytes at a time
+    assert all("v4" in x or "b64" in x or x.endswith("b32") for x in
+               re.findall(r"st\\\\.global\\\\S*", ptx))
+    assert built.metadata.shared <= 113 * 1024  # of two programs
+    return ptx
+
+for capability in (80, 90):
+    dot = "wgmma" if capability == 90 else "mma.sync"
+    for kind, t in (("*bf16", tiles.LARGE), ("*fp16", tiles.SMALL), ("*fp32", tiles.WIDE)):
+        types = {"a_ptr": kind, "b_ptr": kind, "c_ptr": "*fp32", "norms_ptr": "*fp64",
+                 "scores_ptr": "*fp32", "largest_ptr": "*fp32"}
+        for left, scores in ((False, 1), (True, 2)):
+            ptx = build(project._project_kernel, {
+                "NORMS": True, "SCORES": scores, "a_row" if left else "a_column": 1,
+                "b_column": 1, "c_row" if left else "c_column": 1}, types, t, capability)
+            assert kind == "*fp32" or (dot in ptx and "cp.async.cg" in ptx)
+    flat = {"left_ptr": None, "right_ptr": None}
+    for kind, t, none in (("*bf16", lift._LARGE, {}), ("*fp16", tiles.SMALL, {}),
+                          ("*fp32", lift._FLAT, flat)):
+        types = {f"{x}_ptr": kind for x in ("p", "left", "right", "dense")}
+        types |= {"gain_ptr": "*fp32", "keep_ptr": "*fp32", "alpha": "fp32", "beta": "fp32",
+                  "keep": "fp32"}
+        ptx = build(lift._lift_kernel, {
+            **none, "PRODUCT": not none, "DENSE": True, "GAIN": True, "KEEP": True,
+            "STOCHASTIC": kind != "*fp32", "ALIGNED": True, "left_column": 1, "right_column": 1,
+            "dense_column": 1, "gain_row": 0, "gain_column": 1, "keep_row": 0, "keep_column": 1},
+            types, t, capability)
+        assert none or dot in ptx
+"""
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="needs triton")
+def test_compiles_for_a_gpu(tmp_path):
+    """To machine code, which needs no GPU: tensor cores, wide accesses, two programs' memory."""
+    script = tmp_path / "build.py"
+    script.write_text(COMPILE)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tiles_are_small_where_there_are_few():
+    assert tiles.tiles_for(torch.bfloat16, 1, 4096, 1024) == tiles.LARGE
+    assert tiles.tiles_for(torch.bfloat16, 1, 1024, 1024) == tiles.SMALL
+    assert tiles.tiles_for(torch.float32, 8, 4096, 4096) == tiles.WIDE
+
+
+def test_reference_is_the_formula():
+    a, b = drawn((9, 5), torch.float64, "cpu").float(), drawn((5, 4), torch.float64, "cpu").float()
+    c, norms, scores = project_ref(a, b, norms=True, scores=2)
+    torch.testing.assert_close(c, a @ b)
+    torch.testing.assert_close(norms, a.double().square().sum(-1).sqrt())
+    torch.testing.assert_close(scores, (a @ b).square().sum(0))
