@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
+from .norms import scaled_squares
 from .philox import nearest_bf16
 from .tiles import dot_tile, place_tile, precision, stacked, tiles_for, widened
 
@@ -75,14 +76,7 @@ def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, norms_
             at = start + term
             x = tl.load(a_ptr + row[:, None] * a_row + at[None, :] * a_column,
                         mask=(row < m)[:, None] & (at < k)[None, :], other=0.0)
-            x = tl.abs(x.to(tl.float32))
-            top = tl.maximum(peak, tl.max(x, 1))
-            some = tl.where(top > 0, top, 1.0)
-            # An infinity over itself is 1, so that the sum is infinite and no NaN.
-            x = tl.where(x == some[:, None], 1.0, x / some[:, None])
-            ratio = tl.where(peak == some, 1.0, peak / some)
-            square = square * ratio * ratio + tl.sum(x * x, 1)
-            peak = top
+            peak, square = scaled_squares(x, peak, square)
         wide = peak.to(tl.float64)
         tl.store(norms_ptr + (batch * tiles_n + tile_n) * m + row, wide * wide * square,
                  mask=row < m)

@@ -16,7 +16,7 @@ from .lowrank import LowRankOptimizer, LowRankOptions, Projected
 from .norms import ALONG, norms
 from .options import Option, choice, real
 from .project import Bases
-from .residual import Residual, gains, limited, limiter_slot
+from .residual import Residual, gains, limiter_slot
 
 __all__ = ["APOLLO"]
 
@@ -41,10 +41,8 @@ class _Scaling(Residual):
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         assert measured is not None
         along = "full" if o["scale_type"] == "tensor" else side
-        size_n, eps = norms(n, along), o["eps"]
         more = math.prod(g.shape[i] / low.shape[i] for i in ALONG[side])
-        gain = gains(size_n, norms(low, along), measured, more, s, eps)
-        gain = limited(gain, measured, size_n, s, o, eps)
+        gain = gains(norms(n, along), norms(low, along), measured, more, s, o)
         return Update(dense=g, gain=(gain * o["scale"]).to(low.dtype))
 
 

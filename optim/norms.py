@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels._triton import use_triton
+from ..kernels.norms import row_norms
 from . import codec
 
 __all__ = ["ALONG", "norms"]
@@ -24,6 +26,12 @@ def norms(x: Tensor, side: str) -> Tensor:
     """
     dim = ALONG[side]
     norm: Tensor
+    if x.numel() and x.dtype != torch.float64 and use_triton(None, x.device):
+        norm = row_norms(x.mT if side == "left" else x)
+        if side == "full":
+            norm = torch.linalg.vector_norm(norm, dim=-1)
+            return norm[..., None, None]
+        return norm.unsqueeze(dim[0])
     if x.device.type != "cpu" or x.dtype == torch.float64 or not x.numel():
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
         return norm

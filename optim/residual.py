@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.limit import limited_gains
 from . import codec
 from .base import Update
 from .codec import Slot
@@ -24,12 +25,7 @@ from .project import Bases
 if TYPE_CHECKING:
     from .lowrank import Projected
 
-__all__ = ["RESIDUALS", "Fira", "Residual", "gains", "limited", "residual_of"]
-
-# A limiter compares with the last norm only if that was not below this share of |N|.
-_FLOOR = 1e-3
-# A gain is capped where it would make a column this many times as large as expected of it.
-_CAP = 10.0
+__all__ = ["RESIDUALS", "Fira", "Residual", "gains", "residual_of"]
 
 
 class Residual:
@@ -103,17 +99,17 @@ class Fira(Residual):
         if measured is None:
             return super().combine(g, low, n, bases, measured, side, s, o, t)
         released = o["residual_scale"] == "released"
-        scale, eps = o["scale"], o["eps"]
+        scale = o["scale"]
         correction = 1.0
         if released and o["inner"] == "adamw":
             beta1, beta2 = o["betas"]
             correction = math.sqrt(1 - beta2**t) / (1 - beta1**t)
-        r_, n_ = norms(low, side), norms(n, side) / correction
-        leak = 1 - scale if released else 0.0
-        rest = ((measured.square() - r_.square()).clamp_min(0) + (leak * r_).square()).sqrt()
+        n_ = norms(n, side)
+        if correction != 1.0:
+            n_ /= correction
         more = math.prod(g.shape[i] / low.shape[i] for i in ALONG[side])
-        gain = limited(gains(n_, r_, rest, more, s, eps), rest, n_, s, o, eps) * correction
-        gain = gain.to(low.dtype)
+        gain = gains(n_, norms(low, side), measured, more, s, o, 1 - scale if released else 0.0)
+        gain = (gain * correction).to(low.dtype)
         left, right = bases.factors(n.addcmul_(low, gain, value=-1).to(g.dtype))
         return Update(left, right, scale, g, gain if released else gain * scale)
 
@@ -189,49 +185,24 @@ def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
     return g.addmm_(left, right, alpha=-1) if g.ndim == 2 else g.baddbmm_(left, right, alpha=-1)
 
 
-def gains(size_n: Tensor, size_r: Tensor, rest: Tensor, more: float, s: Mapping[str, Tensor],
-          eps: float) -> Tensor:
-    """Factors |N_i| / (|R_i| + eps), bounded where R_i vanishes and N_i does not.
-
-    A column of the result, the factor times the norm of what it multiplies, stays within 10 times
-    the root mean square column of N times sqrt(more).
+def gains(size_n: Tensor, size_r: Tensor, size_g: Tensor, more: float, s: Mapping[str, Tensor],
+          o: Mapping[str, Any], leak: float | None = None) -> Tensor:
+    """Factors |N_i| / |R_i|, bounded, after the norm-growth limiter: :mod:`lissom.kernels.limit`.
 
     Args:
         size_n: norms of the columns of N.
-        size_r: norms of the columns of R.
-        rest: norms of the columns that the factors are for.
-        more: how many times more entries those columns have than N's.
-        s: state, which tells whether these are all columns.
-        eps: keeps the quotient finite.
+        size_r: of R.
+        size_g: of G, all in float64 and with the projected dimension as 1.
+        more: how many times more entries G's columns have than N's.
+        s: state, with the last norm that the limiter compares with, where there is one.
+        o: options of the group.
+        leak: the factors are for G - R + leak R; None for G.
     """
-    quotient = torch.where(size_n > 0, size_n / (size_r + eps), size_n)
-    count = math.prod(codec.whole_shape(size_n, s)[-2:])
-    typical = (_square(size_n, s) / count).sqrt()
-    cap = _CAP * math.sqrt(more) * typical / rest
-    # Where there is nothing to multiply, nothing is lost; a NaN of the gradient stays one.
-    return torch.where(rest == 0, 0.0, torch.minimum(quotient, cap))
-
-
-def _square(x: Tensor, s: Mapping[str, Tensor]) -> Tensor:
-    """The sum of squares of each matrix, of which x has the rows that s is of."""
-    return codec.row_sum(x.square().sum(dim=(-2, -1), keepdim=True), s)
-
-
-def limited(gain: Tensor, rest: Tensor, size_n: Tensor, s: Mapping[str, Tensor],
-            o: Mapping[str, Any], eps: float) -> Tensor:
-    """Factors after the norm-growth limiter: |S_t| <= limiter * (|S_{t-1}| + eps).
-
-    A last norm far below |N| (a first gradient of zero, say) limits nothing: growing from there
-    by 1 % a step would take thousands of steps. Nor is such a norm stored.
-
-    Source: Chen et al., arXiv 2410.01623.
-    """
-    if "limiter" not in s:
-        return gain
-    last, gamma = s["limiter"].double(), o["limiter"]
-    size = _square(gain * rest, s).sqrt()
-    floor = _FLOOR * _square(size_n, s).sqrt()
-    growth = torch.where(last > floor, size / (last + eps) / gamma, 1.0).clamp_min(1.0)
-    size = size / growth
-    s["limiter"].copy_(torch.where(size > floor, size, last).view_as(s["limiter"]))
-    return gain / growth
+    n, r, g = (x.reshape(math.prod(x.shape[:-2]), -1) for x in (size_n, size_r, size_g))
+    rows = codec.rows_of(s)
+    last = s["limiter"].view(-1) if "limiter" in s else None
+    gain = limited_gains(n, r, g, last, more=more, eps=o["eps"], leak=leak,
+                         limiter=o["limiter"] or 1.0,
+                         count=math.prod(codec.whole_shape(size_n, s)[-2:]),
+                         total=None if rows is None else rows.sum)
+    return gain.view(size_n.shape)

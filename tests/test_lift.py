@@ -14,6 +14,8 @@ import pytest
 import torch
 from lissom.kernels import _triton, tiles
 from lissom.kernels.lift import STREAM, lift, lift_ref
+from lissom.kernels.limit import limited_gains, limited_gains_ref
+from lissom.kernels.norms import row_norms, row_norms_ref
 from lissom.kernels.philox import stochastic_round
 from lissom.kernels.project import project, project_ref
 from torch.library import opcheck
@@ -259,13 +261,14 @@ import re
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lissom.kernels import lift, project, tiles
+from lissom.kernels import lift, limit, norms, project, tiles
 
 def build(kernel, constants, types, t, capability):
     names = [p.name for p in kernel.params]
     uneven = {"tiles_m", "tiles_n", "start", "seed", "parameter", "step"}
-    constants = {**constants, "BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group,
-                 "PRECISION": "ieee", "WIDEN": False}
+    tile = {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group, "PRECISION": "ieee",
+            "WIDEN": False}
+    constants = {**constants, **{k: v for k, v in tile.items() if k in names}}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     even = [n for n in names if signature[n] not in ("constexpr", "fp32") and n not in uneven]
     built = compile(
@@ -302,6 +305,14 @@ for capability in (80, 90):
             "dense_column": 1, "gain_row": 0, "gain_column": 1, "keep_row": 0, "keep_column": 1},
             types, t, capability)
         assert none or dot in ptx
+    flat = tiles.Tiles(1, 1, 1, 1, 4, 1)
+    build(norms._row_norms_kernel, {"R": norms._ROWS, "C": norms._COLUMNS, "x_column": 1},
+          {"x_ptr": "*bf16", "out_ptr": "*fp64"}, flat, capability)
+    pointers = {f"{x}_ptr": "*fp64" for x in ("n", "r", "g", "out")}
+    ptx = build(limit._limit_kernel, {"LEAK": True, "LIMIT": True, "BLOCK": limit._BLOCK},
+                {**pointers, "last_ptr": "*fp32", "factor": "fp32", "eps": "fp32", "leak": "fp32",
+                 "limiter": "fp32"}, flat, capability)
+    assert "div.rn.f64" in ptx
 """
 
 
@@ -329,3 +340,70 @@ def test_reference_is_the_formula():
     torch.testing.assert_close(c, a @ b)
     torch.testing.assert_close(norms, a.double().square().sum(-1).sqrt())
     torch.testing.assert_close(scores, (a @ b).square().sum(0))
+
+
+# -------------------------------------------------------------------- norms, gains
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (33, 300), (300, 33), (2, 3, 17, 129)])
+def test_row_norms(shape, dtype, device):
+    x = drawn(shape, dtype, device)
+    for y in (x, x.mT):
+        torch.testing.assert_close(row_norms(y, backend="triton"), row_norms_ref(y), rtol=1e-6,
+                                   atol=0)
+    assert torch.equal(row_norms(x[..., :0], backend="triton"), torch.zeros_like(
+        x[..., 0], dtype=torch.float64))
+
+
+def test_row_norms_of_hard_rows(device):
+    x = torch.zeros(5, 300, device=device)
+    x[0], x[1], x[2, 7], x[3, 299] = 1e30, 1e-30, torch.inf, torch.nan
+    expected = torch.tensor([1e30, 1e-30, torch.inf, torch.nan, 0], dtype=torch.float64,
+                            device=device) * torch.tensor([300.0, 300, 1, 1, 1],
+                                                          device=device).double().sqrt()
+    torch.testing.assert_close(row_norms(x, backend="triton"), expected, rtol=1e-6, atol=0,
+                               equal_nan=True)
+
+
+@pytest.mark.parametrize("limiter", [None, 1.0, 1.01])
+@pytest.mark.parametrize("leak", [None, 0.0, 0.75])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 1500)])
+@pytest.mark.parametrize("size", [1.0, 1e30, 1e-30])
+def test_gains_are_those_of_the_reference(shape, leak, limiter, size, device):
+    n, r, g = (drawn(shape, torch.float64, device, seed).abs() * size for seed in (1, 2, 3))
+    n /= size  # Adam's direction
+    n[0, 0] = 0
+    r[-1, -1] = 0
+    g[0, shape[1] // 2] = 0
+    if size == 1 and shape[0] > 2:
+        n[1, 3], g[2, 2] = torch.nan, torch.inf
+    options = {"more": 4.0, "eps": 1e-8, "leak": leak, "limiter": limiter or 1.0}
+    for before in (0.0, 1e-6, 0.3, 1e30):
+        last = [torch.full(shape[:1], before, device=device) if limiter else None
+                for _ in range(2)]
+        expected = limited_gains_ref(n, r, g, last[0], **options)
+        got = limited_gains(n, r, g, last[1], backend="triton", **options)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0, equal_nan=True)
+        if limiter:
+            torch.testing.assert_close(last[1], last[0], rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_the_limiter_is_the_formula():
+    n, r, g = (torch.tensor([x], dtype=torch.float64) for x in ([3.0, 4.0], [1.0, 2.0], [6.0, 8.0]))
+    last = torch.tensor([10.0])
+    gain = limited_gains_ref(n, r, g, last, more=1e6, eps=0.0, limiter=1.5)
+    # phi = 3 and 2; |S| = |(18, 16)| = 24.083, of which 15 are let through
+    torch.testing.assert_close(gain, torch.tensor([[3.0, 2.0]], dtype=torch.float64)
+                               * 15 / 580**0.5)
+    assert last.item() == pytest.approx(15.0)
+
+
+def test_what_gains_and_norms_refuse():
+    x = torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"r: expected torch\.float64, got torch\.float32"):
+        limited_gains(x, x.float(), x, None, more=1.0, eps=0.0)
+    with pytest.raises(ValueError, match=r"last: expected shape \(2,\), got \(3,\)"):
+        limited_gains(x, x, x, torch.ones(3), more=1.0, eps=0.0)
+    with pytest.raises(ValueError, match=r"x: expected \(\.\.\., m, n\), got shape \(3,\)"):
+        row_norms(x[0])
