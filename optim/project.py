@@ -86,9 +86,14 @@ def generator(key: tuple[int, int], stream: int, device: torch.device | str = "c
     return torch.Generator(device=device).manual_seed(mixed % 2**63)
 
 
-def gaussian(shape: tuple[int, ...], key: tuple[int, int], stream: int) -> Tensor:
-    """Standard normal numbers on the CPU, from (seed, parameter) and a stream alone."""
-    return torch.randn(shape, generator=generator(key, stream))
+def gaussian(shape: tuple[int, ...], key: tuple[int, int], stream: int, like: Tensor) -> Tensor:
+    """Standard normal numbers in fp32, from (seed, parameter) and a stream alone.
+
+    They are drawn where ``like`` is, if that is CUDA, so that nothing is copied nor waited for;
+    other kinds of devices, and GPUs of another model, draw others.
+    """
+    place = like.device if like.device.type == "cuda" else torch.device("cpu")
+    return torch.randn(shape, generator=generator(key, stream, place), device=place)
 
 
 def _orthonormal(y: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ def find(
     g = codec.wide(g if side == "right" else g.mT) / torch.where(largest > 0, largest, 1.0)
 
     def noise(rows: int, columns: int) -> Tensor:
-        return gaussian((*g.shape[:-2], rows, columns), key, stream).to(g)
+        return gaussian((*g.shape[:-2], rows, columns), key, stream, g).to(g)
 
     old = None if old is None else codec.wide(old)
     try:
@@ -192,20 +197,16 @@ def random_basis(
     n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int, like: Tensor
 ) -> Tensor:
     """A uniformly distributed orthonormal (..., n, r), the same at every call with the same key."""
-    q = _orthonormal(gaussian((*batch, n, r), key, stream))
+    q = _orthonormal(gaussian((*batch, n, r), key, stream, like))
     return q.to(device=like.device, dtype=like.dtype)
 
 
 def gaussian_basis(
     n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int, like: Tensor
 ) -> Tensor:
-    """Independent normal entries of variance 1/r, (..., n, r): E[P P^T] = I.
-
-    They are drawn where they are used, at every step: another device draws others.
-    """
-    place = like.device if like.device.type == "cuda" else torch.device("cpu")
-    q: Tensor = torch.randn((*batch, n, r), generator=generator(key, stream, place), device=place)
-    return q.mul_(r**-0.5).to(device=like.device, dtype=like.dtype)
+    """Independent normal entries of variance 1/r, (..., n, r): E[P P^T] = I."""
+    q: Tensor = gaussian((*batch, n, r), key, stream, like) * r**-0.5
+    return q.to(device=like.device, dtype=like.dtype)
 
 
 #: What a change of basis does to a moment along the projected side: (moment, power) to moment,
