@@ -721,11 +721,11 @@ def test_peft_models_train_save_and_merge(dora, tmp_path):
         torch.testing.assert_close(merged(input_ids=TOKENS).logits, logits, rtol=0, atol=2e-5)
 
 
-def test_readme_shows_them_on_peft_models(tmp_path, monkeypatch):
+def test_docs_show_them_on_peft_models(tmp_path, monkeypatch):
     """Its blocks are executed as they stand, in one place, each in under ten lines."""
     pytest.importorskip("peft")
-    readme = Path(__file__).parent.parent / "README.md"
-    blocks = [x for x in re.findall("```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    page = Path(__file__).parent.parent / "docs/pairs.md"
+    blocks = [x for x in re.findall("```python\n(.*?)```", page.read_text(), re.DOTALL)
               if "peft" in x]
     assert [
         next(word for word in ("SwitchLoRAAdamW", "GradNormLoRPAdamW", "PeftModel") if word in x)
