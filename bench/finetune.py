@@ -28,7 +28,7 @@ from ..optim import AdamW, GaLoreAdamW, GradNormLoRPAdamW, adapter_groups, lora,
 from ..optim.base import MatrixOptimizer
 from .names import commit, state_bytes
 
-__all__ = ["METHODS", "main"]
+__all__ = ["METHODS", "main", "read"]
 
 # Token ids of each sentence, and its label.
 _Set = tuple[list[list[int]], list[int]]
@@ -92,8 +92,12 @@ METHODS = {
 }
 
 
-def _read(file: str) -> tuple[list[str], list[int]]:
-    """Sentences and labels."""
+def read(file: str) -> tuple[list[str], list[int]]:
+    """Sentences and labels of a file, plain or .xz: a sentence, a tab and a label on each line.
+
+    Raises:
+        ValueError: a line is no such.
+    """
     data = Path(file).read_bytes()
     text = (lzma.decompress(data) if file.endswith(".xz") else data).decode()
     rows = [line.rpartition("\t") for line in text.splitlines() if line]
@@ -203,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.pad = tokenizer.pad_token_id
     try:
         train, valid = ((tokenizer(x, truncation=True, max_length=128)["input_ids"], y)
-                        for x, y in (_read(args.data), _read(args.valid)))
+                        for x, y in (read(args.data), read(args.valid)))
         ranks = [int(x) for x in args.ranks.split(",")]
         if min(args.epochs, args.batch, args.limit or 1, args.seeds, *ranks) < 1:
             raise ValueError("--epochs, --batch, --limit, --seeds and --ranks must be >= 1")

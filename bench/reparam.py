@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append({"method": name, **row, "options": dict(method.options),
                      "commit": names.commit()})
         head = {"command": "python -m lissom.bench.reparam --data FILE --rank "
-                           f"{args.rank} --steps {args.steps} --seeds {args.seeds}",
+                           f"{args.rank} --steps {args.steps} --seeds {args.seeds} --json FILE",
                 "device": f"1 thread of {platform.machine()}", "torch": torch.__version__,
                 "batch": args.batch, "length": args.length, "rest_lr": names.REST}
         lines = ",\n".join(json.dumps(row) for row in rows)  # one each: curves are long

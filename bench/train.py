@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in ("save", "resume"):
         if args.parallel and getattr(args, option):
             parser.error(f"--{option} is of one process: with --parallel use "
-                         "torch.distributed.checkpoint, as the README shows")
+                         "torch.distributed.checkpoint")
     try:
         ranks = join(args.parallel, args.device, args.batch)
     except ValueError as error:

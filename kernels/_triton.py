@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32", "tl",
+__all__ = ["EXACT", "INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32", "tl",
            "use_triton"]
 
 triton: Any
@@ -40,10 +40,12 @@ def _probe() -> None:
 
 #: Under TRITON_INTERPRET=1 kernels run on CPU tensors.
 INTERPRETED = triton is not None and not isinstance(_probe, triton.JITFunction)
+#: What older versions compile for div_rn and sqrt_rn takes subnormal numbers for zero.
+EXACT = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 
 def use_triton(backend: str | None, device: torch.device) -> bool:
-    """Whether to launch the kernel: by default on CUDA where Triton is installed.
+    """Whether to launch the kernel: by default on CUDA where Triton >= 3.6 is installed.
 
     Args:
         backend: "triton", "torch", or None to choose.
@@ -55,11 +57,14 @@ def use_triton(backend: str | None, device: torch.device) -> bool:
     """
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend: expected None, 'torch' or 'triton', got {backend!r}")
-    able = triton is not None and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
+    able = triton is not None and ((INTERPRETED and device.type == "cpu")
+                                   or (device.type == "cuda" and (EXACT or INTERPRETED)))
     if backend == "triton" and not able:
         raise RuntimeError(
             f"backend: 'triton' cannot run on {device}: "
             + ("triton is not installed" if triton is None else
+               f"triton {triton.__version__} flushes subnormals, it must be >= 3.6"
+               if device.type == "cuda" else
                "it needs a CUDA device, or TRITON_INTERPRET=1 and a CPU one"))
     return backend == "triton" or (backend is None and able and device.type == "cuda")
 

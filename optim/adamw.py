@@ -46,6 +46,8 @@ class AdamW(MatrixOptimizer):
         shards: of a sharded matrix (DTensor) update the ``"rows"`` where they are, where the rule
             allows it (default), or gather the ``"whole"``: then the result does not depend on the
             number of ranks in any bit.
+        algorithm: of a group, the rule of its matrices: ``"adamw"``, and in classes with a rule of
+            their own that rule's name, which is their default.
         foreach, fused, capturable, differentiable: torch's switches about how a step runs;
             the first two are accepted and change nothing, the last two must be False.
 

@@ -60,6 +60,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
 
     Args:
         proj_type: ``"full"`` is the paper's two-sided projection, with a core of rank x rank.
+            Default ``"std"``.
         axis: ``"input"`` (default): one magnitude per input feature, a column of W; ``"output"``:
             per output feature, a row, as peft's DoRA. For plain weights.
         magnitude_scale: multiplies the update of their magnitudes, as ``scale`` that of their

@@ -82,8 +82,8 @@ class LowRankOptimizer(MatrixOptimizer):
         params: tensors, (name, tensor) pairs, or groups of either;
             :func:`lissom.optim.param_groups` makes suitable groups from a model.
         lr, betas, eps, weight_decay, amsgrad, maximize, state_bits, rounding, master_bits,
-            nonfinite, seed, metrics, foreach, fused, capturable, differentiable: as
-            :class:`lissom.optim.AdamW`.
+            nonfinite, seed, shards, metrics, algorithm, foreach, fused, capturable,
+            differentiable: as :class:`lissom.optim.AdamW`.
         rank: columns of the basis, an int >= 1; None (default) is dense AdamW. Larger than the
             shorter side it is clamped, which :meth:`plan` reports.
         update_proj_gap: steps between two refreshes of a basis, >= 1. Default 200.
@@ -113,7 +113,7 @@ class LowRankOptimizer(MatrixOptimizer):
             the gradient energy share that it captured when it was new. Default None: always new.
         error_feedback_bits: 32, 8 or 4 bits of an error feedback, which asks for it. Default None.
         limiter: growth per step that Fira's limiter allows, >= 1; None is off. Default 1.01.
-        residual_scale: ``"paper"`` or ``"released"``, the two readings of Fira. See
+        residual_scale: ``"paper"`` (default) or ``"released"``, the two readings of Fira. See
             :class:`lissom.optim.FiraAdamW`.
         dct_basis: 2 or 3, which cosine basis. Default 2.
         column_norm: 1 or 2, the norm by which its columns are chosen. Default 1.

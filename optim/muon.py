@@ -62,19 +62,19 @@ class Muon(MatrixOptimizer):
             ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)), with which AdamW's lr and decay carry over
             (then give ``lr_adamw=None``); ``"spectral"`` sqrt(m / n); ``"unscaled"`` 1.
         polar: the oracle: ``"newton-schulz"`` (default), ``"polar-express"``, ``"qdwh"``,
-            ``"zolo-pd"``, ``"svd"``; see :func:`lissom.optim.polar`.
+            ``"zolo-pd"``, ``"svd"``; see :func:`lissom.optim.polar.polar`.
         polar_steps: of any oracle. Default None: ``ns_steps``, or to convergence.
         polar_dtype: of the products of the first two: ``"bfloat16"`` (default), ``"float16"``,
             ``"float32"``.
-        lower_bound: see :func:`lissom.optim.polar`.
+        lower_bound: see :func:`lissom.optim.polar.polar`. Default None: estimated.
         split_sizes: rows of the matrices that are fused in one, such as (q, k, v): each is
             orthogonalized and scaled as if it stood alone. Default None: one matrix.
         matricize: tensors of 3 or more dimensions: ``"flatten"`` (default) is out x rest, for
             convolutions; ``"batch"`` a stack of matrices in the last two dimensions, for experts.
         betas, amsgrad, lr_adamw, betas_adamw, weight_decay_adamw: of AdamW's part. Defaults
             (0.9, 0.95), False, 3e-4, as betas, as weight_decay.
-        maximize, state_bits, rounding, master_bits, nonfinite, seed, metrics: as
-            :class:`lissom.optim.AdamW`.
+        maximize, state_bits, rounding, master_bits, nonfinite, seed, shards, metrics, algorithm:
+            as :class:`lissom.optim.AdamW`.
 
     Raises:
         TypeError, ValueError: an option or parameter that breaks its rule, by name and value.

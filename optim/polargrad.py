@@ -53,20 +53,20 @@ class PolarGrad(MatrixOptimizer):
         weight_decay: decoupled, multiplied by lr, before the update, of both parts. Default 0.01.
         polar_first: average the factors instead of the gradients. Default False.
         polar: the oracle: ``"qdwh"`` (default), ``"zolo-pd"``, ``"svd"``, ``"polar-express"``,
-            ``"newton-schulz"``; see :func:`lissom.optim.polar`. On matrices without full rank they
-            differ: the rational ones bring directions of rounding noise to 1.
+            ``"newton-schulz"``; see :func:`lissom.optim.polar.polar`. On matrices without full rank
+            they differ: the rational ones bring directions of rounding noise to 1.
         polar_steps: of the oracle. Default None: to convergence. The released default is
             ``polar="qdwh", polar_steps=2, lower_bound="eps"``, which does not converge.
         polar_dtype: of the products of the polynomial ones: ``"bfloat16"`` (default),
             ``"float16"``, ``"float32"``. ``"qdwh"`` is fp32 for 16-bit weights, ``"zolo-pd"``
             float64.
-        lower_bound: see :func:`lissom.optim.polar`.
+        lower_bound: see :func:`lissom.optim.polar.polar`. Default None: estimated.
         nuclear_scaling: False leaves the nuclear norm out. Default True.
-        matricize: as :class:`lissom.optim.Muon`.
+        matricize: as :class:`lissom.optim.Muon`. Default ``"flatten"``.
         betas, eps, amsgrad, lr_adamw, betas_adamw, weight_decay_adamw: of AdamW's part. Defaults
             (0.9, 0.95), 1e-8, False, 3e-4, as betas, as weight_decay.
-        maximize, state_bits, rounding, master_bits, nonfinite, seed, metrics: as
-            :class:`lissom.optim.AdamW`.
+        maximize, state_bits, rounding, master_bits, nonfinite, seed, shards, metrics, algorithm:
+            as :class:`lissom.optim.AdamW`.
 
     Raises:
         TypeError, ValueError: an option or parameter that breaks its rule, by name and value.

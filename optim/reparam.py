@@ -327,8 +327,11 @@ def lora(
 def merge(model: nn.Module) -> nn.Module:
     """Turn every layer of :func:`lora` back into a plain ``nn.Linear``, in place; no cost is left.
 
+    Args:
+        model: any module. Layers of ``peft`` are left alone: they have ``merge_and_unload``.
+
     Returns:
-        The model.
+        The model, its layers with weights in the dtype of their base, rounded to nearest.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
@@ -430,6 +433,15 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
     Switching moves them, and ``peft``'s ``save_pretrained`` leaves them out: save these beside it,
     and ``load_state_dict(..., strict=False)`` them into the model that the adapter is put on.
+
+    Args:
+        model: with layers of :func:`lora` or of ``peft``.
+
+    Returns:
+        {name: weight (m, n)}; the tensors are those of the model, not copies.
+
+    Raises:
+        TypeError, ValueError: a pair that :func:`adapter_groups` would refuse.
     """
     kept = {}
     for adapter in adapters(model):
@@ -459,6 +471,9 @@ def adapter_groups(model: nn.Module, rank: int | None = None, *, weight_decay: f
             or with ``proj_type="full"``.
         weight_decay: of what is no pair, norms and biases apart. Default: the optimizer's.
         options: further options of the pairs' groups.
+
+    Returns:
+        Groups whose ``params`` are (name, tensor) pairs, for either optimizer.
 
     Raises:
         TypeError, ValueError: as :func:`adapters`; a model without any pair.

@@ -126,6 +126,9 @@ def report(optimizer: MatrixOptimizer) -> Report:
     Args:
         optimizer: any of this package.
 
+    Returns:
+        A :class:`Report`, whose figures are bytes and elements.
+
     Raises:
         TypeError: it is of another package.
     """

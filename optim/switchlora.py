@@ -69,6 +69,9 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         lr: >= 0. Default 1e-3; the paper takes 10 to 20 times the rate of full training.
         betas, eps, weight_decay, amsgrad and the options of every class: as
             :class:`lissom.optim.AdamW`.
+        roles: of a group, what its parameters are, in turn: ``("A", "B", "base")``, A (r, n), B
+            (m, r), base (m, n), or None (default) for others.
+        scaling: of such a group, s in W + s B A, > 0. Default 1.
         interval: steps in which r vectors of each factor are switched at the start, > 0 and at
             least twice ``freeze_steps``. Default 40.
         interval_decay: what is left of the frequency after ``decay_steps``, in (0, 1]. Default 0.3.

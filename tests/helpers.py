@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -75,3 +76,33 @@ def through_disk(value: Any) -> Any:
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+#: What :func:`tune` trains on.
+TOKENS = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(2))
+
+
+def tiny_llama() -> Any:
+    """A model of transformers, always the same one."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config)
+
+
+def tune(model: Any, optimizer: Any, steps: int = 20) -> Tensor:
+    """Train such a model, and return its logits."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=TOKENS).logits
+    return logits

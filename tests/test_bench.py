@@ -191,9 +191,9 @@ def test_reparam_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
         reparam.main([*argv, "--methods", "Adam"])
 
 
-def test_readme_has_the_figures_of_the_comparison_of_pairs():
+def test_docs_have_the_figures_of_the_comparison_of_pairs():
     root = Path(__file__).parent.parent
-    readme = (root / "README.md").read_text()
+    page = (root / "docs/results.md").read_text()
     rows = json.loads((root / "bench/results/reparam-tiny-cpu.json").read_text())["rows"]
     for name, method in reparam.METHODS.items():
         mine = [row for row in rows if row["method"] == name]
@@ -203,7 +203,7 @@ def test_readme_has_the_figures_of_the_comparison_of_pairs():
         losses = ", ".join(f"{row['valid_loss']:.3f}" for row in best)
         rank = "" if name == "AdamW, full rank" else best[0]["rank"]
         line = f"| {name} | {rank} | {rate:g} | {losses} | {best[0]['state_bytes'] / 2**20:.2f} |"
-        assert line.replace("|  |", "| |") in readme, line
+        assert line.replace("|  |", "| |") in page, line
 
 
 def test_train_reads_files_and_refuses(tmp_path, capsys):
@@ -258,7 +258,7 @@ def test_benchmarks_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_training_under_torchrun_follows_one_process(kind, tmp_path):
-    """AdamW and pairs; a rule that projects gradients enlarges rounding errors (README)."""
+    """AdamW and pairs; a rule that projects gradients enlarges rounding errors."""
     chosen = "adamw,lora,switchlora,gradnormlorp-factors"
     common = ["-m", "lissom.bench.train", "--optimizers", chosen, "--steps", "40", "--until", "3",
               "--batch", "4", "--length", "16", "--device", "cpu", "--plot", ""]

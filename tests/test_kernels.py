@@ -438,7 +438,7 @@ for bits, kind in ((32, F), (16, H)):
 """
 
 
-@pytest.mark.skipif(_triton.triton is None, reason="needs triton")
+@pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
 def test_kernels_compile_for_a_gpu(tmp_path):
     """To machine code, which needs no GPU: the interpreter takes more than the compiler does."""
     script = tmp_path / "build.py"
@@ -487,6 +487,18 @@ def test_compile_passes_through():
 def test_streams_are_those_of_the_codec():
     assert (codec._ORDER.index("exp_avg"), codec._ORDER.index("exp_avg_sq"),
                        codec._WEIGHT) == STREAMS
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="needs triton")
+def test_compiled_kernels_need_a_triton_that_keeps_subnormals(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(_triton, "EXACT", True)
+    assert _triton.use_triton(None, cuda)
+    monkeypatch.setattr(_triton, "EXACT", False)
+    assert not _triton.use_triton(None, cuda)
+    with pytest.raises(RuntimeError, match=r"triton .* flushes subnormals, it must be >= 3\.6"):
+        _triton.use_triton("triton", cuda)
 
 
 def test_refusals():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from . import oracle
-from .helpers import assert_same, snapshot, tensors, through_disk
+from .helpers import TOKENS, assert_same, snapshot, tensors, through_disk, tiny_llama, tune
 
 QUICK = {"interval": 8, "freeze_steps": 2, "decay_steps": 1000}
 
@@ -658,16 +656,6 @@ def test_factors_are_projected_as_galore_projects():
 # ---- peft
 
 
-def tiny_llama():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(config)
-
-
 def peft_model(dora=False, **options):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **options}, use_dora=dora,
@@ -675,22 +663,6 @@ def peft_model(dora=False, **options):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return peft.get_peft_model(tiny_llama(), config)
-
-
-TOKENS = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(2))
-
-
-def tune(model, optimizer, steps=20):
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(input_ids=TOKENS, labels=TOKENS).loss
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-    assert losses[-1] < losses[0]
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -719,35 +691,6 @@ def test_peft_models_train_save_and_merge(dora, tmp_path):
         torch.testing.assert_close(loaded(input_ids=TOKENS).logits, logits, rtol=0, atol=1e-6)
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(input_ids=TOKENS).logits, logits, rtol=0, atol=2e-5)
-
-
-def test_readme_shows_them_on_peft_models(tmp_path, monkeypatch):
-    """Its blocks are executed as they stand, in one place, each in under ten lines."""
-    pytest.importorskip("peft")
-    readme = Path(__file__).parent.parent / "README.md"
-    blocks = [x for x in re.findall("```python\n(.*?)```", readme.read_text(), re.DOTALL)
-              if "peft" in x]
-    assert [
-        next(word for word in ("SwitchLoRAAdamW", "GradNormLoRPAdamW", "PeftModel") if word in x)
-        for x in blocks] == ["SwitchLoRAAdamW", "PeftModel", "GradNormLoRPAdamW"]
-    monkeypatch.chdir(tmp_path)
-    names, logits, plain = {"torch": torch, "steps": 5000}, [], tiny_llama().eval()
-
-    def run(model, optimizer):
-        rules = {row.rule for row in optimizer.plan()}
-        assert type(optimizer).algorithm in rules
-        model.eval()  # no dropout
-        logits.append(tune(model, optimizer))
-
-    for block in blocks:
-        assert len(block.splitlines()) < 10
-        names["model"] = copy.deepcopy(plain)
-        exec(block, {**names, "train": run}, names)
-        after = names["model"].eval()(input_ids=TOKENS).logits.detach()
-        if len(logits) == 1:  # trained, and then loaded by the next block
-            torch.testing.assert_close(after, logits[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(after, logits[1], rtol=0, atol=2e-5)
-    assert type(names["model"]) is type(plain)
 
 
 def test_peft_models_that_cannot_be_read_are_refused():

@@ -1,0 +1,375 @@
+"""README, docs/ and docstrings: code runs, links lead somewhere, commands parse, all is there."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import lissom.bench
+import lissom.kernels
+import lissom.optim
+import pytest
+import torch
+import torch.distributed as dist
+from lissom.bench.llama import Llama
+from lissom.bench.shapes import Shape
+from lissom.optim.base import _ADAMW_PART, _BOOKKEEPING, MatrixOptimizer
+from lissom.optim.checks import TORCH_ONLY
+from torch.nn import functional
+
+from .helpers import TOKENS, tiny_llama, tune
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
+
+
+def name_of(value: Any) -> str:
+    return value.name if isinstance(value, Path) else str(value)
+
+
+# -------------------------------------------------------------------- code
+
+
+def python(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def loss_of(model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+def moved(model: Any, start: Any) -> bool:
+    return any(not torch.equal(a, b) for a, b in
+               zip(model.parameters(), start.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/options.md", "docs/memory.md"])
+def test_code_on_a_plain_model(page, capsys):
+    """Every block is executed as it stands, on a new model, and its optimizer takes a step."""
+    x = torch.randint(0, 30, (2, 9), generator=torch.Generator().manual_seed(0))
+    x, y = x[:, :-1], x[:, 1:]
+    start = Llama(Shape(16, 40, 2, 2, 30))
+    start.initialize(torch.Generator().manual_seed(1))
+    names: dict[str, Any] = {"loss_of": loss_of, "x": x, "y": y, "micro_batches": [(x, y)] * 2}
+    blocks = python(ROOT / page)
+    assert blocks
+    for block in blocks:
+        model = names["model"] = copy.deepcopy(start)
+        exec(block, names)
+        if not moved(model, start):
+            loss_of(model, x, y).backward()
+            names["optimizer"].step()
+        assert moved(model, start), block
+        assert names["optimizer"].plan().matrices, block
+        assert all(p.isfinite().all() for p in model.parameters())
+    if page == "README.md":
+        assert "bytes of state" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page takes the accelerator's backend")
+def test_code_for_several_ranks():
+    """On one gloo rank: both blocks train."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        start = Llama(Shape(144, 200, 2, 1, 30))  # the rank of the page is below its width
+        x = TOKENS % 30
+        names: dict[str, Any] = {}
+        blocks = python(ROOT / "docs/distributed.md")
+        assert ["fully_shard" in block for block in blocks] == [True, False]
+        for block in blocks:
+            names["model"] = copy.deepcopy(start)
+            exec(block, names)
+            losses = []
+            for _ in range(3):
+                loss = loss_of(names["model"], x[:, :-1], x[:, 1:])
+                names["optimizer"].zero_grad()
+                loss.backward()
+                names["optimizer"].step()
+                losses.append(loss.item())
+            assert losses[2] < losses[0]
+        counts = names["counts"]
+        assert 0 < counts.bytes_sent < counts.bytes_plain
+    finally:
+        dist.destroy_process_group()
+
+
+def test_code_for_pairs(tmp_path, monkeypatch):
+    """In one place, each block in under ten lines; what is loaded or merged is what was trained."""
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    plain = tiny_llama().eval()
+    names: dict[str, Any] = {"torch": torch, "steps": 5000}
+    logits: list[torch.Tensor] = []
+    rules = []
+
+    def train(model: Any, optimizer: Any) -> None:
+        rules.append(type(optimizer).algorithm)
+        assert rules[-1] in {row.rule for row in optimizer.plan()}
+        model.eval()  # no dropout
+        logits.append(tune(model, optimizer))
+
+    blocks = python(ROOT / "docs/pairs.md")
+    assert [next(x for x in ("PeftModel", "use_dora", "get_peft_model", "lora(") if x in block)
+            for block in blocks] == ["lora(", "get_peft_model", "PeftModel", "use_dora"]
+    for block in blocks:
+        assert len(block.splitlines()) < 10
+        names["model"] = copy.deepcopy(plain)
+        exec(block, names | {"train": train}, names)
+        after = names["model"].eval()(input_ids=TOKENS).logits.detach()
+        torch.testing.assert_close(after, logits[-1], rtol=0, atol=2e-5)
+    assert rules == ["switchlora", "switchlora", "gradnormlorp"]
+    assert type(names["model"]) is type(plain)
+
+
+# -------------------------------------------------------------------- links, files, commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith(("http://", "https://")):
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+            slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert not anchor or anchor in slugs, link
+    for file in re.findall(r"`((?:bench|optim|kernels|tests|docs)/[\w./*-]+\.\w+)`", text):
+        assert list(ROOT.glob(file)), file
+    for name in re.findall(r"`([\w-]+-(?:cpu|sst2|7b|ranks|right)\.(?:json|png))`", text):
+        assert (ROOT / "bench/results" / name).exists(), name
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Where a command of this package is written down, and the command."""
+    found = r"(?:OMP_NUM_THREADS=1 )?(?:python3? -m lissom\.|torchrun |lissom-(?:train|memory) )"
+    for page in PAGES:
+        text = page.read_text()
+        for part in re.findall(rf"`({found}[^`]*)`", text):
+            yield page.name, part
+        for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL):
+            for part in re.findall(rf"^(?:.*&& )?({found}.*)$", block.replace("\\\n", " "),
+                                   re.MULTILINE):
+                yield page.name, part
+    for path in sorted((ROOT / "bench").rglob("*.py")):
+        for part in re.findall(rf"^    ({found}.*)$",
+                               ast.get_docstring(ast.parse(path.read_text())) or "", re.MULTILINE):
+            yield path.name, part
+    for path in RESULTS:
+        held = json.loads(path.read_text())
+        for row in [held, *held.get("rows", [])] if isinstance(held, dict) else held:
+            if row.get("command"):
+                yield path.name, row["command"]
+
+
+class _ParsedError(Exception):
+    """All arguments are known and have values of their kind."""
+
+
+def test_commands_that_are_written_down_parse(monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(self: Any, *args: Any, **more: Any) -> None:
+        parse(self, *args, **more)
+        raise _ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    pytest.importorskip("peft")
+    seen = {}
+    for where, command in dict.fromkeys(commands()):
+        # "for S in 0 1 2; ... --seed S --state-bits 32|8" stands for several commands
+        loop = re.match(r"for (\w) in (\w+)[^;]*; ", command)
+        plain = re.sub(r"(\w+)(\|\w+)+", r"\1", command.removeprefix(loop[0]) if loop else command)
+        words = [loop[2] if loop and w == loop[1] else w for w in shlex.split(plain)]
+        if "..." in words or any("NAME" in word for word in words):
+            continue
+        if words[0].startswith("lissom-"):
+            words = ["-m", "lissom.bench." + words[0].removeprefix("lissom-"), *words[1:]]
+        at = max(i for i, word in enumerate(words) if word == "-m")
+        module = importlib.import_module(words[at + 1])
+        try:
+            with pytest.raises(_ParsedError):
+                module.main(words[at + 2:])
+        except SystemExit:
+            pytest.fail(f"{where}: {command}")
+        seen[where] = command
+    assert len(seen) > 20
+
+
+def test_two_commands_are_those_of_the_package():
+    project = (ROOT / "pyproject.toml").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for block in blocks:
+        for extra in re.findall(r'install -e "\.\[(\w+)\]"', block):
+            assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+    # CI runs the second one as it stands
+    test = next(x for x in blocks if "pytest" in x).strip()
+    assert test in (ROOT / ".ci/run").read_text()
+
+
+# -------------------------------------------------------------------- figures
+
+
+def test_readme_has_the_table_of_7b():
+    readme = (ROOT / "README.md").read_text()
+    rows = json.loads((ROOT / "bench/results/memory-7b.json").read_text())
+    shown = {"torch-adamw": "`torch.optim.AdamW`, bf16", "adamw8bit": "`AdamW8bit`",
+             "muon": "`Muon`, `PolarGrad`, `Trion`", "polargrad": "`Muon`, `PolarGrad`, `Trion`",
+             "trion": "`Muon`, `PolarGrad`, `Trion`",
+             "galore": "`GaLoreAdamW`, `FiraAdamW`, `GradNormLoRPAdamW`",
+             "fira": "`GaLoreAdamW`, `FiraAdamW`, `GradNormLoRPAdamW`",
+             "gradnormlorp": "`GaLoreAdamW`, `FiraAdamW`, `GradNormLoRPAdamW`",
+             "dct-adamw": "`DCTAdamW`, `APOLLO`, `FRUGAL`",
+             "apollo": "`DCTAdamW`, `APOLLO`, `FRUGAL`",
+             "frugal": "`DCTAdamW`, `APOLLO`, `FRUGAL`"}
+    seen = set()
+    for row in rows:
+        if row["optimizer"] in shown and row["dtype"] == "bfloat16":
+            seen.add(row["optimizer"])
+            parts = [row[k] / 1e9
+                     for k in ("weights", "gradients", "optimizer_state", "activations")]
+            line = f"| {shown[row['optimizer']]} | " + " | ".join(f"{x:.2f}" for x in parts)
+            total = row["total"] / 1e9
+            assert any(f"{line} | {said} |" in readme for said in (f"{total:.2f}", f"{total:.1f}"))
+    assert seen == set(shown)
+
+
+def test_readme_has_the_losses_of_the_tiny_llama():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rows = {row["optimizer"]: row for row in
+            json.loads((ROOT / "bench/results/train-tiny-cpu.json").read_text())}
+    at = readme.index("Validation loss of a tiny LLaMA")
+    said = readme[at:readme.index("[docs/results.md]", at)]
+    for name, optimizer in (("AdamW", "adamw"), ("GaLoreAdamW", "galore"), ("FiraAdamW", "fira"),
+                            ("DCTAdamW", "dct-adamw"), ("APOLLO", "apollo")):
+        assert f"`{name}` {rows[optimizer]['valid_loss']:.3f}" in said, name
+        assert f"{rows[optimizer]['state_bytes'] / 2**20:.2f} MiB" in said, name
+
+
+# -------------------------------------------------------------------- docstrings
+
+
+def modules(package: ModuleType) -> list[ModuleType]:
+    return [package, *(importlib.import_module(m.name) for m in pkgutil.walk_packages(
+        package.__path__, package.__name__ + "."))]
+
+
+def public() -> dict[str, Any]:
+    """Every name in an ``__all__``, by where it stands."""
+    pytest.importorskip("peft")
+    return {f"{module.__name__}.{name}": getattr(module, name)
+            for package in (lissom.optim, lissom.kernels, lissom.bench)
+            for module in modules(package) for name in getattr(module, "__all__", [])}
+
+
+def documented(x: Any) -> dict[str, str]:
+    """Arguments under ``Args:`` and what is said of each."""
+    doc = inspect.cleandoc(x.__doc__ or "") + "\n"
+    part = re.search(r"^Args:\n((?: {4}.*\n|\n)+)", doc, re.MULTILINE)
+    entries: list[list[str]] = []
+    for line in part[1].splitlines() if part else []:
+        if re.match(r" {4}\S", line):
+            entries.append([line.strip()])
+        elif entries:
+            entries[-1].append(line.strip())
+    out = {}
+    for entry in entries:
+        names, colon, said = " ".join(entry).partition(":")
+        assert colon, entry
+        for name in names.replace(" and the options of every class", "").split(","):
+            out[name.strip().lstrip("*")] = said.strip()
+    return out
+
+
+def optimizers() -> list[type[MatrixOptimizer]]:
+    return [x for x in (getattr(lissom.optim, name) for name in lissom.optim.__all__)
+            if inspect.isclass(x) and issubclass(x, MatrixOptimizer)]
+
+
+def test_every_public_name_has_a_docstring():
+    for package in (lissom.optim, lissom.kernels, lissom.bench):
+        for module in modules(package):
+            assert module.__doc__, module.__name__
+    for where, x in public().items():
+        if not inspect.isroutine(x) and not inspect.isclass(x):
+            continue
+        doc = x.__dict__.get("__doc__") if inspect.isclass(x) else x.__doc__
+        # a named tuple or dataclass without one gets its own signature
+        assert doc, where
+        assert not doc.startswith(f"{x.__name__}("), where
+        if inspect.isclass(x) and where.startswith("lissom.optim."):
+            for name, method in vars(x).items():
+                if inspect.isfunction(method) and not name.startswith("_"):
+                    assert inspect.getdoc(method), f"{where}.{name}"
+
+
+def test_documented_arguments_are_those_that_exist():
+    for where, x in public().items():
+        if not inspect.isroutine(x) and not inspect.isclass(x):
+            continue
+        names = documented(x)
+        if inspect.isroutine(x):
+            known = set(inspect.signature(x).parameters)
+            assert not names or set(names) == known, (where, set(names) ^ known)
+            continue
+        if issubclass(x, (BaseException, dict)):  # a TypedDict is one
+            continue
+        known = set(inspect.signature(x).parameters) | set(getattr(x, "__annotations__", {}))
+        if issubclass(x, MatrixOptimizer):
+            known |= set(x.table()) | set(_ADAMW_PART) | set(TORCH_ONLY) | {"params"}
+        assert set(names) <= known, (where, set(names) - known)
+
+
+def test_functions_of_the_front_page_say_what_they_take():
+    for name in lissom.optim.__all__:
+        x = getattr(lissom.optim, name)
+        if inspect.isroutine(x):
+            assert set(documented(x)) == set(inspect.signature(x).parameters), name
+            assert "Returns:" in x.__doc__, name
+
+
+@pytest.mark.parametrize("cls", optimizers(), ids=lambda x: x.__name__)
+def test_every_option_is_documented_with_its_default(cls):
+    """In the class, in a class it inherits from, or in AdamW for those that all have."""
+    own = documented(cls)
+    known = dict(documented(lissom.optim.AdamW))
+    for base in reversed(cls.__mro__):
+        if issubclass(base, MatrixOptimizer):
+            known |= documented(base)
+    missing = set(cls.table()) - set(_BOOKKEEPING) - set(known)
+    assert not missing
+    given = {k: v.default for k, v in inspect.signature(cls).parameters.items()
+             if v.default is not inspect.Parameter.empty}
+    defaults = {k: v.default for k, v in cls.table().items()} | given
+    for name, said in own.items():
+        if name not in defaults:
+            continue
+        found = re.search(r"[Dd]efault:? (\([^)]*\)|``[^`]*``|[\w.+-]*\w)|"
+                          r"(``\"[\w-]+\"``|\b\w+) \(default\)", said)
+        if not found:
+            continue
+        text = next(x for x in found.groups() if x).strip("`")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            continue
+        assert value == defaults[name], (name, said, defaults[name])
+
+
+@pytest.mark.parametrize("cls", optimizers(), ids=lambda x: x.__name__)
+def test_every_optimizer_names_its_source(cls):
+    docs = " ".join(base.__doc__ or "" for base in cls.__mro__ if issubclass(base, MatrixOptimizer))
+    assert "Source: " in docs or cls is lissom.optim.LowRankOptimizer
