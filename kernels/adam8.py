@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
+from .blocks import block_place, check_store, load_codes, store_codes, tile
 from .philox import (
     bounded,
     nearest_bf16,
@@ -34,16 +35,11 @@ from .philox import (
 )
 from .quant8 import (
     block_codes,
-    block_place,
     block_values,
-    check_store,
     codebook,
     dequantize_dynamic_ref,
-    load_codes,
     quantize_dynamic_ref,
     search,
-    store_codes,
-    tile,
 )
 
 __all__ = ["STREAMS", "adam8", "adam8_ref", "adamw8", "adamw8_ref"]

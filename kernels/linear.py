@@ -13,18 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["BLOCK", "dequantize_linear_ref", "linear_shapes", "pack4",
-           "quantize_linear_ref", "unpack4"]
+from ._triton import cdiv, check, define, jit, launch, tl, use_triton
+from .blocks import (
+    BLOCK,
+    block_place,
+    check_store,
+    load_codes,
+    pack4,
+    store_codes,
+    store_shapes,
+    tile,
+    unpack4,
+)
+from .philox import nearest_bf16
 
-#: Elements that share a scale.
-BLOCK = 256
+__all__ = ["dequantize_linear", "dequantize_linear_ref", "quantize_linear", "quantize_linear_ref"]
+
 _LEVELS = {8: 127, 4: 7}
-
-
-def linear_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of codes and scales for a tensor of this shape (of one dimension or more)."""
-    *rows, columns = shape
-    return (*rows, columns if bits == 8 else -(-columns // 2)), (*rows, -(-columns // BLOCK))
+_KINDS = {8: torch.int8, 4: torch.uint8}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_linear_ref(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -51,18 +58,6 @@ def quantize_linear_ref(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return pack4(codes + 8), scale
 
 
-def pack4(codes: Tensor) -> Tensor:
-    """Codes of 0 to 15, two to a byte along the last dimension, low half first."""
-    pairs = functional.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2)).to(torch.uint8)
-    packed: Tensor = pairs[..., 0] | (pairs[..., 1] << 4)
-    return packed
-
-
-def unpack4(packed: Tensor, columns: int) -> Tensor:
-    """The codes that :func:`pack4` packed."""
-    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :columns]
-
-
 def dequantize_linear_ref(codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
     """The fp32 tensor (..., columns) that the codes stand for."""
     if bits == 4:
@@ -71,3 +66,135 @@ def dequantize_linear_ref(codes: Tensor, scale: Tensor, columns: int, bits: int)
     if blocks == 1:
         return codes.float() * scale
     return codes.float() * scale.repeat_interleave(BLOCK, -1)[..., :columns]
+
+
+@jit
+def _quantize_linear_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: tl.tensor,
+                            rows: tl.tensor, columns: tl.tensor, LEVELS: tl.constexpr,
+                            BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
+    row, first, block, inside = block_place(rows, columns, R, W)
+    column = first[:, None] + tl.arange(0, W)[None, :]
+    mask = inside[:, None] & (column < columns)
+    x = tl.load(x_ptr + row[:, None] * columns + column, mask=mask, other=0.0).to(tl.float32)
+    # As integers magnitudes are ordered too, and NaN is above all.
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    top = tl.max(magnitude, 1).to(tl.float32, bitcast=True)  # [R]
+    scale = tl.div_rn(top, tl.zeros_like(top) + LEVELS)
+    # Unlike a maximum this keeps NaN.
+    step = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
+    unit = tl.div_rn(x, tl.broadcast_to(step[:, None], x.shape))
+    # Adding 1.5 * 2^23 leaves no bit for a fraction: ties go to the even number.
+    unit = (unit + 12582912.0) - 12582912.0
+    unit = tl.where(unit == unit, tl.where(unit > LEVELS, LEVELS,
+                                           tl.where(unit < -LEVELS, -LEVELS, unit)), 0.0)
+    codes = unit.to(tl.int32)
+    if BITS == 8:
+        tl.store(codes_ptr + row[:, None] * columns + column, codes.to(tl.int8), mask=mask)
+    else:
+        # What pads a row of odd length is 0 as it is stored.
+        store_codes(codes_ptr, codes + 8, row, first, inside, columns, BITS, R, W)
+    tl.store(scale_ptr + block, scale, mask=inside)
+
+
+@jit
+def _dequantize_linear_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.tensor,
+                              rows: tl.tensor, columns: tl.tensor, BITS: tl.constexpr,
+                              R: tl.constexpr, W: tl.constexpr) -> None:
+    row, first, block, inside = block_place(rows, columns, R, W)
+    codes = load_codes(codes_ptr, row, first, inside, columns, BITS, W)
+    if BITS == 4:
+        codes -= 8
+    x = codes.to(tl.float32) * tl.load(scale_ptr + block, mask=inside, other=0.0)[:, None]
+    column = first[:, None] + tl.arange(0, W)[None, :]
+    if out_ptr.dtype.element_ty == tl.bfloat16:
+        x = nearest_bf16(x)
+    tl.store(out_ptr + row[:, None] * columns + column, x.to(out_ptr.dtype.element_ty),
+             mask=inside[:, None] & (column < columns))
+
+
+def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, triton: bool) -> None:
+    if not triton:
+        fresh, step = quantize_linear_ref(x, bits)
+        codes.copy_(fresh)
+        scale.copy_(step)
+    elif x.numel():
+        columns = x.shape[-1]
+        rows, (height, width) = x.numel() // columns, tile(columns)
+        launch(_quantize_linear_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
+               rows, columns, LEVELS=_LEVELS[bits], BITS=bits, R=height, W=width)
+
+
+def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, triton: bool) -> None:
+    columns = out.shape[-1]
+    if not triton:
+        out.copy_(dequantize_linear_ref(codes, scale, columns, bits))
+    elif out.numel():
+        rows, (height, width) = out.numel() // columns, tile(columns)
+        launch(_dequantize_linear_kernel, cdiv(scale.numel(), height), out.device, codes, scale,
+               out, rows, columns, BITS=bits, R=height, W=width)
+
+
+_quantize_op = define("quantize_linear(Tensor x, Tensor(a!) codes, Tensor(b!) scale, int bits, "
+                      "bool triton) -> ()", _quantize)
+_dequantize_op = define("dequantize_linear(Tensor codes, Tensor scale, Tensor(a!) out, int bits, "
+                        "bool triton) -> ()", _dequantize)
+
+
+def quantize_linear(x: Tensor, bits: int, *, out: tuple[Tensor, Tensor] | None = None,
+                    backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of x, those of :func:`quantize_linear_ref`.
+
+    Args:
+        x: (..., columns), fp32, bf16 or fp16, contiguous.
+        bits: 8 or 4.
+        out: where codes and scales go, contiguous; None for new tensors.
+        backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
+
+    Returns:
+        int8 codes of x's shape, or uint8 (..., ceil(columns / 2)) at 4 bits, and fp32 scales
+        (..., ceil(columns / 256)).
+
+    Raises:
+        TypeError: a dtype is another one.
+        ValueError: a shape, layout or option is wrong.
+        RuntimeError: "triton" was asked for and cannot run there.
+    """
+    shape = tuple(x.shape)
+    check("x", x, shape=shape, dtypes=_FLOATS, device=x.device)
+    of_codes, of_scale = store_shapes(shape, bits)
+    if out is None:
+        out = (torch.empty(of_codes, dtype=_KINDS[bits], device=x.device),
+               torch.empty(of_scale, dtype=torch.float32, device=x.device))
+    codes, scale = out
+    check_store(codes, scale, shape, bits, x.device, kind=_KINDS[bits])
+    _quantize_op(x, codes, scale, bits, use_triton(backend, x.device))
+    return codes, scale
+
+
+def dequantize_linear(codes: Tensor, scale: Tensor, columns: int, bits: int, *,
+                      dtype: torch.dtype = torch.float32, out: Tensor | None = None,
+                      backend: str | None = None) -> Tensor:
+    """The tensor (..., columns) that the codes stand for: :func:`dequantize_linear_ref`, rounded.
+
+    Args:
+        codes: as from :func:`quantize_linear`, contiguous.
+        scale: the scales beside them.
+        columns: length of the last dimension, which packed codes do not tell.
+        bits: 8 or 4.
+        dtype: of a new tensor: fp32, bf16 or fp16.
+        out: where the result goes, contiguous, of one of these dtypes; None for a new tensor.
+        backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
+
+    Raises:
+        TypeError: a dtype is another one.
+        ValueError: a shape, layout or option is wrong.
+        RuntimeError: "triton" was asked for and cannot run there.
+    """
+    shape = (*codes.shape[:-1], columns)
+    store_shapes(shape, bits)
+    check_store(codes, scale, shape, bits, codes.device, kind=_KINDS[bits])
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
+    check("out", out, shape=shape, dtypes=_FLOATS, device=codes.device)
+    _dequantize_op(codes, scale, out, bits, use_triton(backend, codes.device))
+    return out

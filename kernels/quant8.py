@@ -21,14 +21,19 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
-from .linear import BLOCK, linear_shapes, pack4
+from .blocks import (
+    BLOCK,
+    block_place,
+    check_store,
+    load_codes,
+    pack4,
+    store_codes,
+    store_shapes,
+    tile,
+)
 
-__all__ = ["block_codes", "block_place", "block_values", "check_store", "codebook",
-           "dequantize_dynamic", "dequantize_dynamic_ref", "load_codes", "quantize_dynamic",
-           "quantize_dynamic_ref", "search", "store_codes", "tile"]
-
-# Elements of one program.
-_TILE = 1024
+__all__ = ["block_codes", "block_values", "codebook", "dequantize_dynamic",
+           "dequantize_dynamic_ref", "quantize_dynamic", "quantize_dynamic_ref", "search"]
 
 
 @functools.lru_cache(maxsize=32)
@@ -163,57 +168,6 @@ def dequantize_dynamic_ref(codes: Tensor, scale: Tensor, columns: int, bits: int
     return x
 
 
-def tile(columns: int) -> tuple[int, int]:
-    """Rows and columns of what one program works on: parts of rows, each within a block."""
-    width = 8
-    while width < min(columns, BLOCK):
-        width *= 2
-    return _TILE // width, width
-
-
-@jit
-def block_place(rows: tl.tensor, columns: tl.tensor, R: tl.constexpr, W: tl.constexpr) -> tl.tensor:
-    """Which R blocks a program works on: their rows, first columns, scales, and what is inside."""
-    per_row = (columns + W - 1) // W
-    block = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)  # [R]
-    row = block // per_row
-    return row, (block - row * per_row) * W, block, row < rows
-
-
-@jit
-def load_codes(ptr: tl.tensor, row: tl.tensor, first: tl.tensor, inside: tl.tensor,
-               columns: tl.tensor, BITS: tl.constexpr, W: tl.constexpr) -> tl.tensor:
-    """Codes of [R] blocks: int32 [R, W]."""
-    if BITS == 8:
-        column = first[:, None] + tl.arange(0, W)[None, :]
-        mask = inside[:, None] & (column < columns)
-        return tl.load(ptr + row[:, None] * columns + column, mask=mask, other=0).to(tl.int32)
-    else:
-        width = (columns + 1) // 2
-        byte = first[:, None] // 2 + tl.arange(0, W // 2)[None, :]
-        mask = inside[:, None] & (byte < width)
-        packed = tl.load(ptr + row[:, None] * width + byte, mask=mask, other=0).to(tl.int32)
-        return tl.interleave(packed & 15, packed >> 4)
-
-
-@jit
-def store_codes(ptr: tl.tensor, codes: tl.tensor, row: tl.tensor, first: tl.tensor,
-                inside: tl.tensor, columns: tl.tensor, BITS: tl.constexpr, R: tl.constexpr,
-                W: tl.constexpr) -> None:
-    """Store int32 codes [R, W] of [R] blocks."""
-    column = first[:, None] + tl.arange(0, W)[None, :]
-    mask = inside[:, None] & (column < columns)
-    if BITS == 8:
-        tl.store(ptr + row[:, None] * columns + column, codes.to(tl.uint8), mask=mask)
-    else:
-        # The half byte after an odd row is zero.
-        low, high = tl.split(tl.reshape(tl.where(mask, codes, 0), [R, W // 2, 2]))
-        width = (columns + 1) // 2
-        byte = first[:, None] // 2 + tl.arange(0, W // 2)[None, :]
-        tl.store(ptr + row[:, None] * width + byte, (low | (high << 4)).to(tl.uint8),
-                 mask=inside[:, None] & (byte < width))
-
-
 @jit
 def block_codes(x: tl.tensor, table_ptr: tl.tensor, ends_ptr: tl.tensor) -> tl.tensor:
     """Codes (int32) and scales of blocks [R, W], zero where there is nothing."""
@@ -289,26 +243,6 @@ _dequantize_op = define("dequantize_dynamic(Tensor codes, Tensor scale, Tensor(a
                         "bool signed, bool triton) -> ()", _dequantize)
 
 
-def check_store(codes: Tensor, scale: Tensor, shape: tuple[int, ...], bits: int,
-                device: torch.device, name: str = "codes") -> None:
-    """Raise if codes and scales are not the contiguous store of a tensor of this shape.
-
-    Raises:
-        TypeError, ValueError: the message gives expected and received.
-    """
-    of_codes, of_scale = _store_shapes(shape, bits)
-    check(name, codes, shape=of_codes, dtypes=(torch.uint8,), device=device)
-    check(f"{name}'s scale", scale, shape=of_scale, dtypes=(torch.float32,), device=device)
-
-
-def _store_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if bits not in (8, 4):
-        raise ValueError(f"bits: expected 8 or 4, got {bits}")
-    if not shape:
-        raise ValueError("expected a tensor of one dimension or more, got shape ()")
-    return linear_shapes(shape, bits)
-
-
 def quantize_dynamic(x: Tensor, bits: int, signed: bool, *,
                      out: tuple[Tensor, Tensor] | None = None, backend: str | None = None
                      ) -> tuple[Tensor, Tensor]:
@@ -333,7 +267,7 @@ def quantize_dynamic(x: Tensor, bits: int, signed: bool, *,
     shape = tuple(x.shape)
     check("x", x, shape=shape, dtypes=(torch.float32,), device=x.device)
     if out is None:
-        of_codes, of_scale = _store_shapes(shape, bits)
+        of_codes, of_scale = store_shapes(shape, bits)
         out = (torch.empty(of_codes, dtype=torch.uint8, device=x.device),
                torch.empty(of_scale, dtype=torch.float32, device=x.device))
     codes, scale = out

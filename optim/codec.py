@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.linear import dequantize_linear_ref, linear_shapes, quantize_linear_ref
+from ..kernels.blocks import linear_shapes
+from ..kernels.linear import dequantize_linear, quantize_linear
 from ..kernels.philox import random_bits16_ref, stochastic_round
 from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
 
@@ -49,7 +50,7 @@ SHORT = 4
 # Averages of squares, which have no sign to store.
 _SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
             "magnitude_exp_avg_sq", "magnitude_max_exp_avg_sq"}
-# Elements that are quantized at once.
+# Elements that are quantized at once on a CPU; elsewhere all are.
 _PIECE = 1 << 17
 _STORAGE = {32: torch.float32, 16: torch.bfloat16}
 
@@ -134,23 +135,24 @@ def held(name: str, shape: tuple[int, ...], bits: int | None, p: Tensor, rows: b
             f"{name}.scale": Slot(scale, torch.float32, p.device, rows=rows)}
 
 
-def read(s: Mapping[str, Tensor], name: str, columns: int) -> Tensor | None:
+def read(s: Mapping[str, Tensor], name: str, columns: int, dtype: torch.dtype = torch.float32
+         ) -> Tensor | None:
     """The tensor that :func:`held` made slots for, or None where there is none.
 
     Args:
         s: state of a parameter.
         name: of the slot.
         columns: length of its last dimension, which packed codes do not tell.
+        dtype: of a quantized one.
 
     Returns:
-        The stored tensor itself if it is not quantized, else a new one in fp32.
+        The stored tensor itself if it is not quantized, else a new one.
     """
     stored, scale = s.get(name), s.get(f"{name}.scale")
     if stored is None or scale is None:
         return stored
-    bits = 8 if stored.dtype == torch.int8 else 4
-    return _unpacked(stored, scale, columns,
-                     lambda c, z: dequantize_linear_ref(c, z, columns, bits))
+    dequantize = functools.partial(dequantize_linear, columns=columns, bits=_linear_bits(stored))
+    return _unpacked(stored, scale, columns, dequantize, dtype)
 
 
 def write(s: Mapping[str, Tensor], name: str, value: Tensor) -> None:
@@ -159,8 +161,16 @@ def write(s: Mapping[str, Tensor], name: str, value: Tensor) -> None:
     if scale is None:
         stored.copy_(value)
         return
-    bits = 8 if stored.dtype == torch.int8 else 4
-    _pack(stored, scale, value, lambda x: quantize_linear_ref(x, bits))
+    _pack(stored, scale, _single(value),
+          functools.partial(quantize_linear, bits=_linear_bits(stored)))
+
+
+def _linear_bits(stored: Tensor) -> int:
+    return 8 if stored.dtype == torch.int8 else 4
+
+
+def _single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 else x
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -168,27 +178,26 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
     They are views of contiguous tensors; of others they may be copies, to be read only.
     """
-    if not tensors[0].numel():
+    first = tensors[0]
+    if not first.numel():
         return iter(())
-    rows = max(1, _PIECE // tensors[0].shape[-1])
+    piece = _PIECE if first.device.type == "cpu" else first.numel()
+    rows = max(1, piece // first.shape[-1])
     return zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
 
 
-def _pack(codes: Tensor, scale: Tensor, x: Tensor,
-          quantize: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+def _pack(codes: Tensor, scale: Tensor, x: Tensor, quantize: Callable[..., Any]) -> None:
     """Quantize x into its store, piece by piece."""
     for x_, codes_, scale_ in pieces(x.contiguous(), codes, scale):
-        fresh, step = quantize(x_)
-        codes_.copy_(fresh)
-        scale_.copy_(step)
+        quantize(x_, out=(codes_, scale_))
 
 
-def _unpacked(codes: Tensor, scale: Tensor, columns: int,
-              dequantize: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _unpacked(codes: Tensor, scale: Tensor, columns: int, dequantize: Callable[..., Any],
+              dtype: torch.dtype = torch.float32) -> Tensor:
     """What a store stands for, piece by piece."""
-    out = torch.empty((*codes.shape[:-1], columns), dtype=torch.float32, device=codes.device)
+    out = torch.empty((*codes.shape[:-1], columns), dtype=dtype, device=codes.device)
     for out_, codes_, scale_ in pieces(out, codes, scale):
-        out_.copy_(dequantize(codes_, scale_))
+        dequantize(codes_, scale_, out=out_)
     return out
 
 
@@ -197,8 +206,9 @@ def rounded(s: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
     stored, scale = s[name], s.get(f"{name}.scale")
     if scale is None:
         return value.to(stored.dtype)
-    bits = 8 if stored.dtype == torch.int8 else 4
-    return dequantize_linear_ref(*quantize_linear_ref(value, bits), value.shape[-1], bits)
+    bits = _linear_bits(stored)
+    return dequantize_linear(*quantize_linear(_single(value).contiguous(), bits), value.shape[-1],
+                             bits)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -341,7 +341,8 @@ class LowRankOptimizer(MatrixOptimizer):
                 elif o["projection"] == "dct":
                     basis = dct.columns(s[f"columns_{name}"], length, o["dct_basis"], g)
                 else:
-                    basis = codec.read(s, f"basis_{name}", r)
+                    narrow = g.dtype if g.element_size() == 2 else torch.float32
+                    basis = codec.read(s, f"basis_{name}", r, narrow)
                     assert basis is not None
                     basis = basis.to(g.dtype)
             bases.append(basis)

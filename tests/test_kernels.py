@@ -15,7 +15,13 @@ import pytest
 import torch
 from lissom.kernels import _triton
 from lissom.kernels.adam8 import STREAMS, adam8, adam8_ref, adamw8, adamw8_ref
-from lissom.kernels.linear import linear_shapes
+from lissom.kernels.blocks import linear_shapes
+from lissom.kernels.linear import (
+    dequantize_linear,
+    dequantize_linear_ref,
+    quantize_linear,
+    quantize_linear_ref,
+)
 from lissom.kernels.philox import (
     random16,
     random16_rows,
@@ -399,7 +405,7 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lissom.kernels import adam8, philox, quant8
+from lissom.kernels import adam8, linear, philox, quant8
 
 F, H, C, I = "*fp32", "*bf16", "*u8", "i32"
 pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "table_ptr": "*i32",
@@ -424,6 +430,9 @@ for bits, width in ((8, 256), (4, 8)):
     shape = {"BITS": bits, "R": 1024 // width, "W": width}
     build(quant8._quantize_kernel, shape)
     build(quant8._dequantize_kernel, shape, out_ptr=F)
+    codes = {"codes_ptr": "*i8" if bits == 8 else C}
+    build(linear._quantize_linear_kernel, {**shape, "LEVELS": 127 if bits == 8 else 7}, **codes)
+    build(linear._dequantize_linear_kernel, shape, out_ptr=H, **codes)
     for weight in (True, False):
         flags = {"WEIGHT": weight, "MAXIMIZE": weight, "STOCHASTIC": weight, "ALIGNED": weight}
         ptx = build(adam8._adam_kernel, {**shape, **flags}, m_ptr=C, v_ptr=C,
@@ -565,3 +574,54 @@ def test_optimizers_step_through_the_kernels_as_without_them(device, case, kind,
         # the edge of two numbers get the other one: 9 % of 35 at most here.
         assert (apart <= 2**-7 * torch.maximum(a.abs(), b.abs()) + 5 * 0.01 * 2**-8).all()
         assert (apart > 0).double().mean() <= 0.15
+
+
+# -------------------------------------------------------------------- linear codes
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_codes_are_those_of_the_reference(device, shape, kind, bits):
+    x = tensors([shape], 3)[0].to(device, kind)
+    if x.numel() > 300:
+        x.view(-1)[:8] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 1e-38, 0, 0.5, -1])
+    if x.shape[0] > 2:
+        x[2] = 0
+    of_codes, of_scale = linear_shapes(shape, bits)
+    codes = torch.full(of_codes, 77, dtype=torch.int8 if bits == 8 else torch.uint8, device=device)
+    scale = torch.full(of_scale, torch.nan, device=device)
+    quantize_linear(x, bits, out=(codes, scale), backend="triton")
+    expected = quantize_linear_ref(x, bits)
+    odd = bits == 4 and shape[-1] % 2
+    if odd:  # the half byte that pads a row
+        codes[..., -1] &= 15
+        expected[0][..., -1] &= 15
+    assert_same([codes, scale], list(expected))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        back = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        dequantize_linear(codes, scale, shape[-1], bits, out=back, backend="triton")
+        assert_same(back, dequantize_linear_ref(codes, scale, shape[-1], bits).to(dtype))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_linear_ties_go_to_the_even_code(device, bits):
+    levels = {8: 127, 4: 7}[bits]
+    x = torch.tensor([[levels, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -levels]], device=device)
+    codes, scale = quantize_linear(x, bits, backend="triton")
+    assert scale.item() == 1.0
+    assert dequantize_linear(codes, scale, 8, bits, backend="triton").tolist() == [
+        [levels, 0, 2, 2, 0, -2, -2, -levels]]
+
+
+def test_linear_refusals():
+    x = torch.zeros(4, 300)
+    codes, scale = quantize_linear(x, 8)
+    with pytest.raises(TypeError, match=r"codes: expected torch\.uint8, got torch\.int8"):
+        dequantize_linear(codes[:, :150].contiguous(), scale, 300, 4)
+    with pytest.raises(ValueError, match=r"codes: expected shape \(4, 299\), got \(4, 300\)"):
+        dequantize_linear(codes, scale, 299, 8)
+    with pytest.raises(ValueError, match=r"bits: expected 8 or 4, got 5"):
+        quantize_linear(x, 5)
+    with pytest.raises(TypeError, match=r"x: expected torch\.float32 or .*, got torch\.float64"):
+        quantize_linear(x.double(), 8)

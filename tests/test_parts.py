@@ -10,7 +10,8 @@ import pytest
 import scipy.fft
 import torch
 from lissom.bench.livebytes import LiveBytes
-from lissom.kernels.linear import dequantize_linear_ref, linear_shapes, quantize_linear_ref
+from lissom.kernels.blocks import linear_shapes
+from lissom.kernels.linear import dequantize_linear_ref, quantize_linear_ref
 from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref, stochastic_fp16_ref
 from lissom.kernels.quant8 import codebook, dequantize_dynamic_ref, quantize_dynamic_ref
 from lissom.optim import (

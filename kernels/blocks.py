@@ -1,0 +1,111 @@
+"""Codes of 8 or 4 bits with a scale for each block of 256: what all quantizations share.
+
+Blocks run along the last dimension and restart at each row, so that a shard of rows never cuts one.
+Two 4-bit codes are packed to a byte, low half first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ._triton import check, jit, tl
+
+__all__ = ["BLOCK", "block_place", "check_store", "linear_shapes", "load_codes", "pack4",
+           "store_codes", "store_shapes", "tile", "unpack4"]
+
+#: Elements that share a scale.
+BLOCK = 256
+# Elements of one program.
+_TILE = 1024
+
+
+def linear_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of codes and scales for a tensor of this shape (of one dimension or more)."""
+    *rows, columns = shape
+    return (*rows, columns if bits == 8 else -(-columns // 2)), (*rows, -(-columns // BLOCK))
+
+
+def pack4(codes: Tensor) -> Tensor:
+    """Codes of 0 to 15, two to a byte along the last dimension, low half first."""
+    pairs = functional.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2)).to(torch.uint8)
+    packed: Tensor = pairs[..., 0] | (pairs[..., 1] << 4)
+    return packed
+
+
+def unpack4(packed: Tensor, columns: int) -> Tensor:
+    """The codes that :func:`pack4` packed."""
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :columns]
+
+
+def check_store(codes: Tensor, scale: Tensor, shape: tuple[int, ...], bits: int,
+                device: torch.device, name: str = "codes", kind: torch.dtype = torch.uint8) -> None:
+    """Raise if codes and scales are not the contiguous store of a tensor of this shape.
+
+    Raises:
+        TypeError, ValueError: the message gives expected and received.
+    """
+    of_codes, of_scale = store_shapes(shape, bits)
+    check(name, codes, shape=of_codes, dtypes=(kind,), device=device)
+    check(f"{name}'s scale", scale, shape=of_scale, dtypes=(torch.float32,), device=device)
+
+
+def store_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of codes and scales, after a check of both arguments."""
+    if bits not in (8, 4):
+        raise ValueError(f"bits: expected 8 or 4, got {bits}")
+    if not shape:
+        raise ValueError("expected a tensor of one dimension or more, got shape ()")
+    return linear_shapes(shape, bits)
+
+
+def tile(columns: int) -> tuple[int, int]:
+    """Rows and columns of what one program works on: parts of rows, each within a block."""
+    width = 8
+    while width < min(columns, BLOCK):
+        width *= 2
+    return _TILE // width, width
+
+
+@jit
+def block_place(rows: tl.tensor, columns: tl.tensor, R: tl.constexpr, W: tl.constexpr) -> tl.tensor:
+    """Which R blocks a program works on: their rows, first columns, scales, and what is inside."""
+    per_row = (columns + W - 1) // W
+    block = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)  # [R]
+    row = block // per_row
+    return row, (block - row * per_row) * W, block, row < rows
+
+
+@jit
+def load_codes(ptr: tl.tensor, row: tl.tensor, first: tl.tensor, inside: tl.tensor,
+               columns: tl.tensor, BITS: tl.constexpr, W: tl.constexpr) -> tl.tensor:
+    """Codes of [R] blocks: int32 [R, W]."""
+    if BITS == 8:
+        column = first[:, None] + tl.arange(0, W)[None, :]
+        mask = inside[:, None] & (column < columns)
+        return tl.load(ptr + row[:, None] * columns + column, mask=mask, other=0).to(tl.int32)
+    else:
+        width = (columns + 1) // 2
+        byte = first[:, None] // 2 + tl.arange(0, W // 2)[None, :]
+        mask = inside[:, None] & (byte < width)
+        packed = tl.load(ptr + row[:, None] * width + byte, mask=mask, other=0).to(tl.int32)
+        return tl.interleave(packed & 15, packed >> 4)
+
+
+@jit
+def store_codes(ptr: tl.tensor, codes: tl.tensor, row: tl.tensor, first: tl.tensor,
+                inside: tl.tensor, columns: tl.tensor, BITS: tl.constexpr, R: tl.constexpr,
+                W: tl.constexpr) -> None:
+    """Store int32 codes [R, W] of [R] blocks."""
+    column = first[:, None] + tl.arange(0, W)[None, :]
+    mask = inside[:, None] & (column < columns)
+    if BITS == 8:
+        tl.store(ptr + row[:, None] * columns + column, codes.to(tl.uint8), mask=mask)
+    else:
+        # The half byte after an odd row is zero.
+        low, high = tl.split(tl.reshape(tl.where(mask, codes, 0), [R, W // 2, 2]))
+        width = (columns + 1) // 2
+        byte = first[:, None] // 2 + tl.arange(0, W // 2)[None, :]
+        tl.store(ptr + row[:, None] * width + byte, (low | (high << 4)).to(tl.uint8),
+                 mask=inside[:, None] & (byte < width))
