@@ -295,9 +295,12 @@ class LowRankOptimizer(MatrixOptimizer):
     def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
                   ) -> Projected:
         """P, Q and R = P^T G Q: the stored bases, or new ones where a refresh is due."""
-        born = int(s["basis_step"])
-        old = self.bases(g, s, o, born)
-        if not self.due(s, o, t):
+        born, cosines = int(s["basis_step"]), o["projection"] == "dct"
+        due = self.due(s, o, t)
+        # A new choice of cosine columns needs the indices of the last one, not the columns.
+        old = Bases(None, None) if due and cosines and o["keep_energy"] is None else (
+            self.bases(g, s, o, born))
+        if not due:
             if self.residual(o).needs_norms:
                 low, size = old.measured(g)
                 return Projected(old, low, norms=size)
@@ -306,8 +309,7 @@ class LowRankOptimizer(MatrixOptimizer):
             low = old.down(g)
             if _energy(low, g) >= o["keep_energy"] * s["basis_energy"].item():
                 return Projected(old, low)
-        find = self._cosines if o["projection"] == "dct" else self._found
-        new = find(g, old, s, o, t, born)
+        new = self._cosines(g, s, o, born) if cosines else self._found(g, old, s, o, t, born)
         if new is None:  # nothing to be learnt from this gradient: try again when due
             return Projected(old, old.down(g))
         writes = {**new.writes, "basis_step": torch.tensor(float(t))}
@@ -377,18 +379,18 @@ class LowRankOptimizer(MatrixOptimizer):
         bases = Bases(*new)
         return Projected(bases, bases.down(g), (turns[0], turns[1]), writes)
 
-    def _cosines(self, g: Tensor, old: Bases, s: Mapping[str, Tensor], o: Mapping[str, Any],
-                 t: int, born: int) -> Projected:
+    def _cosines(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], born: int
+                 ) -> Projected:
         """The columns of a cosine basis that the gradient has most of, and R from one transform."""
         new: list[Tensor | None] = [None, None]
         turns: list[Turn | None] = [None, None]
         writes: dict[str, Tensor] = {}
         low = None
         r = min(o["rank"], *codec.whole_shape(g, s)[-2:])
-        for number, (basis, side) in enumerate(zip(old, _SIDES, strict=True)):
-            if basis is None:
-                continue
+        for number, side in enumerate(_SIDES):
             left, name = side == "left", f"columns_{side}"
+            if name not in s:
+                continue
             index, part = dct.project(g, r, kind=o["dct_basis"], dim=-2 if left else -1,
                                       norm=o["column_norm"], similarity=o["similarity"],
                                       old=s[name] if born else None, cut=codec.rows_of(s))
