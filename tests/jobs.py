@@ -7,8 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from lissom.optim import codec, param_groups, project_in_backward, update_in_backward
+from lissom.optim import (
+    adapter_groups,
+    codec,
+    lora,
+    param_groups,
+    project_in_backward,
+    update_in_backward,
+)
 from lissom.optim.ddp import projected_allreduce
+from lissom.optim.reparam import LoRALinear
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -195,6 +203,30 @@ def sharded(mesh: DeviceMesh, half: bool = False) -> torch.nn.Module:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
+
+
+def adapted(mesh: DeviceMesh | None, cls: type, engine: str = "fsdp", steps: int = 12,
+            magnitude: bool = False, **more: Any) -> dict[str, Any]:
+    """Pairs beside frozen weights in a real model, trained on any number of ranks.
+
+    Returns:
+        Weights in full by name, and how often vectors were exchanged where they are.
+    """
+    quantize_small()
+    model = lora(network(), rank=2, target="[02]", init="lora" if magnitude else "switchlora",
+                 normalize="input" if magnitude else None)
+    wrapped = model
+    if mesh is not None and engine == "fsdp":
+        for layer in model:
+            if isinstance(layer, torch.nn.Linear | LoRALinear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif mesh is not None:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
+    optimizer = cls(adapter_groups(model, **({"rank": 1} if magnitude else {})), lr=1e-2, **more)
+    rank, ranks = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
+    take(wrapped, optimizer, range(steps), rank, ranks)
+    return {name: plain(p) for name, p in model.named_parameters()}
 
 
 def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, **more: Any

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lissom.bench.sharding import rank_bytes
+from lissom.optim import GradNormLoRPAdamW, SwitchLoRAAdamW
 from torch.distributed.tensor import Replicate, Shard
 
 from . import jobs
@@ -138,6 +139,24 @@ def test_fsdp2_and_ddp_train_as_one_process(pool, name, ranks):
     # gradients are means over the ranks, in another order
     for job in (jobs.fsdp, jobs.ddp):
         assert_close(one, pool.run(job, ranks, name=name), False, 1e-4)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
+@pytest.mark.parametrize("cls", [SwitchLoRAAdamW, GradNormLoRPAdamW])
+def test_pairs_in_a_real_model_train_as_in_one_process(pool, cls, engine):
+    """Switches included, which write to the frozen weights wherever their rows are."""
+    given = {"cls": cls, "magnitude": cls is GradNormLoRPAdamW}
+    if cls is SwitchLoRAAdamW:
+        given |= {"interval": 6, "freeze_steps": 2, "decay_steps": 10}
+    start, one = jobs.adapted(None, **given, steps=0), jobs.adapted(None, **given)
+    outs = pool.run(jobs.adapted, 3, **given, engine=engine)
+    for name, a in one.items():
+        for out in outs:
+            assert (a - out[name]).abs().max() <= 1e-4 * a.abs().max(), name
+    moved = {name for name in one if not torch.equal(one[name], start[name])}
+    assert ("0.weight" in moved) == (cls is SwitchLoRAAdamW)
+    assert {"0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "4.weight"} <= moved
+    assert ("2.magnitude" in moved) == (cls is GradNormLoRPAdamW)
 
 
 @pytest.mark.parametrize("name", [
