@@ -101,6 +101,16 @@ def _orthonormal(y: Tensor) -> Tensor:
     return q
 
 
+def _iterated(g: Tensor, q: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of G^T G Q.
+
+    Orthonormal in between too: else rounding errors of the largest singular value stand beside
+    squares of the smallest, and the last columns follow them, up to a thousand times further from
+    one order of the sums to another.
+    """
+    return _orthonormal(g.mT @ _orthonormal(g @ q))
+
+
 def _svd(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
     """The r leading right singular vectors of g, exactly."""
     vh: Tensor = torch.linalg.svd(g, full_matrices=False).Vh
@@ -116,14 +126,16 @@ def _randomized(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tens
     m, n = g.shape[-2:]
     y = _orthonormal(g.mT @ noise(m, min(r + OVERSAMPLING, m, n)))
     for _ in range(COLD_ITERATIONS - 1):
-        y = _orthonormal(g.mT @ (g @ y))
-    b = g @ y
+        y = _iterated(g, y)
+    # In float64: a singular value of 1e-3 of the largest is 1e-6 of it in the square, where fp32
+    # would leave a tenth of rounding noise in its vector.
+    b = (g @ y).double()
     vectors: Tensor = torch.linalg.eigh(b.mT @ b).eigenvectors  # in ascending order
-    return y @ vectors.flip(-1)[..., :r]
+    return y @ vectors.flip(-1)[..., :r].to(y.dtype)
 
 
 def _subspace(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
-    """Block power iterations Q <- orth(G^T G Q), started from the last basis.
+    """Block power iterations Q <- orth(G^T orth(G Q)), started from the last basis.
 
     The new basis stays aligned with the old one column by column, so moments that are kept
     lose little. Without a last basis, or where that has nothing to do with the gradient any more,
@@ -137,7 +149,7 @@ def _subspace(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor
         old = torch.where(lost, _randomized(g, r, old, noise), old)
     q = old
     for _ in range(WARM_ITERATIONS):
-        q = _orthonormal(g.mT @ (g @ q))
+        q = _iterated(g, q)
     return q
 
 
