@@ -11,17 +11,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
-import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import _triton, symmul
-from . import names
+from . import clock
 
 __all__ = ["main"]
 
@@ -48,31 +45,6 @@ def _steps(backend: str) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _times(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, by turns, after three rounds to warm up."""
-    taken: dict[str, list[float]] = {k: [] for k in contestants}
-    for i in range(repeats + 3):
-        for name, call in contestants.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            if i >= 3:
-                taken[name].append(begin.elapsed_time(end))
-    return {k: statistics.median(v) for k, v in taken.items()}
-
-
-def _peak(repeats: int) -> float:
-    """Operations per second of the fastest bf16 product."""
-    best = 0.0
-    for n in (4096, 8192, 12288):
-        a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        ms = _times({"product": functools.partial(torch.mm, a, b)}, repeats)["product"]
-        best = max(best, 2 * n**3 / (ms * 1e-3))
-    return best
-
-
 def _measure(shape: tuple[int, ...], peak: float, repeats: int) -> dict[str, Any]:
     """One row: five steps, and the products of one."""
     x = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
@@ -83,10 +55,10 @@ def _measure(shape: tuple[int, ...], peak: float, repeats: int) -> dict[str, Any
     needed = _STEPS * batch * (3 * m * m * n + m**3)
     torch.compiler.reset()  # for the shape alone: a second one would be compiled for any
     compiled, ours = torch.compile(_plain, dynamic=False), _steps("triton")
-    ms = _times({"lissom": lambda: ours(x), "compiled": lambda: compiled(x),
+    ms = clock.medians({"lissom": lambda: ours(x), "compiled": lambda: compiled(x),
                  "torch": lambda: _steps("torch")(x)}, repeats)
     s = symmul.syrk(x, backend="triton")
-    parts = _times({"syrk": lambda: symmul.syrk(x, backend="triton"),
+    parts = clock.medians({"syrk": lambda: symmul.syrk(x, backend="triton"),
                     "syrk_torch": lambda: x @ x.mT,
                     "symm_muladd": lambda: symmul.symm_muladd(s, _B, _C, backend="triton"),
                     "symm_muladd_torch": lambda: symmul.symm_muladd(s, _B, _C, backend="torch"),
@@ -120,7 +92,7 @@ def _sweep(shape: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
             try:
                 symmul._tiles = lambda *_, tiles=tiles: tiles
                 s = symmul.syrk(x, backend="triton") / 1e4
-                ms = _times({
+                ms = clock.medians({
                     "syrk": functools.partial(symmul.syrk, x, backend="triton"),
                     "symm_muladd": functools.partial(symmul.symm_muladd, s, _B, _C,
                                                      backend="triton")}, repeats)
@@ -138,30 +110,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", action="store_true", help="time other tiles instead")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
-    common = {
-        "provider": "lissom", "torch": torch.__version__, "cuda": torch.version.cuda,
-        "triton": getattr(_triton.triton, "__version__", None), "machine": platform.machine(),
-        "commit": names.commit(), "command": names.command("polar_gpu", argv),
-    }
+    cuda = torch.cuda.is_available()
+    common = {"provider": "lissom", **clock.about("polar_gpu", argv, "cuda" if cuda else "cpu")}
     rows: list[dict[str, Any]] = []
-    if not torch.cuda.is_available() or _triton.triton is None:
-        missing = "no CUDA device" if not torch.cuda.is_available() else "no Triton"
+    if not cuda or _triton.triton is None:
+        missing = "no Triton" if cuda else "no CUDA device"
         rows.append({"skipped": missing, **common})
         print(f"skipped: {missing}")
     else:
-        properties = torch.cuda.get_device_properties(0)
-        common["device"] = properties.name
-        common["capability"] = f"{properties.major}.{properties.minor}"
-        common["processors"] = properties.multi_processor_count
-        peak = 0.0 if args.sweep else _peak(args.repeats)
+        peak = 0.0 if args.sweep else clock.product_peak("cuda", args.repeats)
         for shape in _SHAPES:
             made = _sweep(shape, args.repeats) if args.sweep else [
                 _measure(shape, peak, args.repeats)]
             for row in made:
                 rows.append({**row, **common})
                 print(json.dumps(row), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    clock.save(args.json, rows)
     return 0
 
 

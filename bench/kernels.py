@@ -1,0 +1,337 @@
+"""Each kernel against what its work must cost, and against torch, plain and compiled.
+
+A kernel must move its bytes and do its operations: their time at the measured copy bandwidth and at
+the measured bf16 peak, the larger of the two, is the roofline. Contestants alternate on the same
+tensors. On the CPU the torch definitions are timed at a small size, so that the script runs
+anywhere.
+
+    python -m lissom.bench.kernels --json bench/results/kernels.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import _triton
+from ..kernels.adam8 import adam8, adamw8
+from ..kernels.lift import lift
+from ..kernels.linear import dequantize_linear, quantize_linear
+from ..kernels.norms import row_norms
+from ..kernels.philox import stochastic_round
+from ..kernels.project import project
+from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
+from ..kernels.symmul import newton_schulz_step, symm_muladd, syrk
+from . import clock
+
+__all__ = ["CASES", "Work", "main", "row_of"]
+
+_MIB = 2**20
+_KEY = (1, 2)
+#: Shares of the roofline to reach, and from which size on.
+_GOALS = {"memory": (0.8, 64 * _MIB), "product": (0.7, 4096)}
+
+
+class Work(NamedTuple):
+    """One kernel at one size.
+
+    Args:
+        run: from a backend, "torch" or "triton", to the call.
+        moved: bytes that it must read and write.
+        operations: that it must do.
+    """
+
+    run: Callable[[str], Any]
+    moved: float
+    operations: float = 0.0
+
+
+def _flat(size: int, each: float, device: str, dtype: torch.dtype) -> Tensor:
+    """A matrix of rows of 4096, of which ``each`` bytes an element are ``size`` in all."""
+    columns = 4096
+    rows = max(1, round(size / each / columns))
+    return torch.randn(rows, columns, device=device).to(dtype)
+
+
+def _moments(g: Tensor, bits: int) -> dict[str, Any]:
+    if bits >= 16:
+        kind = torch.float32 if bits == 32 else torch.bfloat16
+        return {"m": torch.zeros_like(g, dtype=kind), "v": torch.zeros_like(g, dtype=kind)}
+    wide = torch.zeros_like(g, dtype=torch.float32)
+    (m, m_scale), (v, v_scale) = (quantize_dynamic(wide, bits, signed) for signed in (True, False))
+    return {"m": m, "v": v, "m_scale": m_scale, "v_scale": v_scale}
+
+
+def _adamw(bits: int) -> Callable[[int, str, torch.dtype], Work]:
+    """Decode, AdamW on the weight with stochastic rounding, encode."""
+    def make(size: int, device: str, dtype: torch.dtype) -> Work:
+        g = _flat(size, 2, device, dtype)
+        p, kept = torch.randn_like(g), _moments(g, bits)
+        state = sum(x.nbytes for x in kept.values() if x is not None)
+
+        def run(backend: str) -> Any:
+            adamw8(p, g, **kept, bits=bits, lr=1e-3, weight_decay=0.01, beta1=0.9, beta2=0.999,
+                   eps=1e-8, t=2, key=_KEY, stochastic=True, backend=backend)
+
+        return Work(run, 2 * p.nbytes + g.nbytes + 2 * state)
+
+    return make
+
+
+def _adam(bits: int) -> Callable[[int, str, torch.dtype], Work]:
+    """Decode, Adam's direction of a projected gradient in its place, encode."""
+    def make(size: int, device: str, dtype: torch.dtype) -> Work:
+        g = _flat(size, 4, device, torch.float32)
+        kept = _moments(g, bits)
+        state = sum(x.nbytes for x in kept.values() if x is not None)
+
+        def run(backend: str) -> Any:
+            adam8(g, **kept, bits=bits, beta1=0.9, beta2=0.999, eps=1e-8, t=2, key=_KEY, out=g,
+                  backend=backend)
+
+        return Work(run, 2 * g.nbytes + 2 * state)
+
+    return make
+
+
+def _coded(name: str, bits: int) -> Callable[[int, str, torch.dtype], Work]:
+    def make(size: int, device: str, dtype: torch.dtype) -> Work:
+        x = _flat(size, 4, device, torch.float32)
+        dynamic = "dynamic" in name
+        store = quantize_dynamic(x, bits, True) if dynamic else quantize_linear(x, bits)
+        codes, scale = store
+
+        def run(backend: str) -> Any:
+            if name == "quantize_dynamic":
+                quantize_dynamic(x, bits, True, out=store, backend=backend)
+            elif name == "dequantize_dynamic":
+                dequantize_dynamic(codes, scale, 4096, bits, True, out=x, backend=backend)
+            elif name == "quantize_linear":
+                quantize_linear(x, bits, out=store, backend=backend)
+            else:
+                dequantize_linear(codes, scale, 4096, bits, out=x, backend=backend)
+
+        return Work(run, x.nbytes + codes.nbytes + scale.nbytes)
+
+    return make
+
+
+def _round(size: int, device: str, dtype: torch.dtype) -> Work:
+    x = _flat(size, 4, device, torch.float32)
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    return Work(lambda backend: stochastic_round(x, torch.bfloat16, 0, _KEY, (1, 2), out=out,
+                                                 backend=backend), x.nbytes + out.nbytes)
+
+
+def _norms(transposed: bool) -> Callable[[int, str, torch.dtype], Work]:
+    def make(size: int, device: str, dtype: torch.dtype) -> Work:
+        x = _flat(size, dtype.itemsize, device, dtype)
+        y = x.mT if transposed else x
+        return Work(lambda backend: row_norms(y, backend=backend), x.nbytes)
+
+    return make
+
+
+def _apply(size: int, device: str, dtype: torch.dtype) -> Work:
+    """The lift without a product: decay, a scaled dense update, stochastic rounding."""
+    p = _flat(size, dtype.itemsize, device, dtype)
+    d = torch.randn_like(p)
+    gain = torch.ones(1, p.shape[1], device=device)
+    return Work(lambda backend: lift(p, keep=0.99, dense=d, gain=gain, beta=-1e-3, key=_KEY,
+                                     backend=backend), 2 * p.nbytes + d.nbytes)
+
+
+def _square(n: int, device: str, dtype: torch.dtype) -> Tensor:
+    x: Tensor = (torch.randn(n, n, device=device) / n**0.5).to(dtype)
+    return x
+
+
+def _projection(left: bool, norms: bool) -> Callable[[int, str, torch.dtype], Work]:
+    """R of rank n / 4, and norms of the gradient along the projected side in the same pass."""
+    def make(n: int, device: str, dtype: torch.dtype) -> Work:
+        g, r = _square(n, device, dtype), n // 4
+        q = torch.randn(n, r, device=device).to(dtype)
+        a = g.mT if left else g
+        return Work(lambda backend: project(a, q, norms=norms, transposed=left, backend=backend),
+                    g.nbytes + q.nbytes + 4 * n * r, 2 * n * n * r)
+
+    return make
+
+
+def _similarity(n: int, device: str, dtype: torch.dtype) -> Work:
+    """A gradient on a whole cosine basis, with the sums of its columns."""
+    g, q = _square(n, device, dtype), _square(n, device, dtype)
+    return Work(lambda backend: project(g, q.mT, dtype=dtype, scores=1, backend=backend),
+                3 * g.nbytes, 2 * n**3)
+
+
+def _lift(dense: bool) -> Callable[[int, str, torch.dtype], Work]:
+    """P N of rank n / 4, decay and stochastic rounding; with ``dense`` Fira's residual too."""
+    def make(n: int, device: str, dtype: torch.dtype) -> Work:
+        p, r = _square(n, device, dtype), n // 4
+        left, right = (torch.randn(*x, device=device).to(dtype) for x in ((n, r), (r, n)))
+        d = _square(n, device, dtype) if dense else None
+        gain = torch.ones(1, n, device=device)
+        return Work(lambda backend: lift(p, left, right, alpha=-1e-6, keep=0.999, dense=d,
+                                         gain=gain, beta=-1e-6, key=_KEY, backend=backend),
+                    2 * p.nbytes + left.nbytes + right.nbytes + (p.nbytes if dense else 0),
+                    2 * n * n * r)
+
+    return make
+
+
+def _symmetric(kernel: str) -> Callable[[int, str, torch.dtype], Work]:
+    """Half the operations of general products, where the result is symmetric."""
+    def make(n: int, device: str, dtype: torch.dtype) -> Work:
+        x = _square(n, device, dtype)
+        s = x @ x.mT
+        calls: dict[str, tuple[Callable[[str], Any], float]] = {
+            "syrk": (lambda backend: syrk(x, backend=backend), n**3),
+            "symm_muladd": (lambda backend: symm_muladd(s, -4.775, 2.0315, backend=backend), n**3),
+            "newton_schulz_step": (lambda backend: newton_schulz_step(
+                x, 3.4445, -4.775, 2.0315, backend=backend), 4 * n**3),
+        }
+        run, operations = calls[kernel]
+        return Work(run, 2 * x.nbytes, operations)
+
+    return make
+
+
+#: By name: what bounds the kernel, and how its work is made from a size: bytes of its main tensor,
+#: or n of an n x n matrix.
+CASES: dict[str, tuple[str, Callable[[int, str, torch.dtype], Work]]] = {
+    **{f"adamw8, {bits} bits": ("memory", _adamw(bits)) for bits in (32, 16, 8, 4)},
+    **{f"adam8, {bits} bits": ("memory", _adam(bits)) for bits in (32, 8, 4)},
+    **{f"{name}, {bits} bits": ("memory", _coded(name, bits)) for bits in (8, 4)
+       for name in ("quantize_dynamic", "dequantize_dynamic", "quantize_linear",
+                    "dequantize_linear")},
+    "stochastic_round": ("memory", _round),
+    "row_norms": ("memory", _norms(False)),
+    "row_norms, transposed": ("memory", _norms(True)),
+    "lift, no product": ("memory", _apply),
+    "project, right": ("product", _projection(False, False)),
+    "project, right, norms": ("product", _projection(False, True)),
+    "project, left": ("product", _projection(True, False)),
+    "project, left, norms": ("product", _projection(True, True)),
+    "project, scores": ("product", _similarity),
+    "lift": ("product", _lift(False)),
+    "lift, residual": ("product", _lift(True)),
+    "syrk": ("product", _symmetric("syrk")),
+    "symm_muladd": ("product", _symmetric("symm_muladd")),
+    "newton_schulz_step": ("product", _symmetric("newton_schulz_step")),
+}
+
+
+def row_of(name: str, size: int, device: str, dtype: torch.dtype, bandwidth: float, peak: float,
+           repeats: int, compiled: bool) -> dict[str, Any]:
+    """Medians of all contestants, and our share of the roofline.
+
+    Args:
+        name: a key of :data:`CASES`.
+        size: bytes, or n.
+        device: ``"cuda"`` or ``"cpu"``.
+        dtype: of weights and gradients.
+        bandwidth: bytes per second of a copy.
+        peak: operations per second of a product.
+        repeats: rounds.
+        compiled: time torch.compile of the torch definition too.
+    """
+    bound, make = CASES[name]
+    work = make(size, device, dtype)
+    contestants: dict[str, Callable[[], Any]] = {"torch": lambda: work.run("torch")}
+    if device == "cuda":
+        contestants["lissom"] = lambda: work.run("triton")
+    missing = {}
+    if compiled:
+        # A copy of the frame for this row alone, so that sizes do not share a graph.
+        torch.compiler.reset()
+        try:
+            call = torch.compile(work.run, dynamic=False)
+            call("torch")
+            contestants["compiled"] = lambda: call("torch")
+        except Exception as error:  # whatever the compiler cannot do is the answer
+            missing["compiled"] = str(error).splitlines()[0][:200]
+    taken = clock.times(contestants, repeats, device)
+    ms = {k: statistics.median(v) for k, v in taken.items()}
+    quartiles = {k: [sorted(v)[len(v) // 4], sorted(v)[3 * len(v) // 4]] for k, v in taken.items()}
+    ours = "lissom" if "lissom" in ms else "torch"
+    roofline = 1e3 * max(work.moved / bandwidth, work.operations / peak)
+    others = {k: v for k, v in ms.items() if k != ours}
+    share, start = _GOALS[bound]
+    return {
+        "kernel": name, "provider": ours, "bound": bound, "size": size, "dtype": str(dtype)[6:],
+        "ms": ms, "quartiles_ms": quartiles, "missing": missing, "bytes": work.moved,
+        "operations": work.operations, "roofline_ms": roofline,
+        "share_of_roofline": roofline / ms[ours],
+        "fastest_alternative": min(others, key=others.__getitem__) if others else None,
+        "ratio": ms[ours] / min(others.values()) if others else None,
+        "goal": share if size >= start else None, "repeats": repeats}
+
+
+def _sizes(device: str, bound: str) -> tuple[int, ...]:
+    if device == "cpu":
+        return (_MIB,) if bound == "memory" else (256,)
+    return (64 * _MIB, 256 * _MIB, 1024 * _MIB) if bound == "memory" else (2048, 4096, 8192)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="lissom-kernels", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", default=";".join(CASES),
+                        help="names separated by semicolons (default: all)")
+    parser.add_argument("--device", choices=("cuda", "cpu"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", help="bytes or n, separated by commas, for all kernels named")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-compile", action="store_true",
+                        help="leave torch.compile out (it is on CUDA alone)")
+    parser.add_argument("--seconds", type=float, help="stop when these are over")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(argv)
+    chosen = args.kernels.split(";")
+    for name in chosen:
+        if name not in CASES:
+            parser.error(f"--kernels {name!r} must be of {', '.join(map(repr, CASES))}")
+    deadline = clock.Deadline(args.seconds)
+    device, cuda = args.device, args.device == "cuda"
+    if cuda and (not torch.cuda.is_available() or _triton.triton is None):
+        parser.error("--device cuda needs a CUDA device and Triton")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    bandwidth, peak = clock.copy_bandwidth(device), clock.product_peak(device)
+    common = {**clock.about("kernels", argv, device), "copy_GB_s": bandwidth / 1e9,
+              "peak_TFLOP_s": peak / 1e12}
+    print(f"{common['device']}: copies {bandwidth / 1e9:.0f} GB/s, products "
+          f"{peak / 1e12:.1f} TFLOP/s")
+    rows: list[dict[str, Any]] = []
+    for name in chosen:
+        given = args.sizes and tuple(map(int, args.sizes.split(",")))
+        for size in given or _sizes(device, CASES[name][0]):
+            if deadline.over():
+                rows.append({"kernel": name, "size": size, "skipped": "no time left", **common})
+                continue
+            try:
+                row = row_of(name, size, device, dtype, bandwidth, peak, args.repeats,
+                             cuda and not args.no_compile)
+            except torch.OutOfMemoryError as error:
+                row = {"kernel": name, "size": size, "failed": str(error).splitlines()[0]}
+            rows.append({**row, **common})
+            clock.save(args.json, rows)
+            if "ms" in row:
+                ours, goal = row["share_of_roofline"], row["goal"]
+                mark = "" if goal is None or not cuda else " ok" if ours >= goal else " MISSED"
+                print(f"{name:28} {size:>11} {row['ms'][row['provider']]:9.3f} ms  "
+                      f"{ours:6.1%} of roofline{mark}  " + ", ".join(
+                          f"{k} {v:.3f}" for k, v in row["ms"].items() if k != row["provider"]),
+                      flush=True)
+    clock.save(args.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
