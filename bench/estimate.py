@@ -8,13 +8,13 @@ norms, so devices that fuse those have less. Temporaries are not estimated (``li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from ..optim import project_in_backward, update_in_backward
 from ..optim.base import MatrixOptimizer
@@ -22,10 +22,11 @@ from ..optim.codec import Slot
 from ..optim.groups import output_heads
 from ..optim.lowrank import LowRankOptimizer
 from . import names
+from .livebytes import LiveBytes
 from .sharding import rank_bytes
 from .sources import loss_of, vocabulary
 
-__all__ = ["IN_BACKWARD", "RIVALS", "Held", "activations", "count", "holdings", "modes"]
+__all__ = ["IN_BACKWARD", "RIVALS", "Held", "activations", "count", "holdings", "modes", "passes"]
 
 #: What may be done with gradients: kept until the step, projected or used up in the backward pass.
 IN_BACKWARD = ("none", "project", "update")
@@ -322,19 +323,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise AssertionError("only the forward pass is counted")
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
 
 
-class _Fused(TorchFunctionMode):
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Attention as :class:`_Attention`: on the meta device torch takes the unfused one."""
+    out: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return out
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
-            q, k, v = (args[i] if i < len(args) else kwargs[name]
-                       for i, name in enumerate(("query", "key", "value")))
-            return _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
-        return func(*args, **kwargs)
+
+def _fused() -> Any:
+    """A context in which models find that attention, also where they compute again."""
+    return mock.patch.object(functional, "scaled_dot_product_attention", _attention)
 
 
 def activations(model: nn.Module, batch: int, length: int) -> int:
@@ -361,8 +361,36 @@ def activations(model: nn.Module, batch: int, length: int) -> int:
 
     tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
     try:
-        with _Fused(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with _fused(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             loss_of(model, tokens)
     except Exception as error:  # of any model's own code
         raise ValueError(f"the model does not run without values: {error}") from error
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def passes(model: nn.Module, batch: int, length: int, freed: Iterable[Tensor] = ()) -> int:
+    """The most bytes alive at once in a forward and a backward pass, gradients included.
+
+    Both are run on the meta device, operation by operation. Weights and optimizer state are not
+    counted.
+
+    Args:
+        model: on the meta device; takes tokens; it has no gradients afterwards.
+        batch: sequences.
+        length: tokens of one.
+        freed: parameters whose gradients are used up as soon as they are ready.
+    """
+    def free(p: Tensor) -> None:
+        p.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(free) for p in freed if p.requires_grad]
+    live = LiveBytes(meta=True)
+    try:
+        tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
+        with _fused(), live:
+            loss_of(model, tokens).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.zero_grad()
+    return live.peak

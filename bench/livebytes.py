@@ -18,10 +18,14 @@ class LiveBytes(TorchDispatchMode):
 
     ``peak`` is the largest sum of bytes alive at one time that did not exist at entry; ``live``
     what is alive now.
+
+    Args:
+        meta: count tensors of the meta device, which others would take; they are left out else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, meta: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch annotates it not
+        self.meta = meta
         self.live = 0
         self.peak = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
@@ -53,6 +57,6 @@ class LiveBytes(TorchDispatchMode):
                 self._note(x.untyped_storage())
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.device.type != "meta":
+            if isinstance(x, Tensor) and (self.meta or x.device.type != "meta"):
                 self._add(x.untyped_storage())
         return out

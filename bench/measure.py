@@ -22,7 +22,7 @@ from .estimate import IN_BACKWARD, RIVALS
 from .livebytes import LiveBytes
 from .sources import Source, loss_of, vocabulary
 
-__all__ = ["measure"]
+__all__ = ["attached", "fill", "measure", "rival"]
 
 
 class _Counter:
@@ -56,7 +56,7 @@ def _resident() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _fill(model: nn.Module) -> None:
+def fill(model: nn.Module) -> None:
     """Small random weights, always the same; one-dimensional ones at 1, as norms have them."""
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
@@ -68,7 +68,8 @@ def _fill(model: nn.Module) -> None:
                     row.copy_(torch.randn(row.shape, generator=generator) * 0.02)
 
 
-def _rival(name: str, model: nn.Module) -> torch.optim.Optimizer:
+def rival(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """One of :data:`lissom.bench.estimate.RIVALS`; raises ImportError where it is missing."""
     if name == "bnb-adamw8bit":
         made: torch.optim.Optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(
             model.parameters(), lr=1e-3)
@@ -77,7 +78,8 @@ def _rival(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 @contextlib.contextmanager
-def _attached(optimizer: torch.optim.Optimizer, in_backward: str) -> Iterator[None]:
+def attached(optimizer: torch.optim.Optimizer, in_backward: str) -> Iterator[None]:
+    """Work in the backward pass, one of :data:`lissom.bench.estimate.IN_BACKWARD`, for a while."""
     if in_backward == "none":
         yield
         return
@@ -129,16 +131,16 @@ def measure(source: Source, name: str, rank: int | None, *, dtype: torch.dtype, 
         if not tokens:
             raise ValueError(f"{source.name} takes no tokens, so its steps cannot be measured")
         model = model.to_empty(device=place)
-        _fill(model)
+        fill(model)
         weights = counter.now() - start
         optimizer: torch.optim.Optimizer
         if name in RIVALS:
-            optimizer = _rival(name, model)
+            optimizer = rival(name, model)
         else:
             optimizer = names.build(name, model, rank, 1e-3, **options)
             # factors and candidates that a method has added
             weights = sum(p.nbytes for p in model.parameters())
-        stack.enter_context(_attached(optimizer, in_backward))
+        stack.enter_context(attached(optimizer, in_backward))
         generator = torch.Generator().manual_seed(1)
         most = dict.fromkeys(("activations", "gradients", "backward", "step", "temporaries"), 0)
         peak = state = 0

@@ -18,7 +18,6 @@ import functools
 import gc
 import importlib
 import importlib.metadata
-import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
