@@ -1,0 +1,78 @@
+"""Every class on a GPU against the same on the CPU, and what its step takes there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lissom.kernels import _triton
+
+from .cases import CASES, first_of_each_class
+from .helpers import run
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or _triton.INTERPRETED, reason="no CUDA device")
+SHAPES = [(64, 48), (48, 64), (40,), (33, 33)]
+
+
+def trained(case, device, kind, steps=6):
+    ps = [torch.nn.Parameter(p.detach().to(device), p.requires_grad)
+          for p in case.parameters(SHAPES, dtype=kind)]
+    optimizer = case(ps, lr=1e-2)
+    run(optimizer, ps, range(steps))
+    return optimizer, ps
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.option("projection") != "random"],
+                         ids=lambda c: c.name)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_gpu_trains_as_the_cpu(case, kind):
+    """Random bits are the same; sums have another order, and codes at an edge another value."""
+    _, here = trained(case, "cpu", kind)
+    _, there = trained(case, "cuda", kind)
+    for a, b in zip(here, there, strict=True):
+        apart = (a.detach().double() - b.detach().double().cpu()).abs()
+        assert apart.max() <= 6 * 1e-2 * 2
+        assert apart.mean() <= (1e-3 if kind == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("case", first_of_each_class(), ids=lambda c: c.name)
+def test_resumes_on_a_gpu(case):
+    optimizer, ps = trained(case, "cuda", torch.bfloat16)
+    kept, weights = optimizer.state_dict(), [p.detach().clone() for p in ps]
+    run(optimizer, ps, range(6, 9))
+    twins = [torch.nn.Parameter(w, p.requires_grad) for w, p in zip(weights, ps, strict=True)]
+    other = case(twins, lr=1e-2)
+    other.load_state_dict(kept)
+    run(other, twins, range(6, 9))
+    assert all(torch.equal(a, b) for a, b in zip(ps, twins, strict=True))
+
+
+@pytest.mark.parametrize("case", [c for c in first_of_each_class() if not c.roles],
+                         ids=lambda c: c.name)
+def test_a_step_is_frugal(case):
+    """Temporaries of a step without a refresh, in bf16, of the largest matrix in fp32."""
+    ps = [torch.nn.Parameter(torch.randn(x, device="cuda").bfloat16())
+          for x in [(2048, 2048), (2048, 4096), (4096, 2048), (2048,)]]
+    optimizer = case(ps, lr=1e-3, **({"rank": 256} if "rank" in case.make.table() else {}))
+    run(optimizer, ps, range(2))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 3.5 * 4 * 2048 * 4096
+
+
+@pytest.mark.parametrize("case", [c for c in first_of_each_class() if not c.roles],
+                         ids=lambda c: c.name)
+def test_a_step_between_refreshes_waits_for_nothing(case):
+    ps = [torch.nn.Parameter(torch.randn(256, 128, device="cuda").bfloat16()),
+          torch.nn.Parameter(torch.randn(128, device="cuda").bfloat16())]
+    gap = {"update_proj_gap": 1000} if "update_proj_gap" in case.make.table() else {}
+    optimizer = case(ps, lr=1e-3, **gap)
+    run(optimizer, ps, range(2))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
