@@ -70,7 +70,7 @@ def test_finetuning(recipe, more, encoder):
     row = recipe.main([*encoder, "--steps", "2", "--rank", "4", "--lr", "1e-3", *more])
     falls(row["losses"], math.log(2))
     assert row["accuracy"] in (0.5, 1.0)  # of four sentences, told apart by one word
-    assert ("AdamW" == row["optimizer"]) == bool(more)
+    assert (row["optimizer"] == "AdamW") == bool(more)
 
 
 def test_projected_factors_keep_less(encoder):
