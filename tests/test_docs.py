@@ -133,6 +133,12 @@ def test_code_for_pairs(tmp_path, monkeypatch):
     assert type(names["model"]) is type(plain)
 
 
+def test_every_page_with_code_is_executed_somewhere():
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    for page in PAGES:
+        assert not python(page) or page.name in tests, page.name
+
+
 # -------------------------------------------------------------------- links, files, commands
 
 
@@ -373,3 +379,40 @@ def test_every_option_is_documented_with_its_default(cls):
 def test_every_optimizer_names_its_source(cls):
     docs = " ".join(base.__doc__ or "" for base in cls.__mro__ if issubclass(base, MatrixOptimizer))
     assert "Source: " in docs or cls is lissom.optim.LowRankOptimizer
+
+
+def option_lines() -> list[str]:
+    """The table of docs/options.md: rule and default of every option, those of most classes first.
+
+    Classes that differ in the default alone share a line.
+    """
+    lines: dict[tuple[str, str], dict[str, list[str]]] = {}
+    classes = [cls for cls in optimizers() if cls is not lissom.optim.LowRankOptimizer
+               and not cls.__name__.endswith("8bit")]
+    for cls in classes:
+        given = {k: v.default for k, v in inspect.signature(cls).parameters.items()}
+        for name, option in cls.table().items():
+            if name not in _BOOKKEEPING:
+                rule = "the class's rule or 'adamw'" if name == "algorithm" else option.rule
+                value = given.get(name, option.default)
+                default = "the class's" if name == "algorithm" else f"`{value!r}`"
+                lines.setdefault((name, rule), {}).setdefault(default, []).append(cls.__name__)
+    out = []
+    for (name, rule), defaults in sorted(
+            lines.items(), key=lambda x: (-sum(map(len, x[1].values())), x[0])):
+        order = sorted(defaults.items(), key=lambda x: -len(x[1]))
+        holders = {name for names in defaults.values() for name in names}
+        shared = {cls.__name__ for cls in classes if "inner" in cls.table()}
+        whose = sorted(holders - shared) if shared <= holders else sorted(holders)
+        said = "; ".join([order[0][0], *(f"{', '.join(names)}: {value}"
+                                         for value, names in order[1:])])
+        whom = ", ".join(["low-rank", *whose] if shared <= holders else whose)
+        out.append(f"| `{name}` | {rule} | {said} | "
+                   f"{'all' if len(holders) == len(classes) else whom} |")
+    return out
+
+
+def test_options_are_all_in_the_table():
+    page = (ROOT / "docs/options.md").read_text()
+    for line in option_lines():
+        assert line in page, line
