@@ -36,7 +36,7 @@ RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 
 
 def name_of(value: Any) -> str:
-    return value.name if isinstance(value, Path) else str(value)
+    return str(getattr(value, "__name__", getattr(value, "name", value)))
 
 
 # -------------------------------------------------------------------- code
@@ -263,6 +263,49 @@ def test_readme_has_the_losses_of_the_tiny_llama():
                             ("DCTAdamW", "dct-adamw"), ("APOLLO", "apollo")):
         assert f"`{name}` {rows[optimizer]['valid_loss']:.3f}" in said, name
         assert f"{rows[optimizer]['state_bytes'] / 2**20:.2f} MiB" in said, name
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((ROOT / f"bench/results/{name}.json").read_text())
+    return rows
+
+
+def lines_of_ranks() -> Iterator[str]:
+    for file, optimizer, label in (
+            ("ranks", "torch-adamw", "torch.optim.AdamW"), ("ranks", "muon", "Muon"),
+            ("ranks", "galore", "GaLoreAdamW"), ("ranks", "dct-adamw", "DCTAdamW"),
+            ("ranks-right", "dct-adamw", 'DCTAdamW(proj_type="right")')):
+        rows = [r for r in rows_of(f"memory-7b-{file}") if r["optimizer"] == optimizer]
+        assert [row["ranks"] for row in rows] == [1, 8, 64, 512]
+        yield f"| `{label}` | " + " | ".join(f"{r['optimizer_state'] / 1e9:.2f}" for r in rows)
+
+
+def lines_of_finetuning() -> Iterator[str]:
+    for method, label in (("lora", "LoRA with `AdamW`"), ("galore", "`GaLoreAdamW`"),
+                          ("gradnormlorp", "`GradNormLoRPAdamW`, plain weights"),
+                          ("gradnormlorp-factors", "`GradNormLoRPAdamW`, factors")):
+        rows = [row for row in rows_of("finetune-sst2") if row["method"] == method]
+        yield f"| {label} | " + " | ".join(
+            f"{100 * row['accuracy']:.1f} %, {row['state_bytes'] / 1e6:.2f} MB" for row in rows)
+
+
+def lines_of_projections() -> Iterator[str]:
+    for name, label, digits in (
+            ("subspace", "`subspace` (default)", 4), ("randomized", "`randomized`", 4),
+            ("dct", "`dct`, `column_norm=1`", 3), ("dct, l2", "`dct`, `column_norm=2`", 3),
+            ("dct3", "`dct`, `dct_basis=3`", 3), ("random", "`random`", 3)):
+        row = next(row for row in rows_of("projections") if row["projection"] == name)
+        yield (f"| {label} | {row['of_svd_median']:.{digits}f} | {row['of_svd_worst']:.3f} | "
+               f"{row['time_of_svd']:.2f} |")
+
+
+@pytest.mark.parametrize(("page", "lines"), [
+    ("memory.md", lines_of_ranks), ("results.md", lines_of_finetuning),
+    ("results.md", lines_of_projections)], ids=name_of)
+def test_tables_are_those_of_the_files(page, lines):
+    text = (ROOT / "docs" / page).read_text()
+    for line in lines():
+        assert line in text, line
 
 
 # -------------------------------------------------------------------- docstrings
