@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lissom.bench.recipes import finetune_encoder, finetune_peft, one_gpu_24gib, pretrain_llama
+from lissom.bench.recipes import (
+    common,
+    finetune_encoder,
+    finetune_peft,
+    one_gpu_24gib,
+    pretrain_llama,
+)
 
 RESULTS = Path(__file__).parent.parent / "bench/results"
 WORDS = ["good", "bad", "a", "film", "plot", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -42,11 +48,11 @@ def encoder(tmp_path_factory):
     return ["--model", str(folder), "--data", str(file), "--valid", str(file)]
 
 
-def falls(losses, start):
-    """Two finite losses from about ``start`` down."""
+def falls(losses, start, by=0.05):
+    """Two finite losses from about ``start`` down, by more than batches differ."""
     assert len(losses) == 2
     assert losses[0] == pytest.approx(start, abs=0.3)
-    assert 0 < losses[1] < losses[0]
+    assert 0 < losses[1] < losses[0] - by
 
 
 @pytest.mark.parametrize("more", [[], ["--adamw"]], ids=["fira", "adamw"])
@@ -68,9 +74,22 @@ def test_pretraining(text, more, tmp_path):
 def test_finetuning(recipe, more, encoder):
     pytest.importorskip("peft")
     row = recipe.main([*encoder, "--steps", "2", "--rank", "4", "--lr", "1e-3", *more])
-    falls(row["losses"], math.log(2))
+    falls(row["losses"], math.log(2), by=0)  # a batch is all there is
     assert row["accuracy"] in (0.5, 1.0)  # of four sentences, told apart by one word
     assert (row["optimizer"] == "AdamW") == bool(more)
+
+
+def test_adapters_are_merged_before_the_model_is_judged(encoder, monkeypatch):
+    pytest.importorskip("peft")
+    judged = []
+    monkeypatch.setattr(finetune_peft, "accuracy", lambda model, *more: judged.append(model) or 0.5)
+    finetune_peft.main([*encoder, "--steps", "2", "--rank", "4"])
+    _, start = common.encoder(encoder[1])
+    after = judged[0].state_dict()
+    assert after.keys() == start.state_dict().keys()  # no factor is left
+    moved = {k.rpartition(".")[0].rpartition(".")[2]
+             for k, v in start.state_dict().items() if not torch.equal(v, after[k])}
+    assert moved == {"query", "key", "value", "dense", "classifier"}
 
 
 def test_projected_factors_keep_less(encoder):
@@ -108,7 +127,7 @@ def test_two_ranks_train_as_one(text, tmp_path):
                                                                "CUDA_VISIBLE_DEVICES": ""})
         rows += json.loads(file.read_text())
     one, two = rows
-    falls(two["losses"], math.log(256))
+    falls(two["losses"], math.log(256), by=0.1)  # which a new model would not
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert 0.5 < two["state_bytes_of_a_rank"] / one["state_bytes_of_a_rank"] < 0.8
     assert two["command"].startswith("torchrun --nproc-per-node 2 -m lissom.bench.recipes.fsdp2 ")
