@@ -20,7 +20,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ _FLOATS = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "
            torch.float16: "float16"}
 
 
-class Oracle(NamedTuple):
+@dataclass(frozen=True)
+class Oracle:
     """Which polar factor: hashable, so that equal requests are answered together.
 
     Args:

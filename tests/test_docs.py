@@ -36,7 +36,7 @@ RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 
 
 def name_of(value: Any) -> str:
-    return value.name if isinstance(value, Path) else str(value)
+    return str(getattr(value, "__name__", getattr(value, "name", value)))
 
 
 # -------------------------------------------------------------------- code
@@ -131,6 +131,12 @@ def test_code_for_pairs(tmp_path, monkeypatch):
         torch.testing.assert_close(after, logits[-1], rtol=0, atol=2e-5)
     assert rules == ["switchlora", "switchlora", "gradnormlorp"]
     assert type(names["model"]) is type(plain)
+
+
+def test_every_page_with_code_is_executed_somewhere():
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    for page in PAGES:
+        assert not python(page) or page.name in tests, page.name
 
 
 # -------------------------------------------------------------------- links, files, commands
@@ -259,6 +265,49 @@ def test_readme_has_the_losses_of_the_tiny_llama():
         assert f"{rows[optimizer]['state_bytes'] / 2**20:.2f} MiB" in said, name
 
 
+def rows_of(name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((ROOT / f"bench/results/{name}.json").read_text())
+    return rows
+
+
+def lines_of_ranks() -> Iterator[str]:
+    for file, optimizer, label in (
+            ("ranks", "torch-adamw", "torch.optim.AdamW"), ("ranks", "muon", "Muon"),
+            ("ranks", "galore", "GaLoreAdamW"), ("ranks", "dct-adamw", "DCTAdamW"),
+            ("ranks-right", "dct-adamw", 'DCTAdamW(proj_type="right")')):
+        rows = [r for r in rows_of(f"memory-7b-{file}") if r["optimizer"] == optimizer]
+        assert [row["ranks"] for row in rows] == [1, 8, 64, 512]
+        yield f"| `{label}` | " + " | ".join(f"{r['optimizer_state'] / 1e9:.2f}" for r in rows)
+
+
+def lines_of_finetuning() -> Iterator[str]:
+    for method, label in (("lora", "LoRA with `AdamW`"), ("galore", "`GaLoreAdamW`"),
+                          ("gradnormlorp", "`GradNormLoRPAdamW`, plain weights"),
+                          ("gradnormlorp-factors", "`GradNormLoRPAdamW`, factors")):
+        rows = [row for row in rows_of("finetune-sst2") if row["method"] == method]
+        yield f"| {label} | " + " | ".join(
+            f"{100 * row['accuracy']:.1f} %, {row['state_bytes'] / 1e6:.2f} MB" for row in rows)
+
+
+def lines_of_projections() -> Iterator[str]:
+    for name, label, digits in (
+            ("subspace", "`subspace` (default)", 4), ("randomized", "`randomized`", 4),
+            ("dct", "`dct`, `column_norm=1`", 3), ("dct, l2", "`dct`, `column_norm=2`", 3),
+            ("dct3", "`dct`, `dct_basis=3`", 3), ("random", "`random`", 3)):
+        row = next(row for row in rows_of("projections") if row["projection"] == name)
+        yield (f"| {label} | {row['of_svd_median']:.{digits}f} | {row['of_svd_worst']:.3f} | "
+               f"{row['time_of_svd']:.2f} |")
+
+
+@pytest.mark.parametrize(("page", "lines"), [
+    ("memory.md", lines_of_ranks), ("results.md", lines_of_finetuning),
+    ("results.md", lines_of_projections)], ids=name_of)
+def test_tables_are_those_of_the_files(page, lines):
+    text = (ROOT / "docs" / page).read_text()
+    for line in lines():
+        assert line in text, line
+
+
 # -------------------------------------------------------------------- docstrings
 
 
@@ -373,3 +422,40 @@ def test_every_option_is_documented_with_its_default(cls):
 def test_every_optimizer_names_its_source(cls):
     docs = " ".join(base.__doc__ or "" for base in cls.__mro__ if issubclass(base, MatrixOptimizer))
     assert "Source: " in docs or cls is lissom.optim.LowRankOptimizer
+
+
+def option_lines() -> list[str]:
+    """The table of docs/options.md: rule and default of every option, those of most classes first.
+
+    Classes that differ in the default alone share a line.
+    """
+    lines: dict[tuple[str, str], dict[str, list[str]]] = {}
+    classes = [cls for cls in optimizers() if cls is not lissom.optim.LowRankOptimizer
+               and not cls.__name__.endswith("8bit")]
+    for cls in classes:
+        given = {k: v.default for k, v in inspect.signature(cls).parameters.items()}
+        for name, option in cls.table().items():
+            if name not in _BOOKKEEPING:
+                rule = "the class's rule or 'adamw'" if name == "algorithm" else option.rule
+                value = given.get(name, option.default)
+                default = "the class's" if name == "algorithm" else f"`{value!r}`"
+                lines.setdefault((name, rule), {}).setdefault(default, []).append(cls.__name__)
+    out = []
+    for (name, rule), defaults in sorted(
+            lines.items(), key=lambda x: (-sum(map(len, x[1].values())), x[0])):
+        order = sorted(defaults.items(), key=lambda x: -len(x[1]))
+        holders = {name for names in defaults.values() for name in names}
+        shared = {cls.__name__ for cls in classes if "inner" in cls.table()}
+        whose = sorted(holders - shared) if shared <= holders else sorted(holders)
+        said = "; ".join([order[0][0], *(f"{', '.join(names)}: {value}"
+                                         for value, names in order[1:])])
+        whom = ", ".join(["low-rank", *whose] if shared <= holders else whose)
+        out.append(f"| `{name}` | {rule} | {said} | "
+                   f"{'all' if len(holders) == len(classes) else whom} |")
+    return out
+
+
+def test_options_are_all_in_the_table():
+    page = (ROOT / "docs/options.md").read_text()
+    for line in option_lines():
+        assert line in page, line

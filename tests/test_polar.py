@@ -309,6 +309,7 @@ def test_official_polargrad(name, limit, shape):
 # ---- limits
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch >= 2.9")
 def test_muon_is_torchs(recwarn):
     """In torch's conventions and dtypes, decay and scale included."""
     for fn in (None, "original", "match_rms_adamw"):

@@ -92,8 +92,11 @@ def finish(module: str, argv: Sequence[str] | None, file: str | None, row: dict[
     """Print a result, add it to a file, and return it with its command, commit and torch."""
     print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
                     for k, v in row.items() if k != "losses"))
-    row = {**row, "command": names.command(f"recipes.{module}", argv), "commit": names.commit(),
-           "torch": torch.__version__, "threads": torch.get_num_threads()}
+    command = names.command(f"recipes.{module}", argv)
+    if "ranks" in row:
+        command = command.replace("python", f"torchrun --nproc-per-node {row['ranks']}", 1)
+    row = {**row, "command": command, "commit": names.commit(), "torch": torch.__version__,
+           "threads": torch.get_num_threads()}
     if file is not None:
         path = Path(file)
         rows = json.loads(path.read_text()) if path.exists() else []

@@ -5,6 +5,9 @@ any that transformers knows (extra ``hf``). Files have a sentence, a tab and 0 o
 
     python -m lissom.bench.recipes.finetune_encoder --data FILE --valid FILE --json FILE
     python -m lissom.bench.recipes.finetune_encoder --data FILE --valid FILE --adamw --json FILE
+
+Measured on SST-2, 80 batches of 32 (bench/results/recipe-finetune-encoder.json, one seed): 82.9 %
+of 872 sentences with 2.50 MB of state; AdamW on all weights 83.9 % with 86.37 MB.
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ The optimizer is one line over the model that peft made. Encoder and files are t
 
     python -m lissom.bench.recipes.finetune_peft --data FILE --valid FILE --json FILE
     python -m lissom.bench.recipes.finetune_peft --data FILE --valid FILE --adamw --json FILE
+
+Measured on SST-2, 80 batches of 32 (bench/results/recipe-finetune-peft.json, one seed): 83.3 % of
+872 sentences with 1.54 MB of state; AdamW on the same adapters 82.8 % with 2.88 MB.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ gloo on the CPU, nccl on CUDA. The optimizer is made after ``fully_shard`` and n
 ``proj_type="right"`` keeps all of its state sharded but the bases.
 
     torchrun --nproc-per-node 2 -m lissom.bench.recipes.fsdp2 --json FILE
+
+Measured on the CPU (bench/results/recipe-fsdp2.json): after 60 steps two ranks are at a training
+loss of 2.266 with 0.83 MB of state each, one rank at 2.266 with 1.10 MB.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ The text is Python's own sources, or ``--data FILE``. What to copy is the line w
 
     python -m lissom.bench.recipes.pretrain_llama --json FILE
     python -m lissom.bench.recipes.pretrain_llama --adamw --json FILE
+
+Measured on the CPU (bench/results/recipe-pretrain-llama.json): validation loss 1.490 nats per byte
+with 2.46 MiB of state; AdamW 1.743 with 6.54 MiB. One seed; rates as in ``lissom.bench.train``.
 """
 
 from __future__ import annotations
