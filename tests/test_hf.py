@@ -7,6 +7,7 @@ bit, weights and state, unless a tolerance stands there.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lissom.optim import (
     FiraAdamW,
     GaLoreAdamW,
     GaLoreAdamW8bit,
+    GradNormLoRPAdamW,
     Muon,
     SwitchLoRAAdamW,
     adapter_groups,
@@ -104,6 +106,14 @@ def project(**options: Any) -> Any:
     return lambda: [hf.ProjectInBackwardCallback(**options)]
 
 
+def dora(model: Any) -> Any:
+    """With adapters of peft."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(
+        r=4, target_modules="all-linear", use_dora=True))
+
+
 # name: how the Trainer gets the optimizer, its arguments, callbacks
 RUNS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "adamw": (asked(AdamW), {}, list),
@@ -120,6 +130,8 @@ RUNS: dict[str, tuple[Any, dict[str, Any], Any]] = {
         asked(GaLoreAdamW8bit, update_proj_gap=4), {"gradient_accumulation_steps": 2},
         project(max_grad_norm=0.5)),
     "update": (asked(Muon), {}, lambda: [hf.UpdateInBackwardCallback()]),
+    "dora": (asked(GradNormLoRPAdamW, groups=lambda model: adapter_groups(model, rank=2)),
+             {"prepare": dora, "learning_rate": 0.1}, list),
     "pairs": (asked(SwitchLoRAAdamW, groups=adapter_groups, decay_steps=4),
               {"prepare": lambda model: lora(model, rank=4)}, list),
 }
@@ -363,3 +375,30 @@ def test_accumulating_with_accelerate_is_accumulating_by_hand():
         schedule.step()
         optimizer.zero_grad()
     assert_same(found["weights"], model.state_dict())
+
+
+# -------------------------------------------------------------------- docs/integrations.md
+
+
+def test_code_of_the_page(tmp_path, monkeypatch, capsys):
+    """Each block, on a new model, moves it; nothing is projected that should not be."""
+    pytest.importorskip("lightning")
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs/integrations.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 6
+    start = llama().state_dict()
+    names: dict[str, Any] = {"data": text(32)}
+    for block in blocks:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        model = names["model"] = llama()
+        names["loader"] = torch.utils.data.DataLoader(names["data"], batch_size=8)
+        exec(block, names)
+        moved = {name for name, p in model.named_parameters() if "lora" in name or
+                 not torch.equal(p.cpu(), start[name.replace(".base_layer", "")])}
+        assert any("q_proj" in name for name in moved), block
+        assert all(p.isfinite().all() for p in model.parameters())
+    assert "lm_head.weight" in capsys.readouterr().out
+    assert list(tmp_path.glob("out/checkpoint-*/optimizer.pt"))
+    assert list(tmp_path.glob("saved/optimizer.bin"))
