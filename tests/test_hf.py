@@ -7,7 +7,11 @@ bit, weights and state, unless a tolerance stands there.
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ from .helpers import assert_same
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
-hf = pytest.importorskip("lissom.optim.hf")
+hf = importlib.import_module("lissom.optim.hf")
 
 LENGTH = 32
 
@@ -306,6 +310,22 @@ def test_the_grad_scaler_of_fp16_reaches_the_buffers(tmp_path):
     assert_same(*weights)
     with pytest.raises(ValueError, match="fp16=True, but it must be False"):
         hf.UpdateInBackwardCallback().on_train_begin(args, None, None, optimizer=wrapped)
+
+
+def test_two_ranks_under_torchrun(tmp_path):
+    """They resume bit for bit, and differ from one process by less than 1e-5: gradients are
+    averaged over ranks.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "tests.trainer_job", str(tmp_path)],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
+        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not done.returncode, done.stderr
+    straight, resumed = torch.load(tmp_path / "results.pt", weights_only=True)
+    assert_same(resumed, straight)
+    one = trained(tmp_path / "one", asked(GaLoreAdamW, update_proj_gap=3), max_grad_norm=0.5)
+    torch.testing.assert_close(straight["weights"], dict(one.model.state_dict()), rtol=0, atol=1e-5)
 
 
 # -------------------------------------------------------------------- Accelerate
