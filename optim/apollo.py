@@ -66,7 +66,8 @@ class APOLLO(LowRankOptimizer):
         scale: default 1. The authors' code takes the square root of its ``scale``: their 128 is
             ``128 ** 0.5`` here.
         scale_type: ``"channel"`` (default), or ``"tensor"``: one factor per matrix.
-        projection: default ``"random"``: independent normal entries of variance 1/r.
+        projection: default ``"random"``: independent normal entries of variance 1/r. May also be
+            spelled ``proj``, as the authors' code does.
         limiter: default 1.01; None is off.
 
     Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270.
@@ -80,6 +81,7 @@ class APOLLO(LowRankOptimizer):
         "scale": real(1.0),
         "scale_type": choice("channel", "channel", "tensor"),
     }
+    spellings: ClassVar[Mapping[str, str]] = {**LowRankOptimizer.spellings, "proj": "projection"}
     draw = staticmethod(project.gaussian_basis)
 
     def __init__(

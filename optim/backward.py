@@ -195,7 +195,7 @@ def _optimizer(optimizer: Any, where: str) -> MatrixOptimizer:
     return optimizer
 
 
-def _limit(value: Any, name: str, where: str) -> float:
+def norm_limit(value: Any, name: str, where: str) -> float:
     """A norm to clip to."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where}: {name}={value!r}, but it must be a number > 0")
@@ -372,7 +372,7 @@ class ProjectInBackward(InBackward):
         Returns:
             The norm before the scaling, a 0-d tensor.
         """
-        limit = _limit(max_norm, "max_norm", "clip_grad_norm_")
+        limit = norm_limit(max_norm, "max_norm", "clip_grad_norm_")
         if self.scaler is not None and self.scaler.is_enabled() and not self._unscaled:
             raise RuntimeError("clip_grad_norm_: gradients are still scaled; call unscale_() of "
                                "this handle before")
@@ -546,7 +546,7 @@ def project_in_backward(
         raise TypeError(f"{where}: accumulation={accumulation!r}, but it must be an int >= 1")
     if accumulation < 1:
         raise ValueError(f"{where}: accumulation={accumulation}, but it must be an int >= 1")
-    limit = None if max_grad_norm is None else _limit(max_grad_norm, "max_grad_norm", where)
+    limit = None if max_grad_norm is None else norm_limit(max_grad_norm, "max_grad_norm", where)
     if not isinstance(exact_norm, bool):
         raise TypeError(f"{where}: exact_norm={exact_norm!r}, but it must be True or False")
     if exact_norm and accumulation > 1:
@@ -662,7 +662,7 @@ def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | Non
     """
     where = "update_in_backward"
     optimizer = _optimizer(optimizer, where)
-    limit = None if max_grad_norm is None else _limit(max_grad_norm, "max_grad_norm", where)
+    limit = None if max_grad_norm is None else norm_limit(max_grad_norm, "max_grad_norm", where)
     if type(optimizer).before_updates is not MatrixOptimizer.before_updates:
         raise ValueError(f"{where}: {type(optimizer).__name__} exchanges vectors between "
                          "parameters, which needs the gradients of all of them at once; call "

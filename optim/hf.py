@@ -1,0 +1,163 @@
+"""Hugging Face's Trainer: an optimizer from its arguments, and gradients that never pile up in it.
+
+Needs ``transformers`` (extra ``hf``), which nothing else of this package imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from .backward import InBackward, norm_limit, project_in_backward, update_in_backward
+from .base import MatrixOptimizer
+from .groups import param_groups
+
+__all__ = ["ProjectInBackwardCallback", "UpdateInBackwardCallback", "trainer_optimizer"]
+
+Groups = list[dict[str, Any]]
+Build = Callable[..., MatrixOptimizer]
+
+
+def trainer_optimizer(
+    cls: type[MatrixOptimizer], args: Any, rank: int | float | None = 128, *,
+    groups: Callable[[nn.Module], Groups] | None = None, **options: Any,
+) -> tuple[Callable[[], Build], dict[str, Any]]:
+    """What a ``Trainer`` takes as ``optimizer_cls_and_kwargs``.
+
+    The Trainer's own groups know of decay alone: a class and a rank given to it would project
+    embeddings and head too. This makes the groups of :func:`lissom.optim.param_groups` when the
+    Trainer asks for its optimizer, from the model that it has then (``model_init``, FSDP).
+
+    Args:
+        cls: any class of this package.
+        args: the Trainer's ``TrainingArguments``; ``learning_rate``, ``adam_beta1``,
+            ``adam_beta2``, ``adam_epsilon`` and ``weight_decay`` (0 where it was not given) are
+            the optimizer's.
+        rank: of every matrix, as :func:`lissom.optim.param_groups` takes it. Default 128.
+        groups: from the model to groups, in place of ``param_groups(model, rank=rank)``:
+            ``adapter_groups`` for pairs, ``lambda model: param_groups(model, overrides=...)``.
+        options: further options of the class; they win over ``args``.
+
+    Returns:
+        A pair for ``Trainer(..., optimizer_cls_and_kwargs=...)``.
+
+    Raises:
+        TypeError: cls is no class of this package. What is wrong with options or model is told
+            by the class when the Trainer makes its optimizer.
+
+    Source: ``Trainer.create_optimizer`` of transformers 5.2 and later, which calls such a pair as
+    ``pair[0]()(model, **pair[1])``.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, MatrixOptimizer)):
+        raise TypeError(f"trainer_optimizer: cls={cls!r}, but it must be a class of lissom.optim")
+    given: dict[str, Any] = {
+        "lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon, "weight_decay": args.weight_decay} | options
+
+    def build(model: nn.Module) -> MatrixOptimizer:
+        found = param_groups(model, rank=rank) if groups is None else groups(model)
+        make: Build = cls
+        return make(found, **given)
+
+    return lambda: build, {}
+
+
+class _InBackwardCallback(TrainerCallback):
+    """Hangs a handle on the Trainer's optimizer while it trains."""
+
+    def __init__(self, max_grad_norm: float | None) -> None:
+        name = type(self).__name__
+        self.max_grad_norm = (None if max_grad_norm is None else
+                              norm_limit(max_grad_norm, "max_grad_norm", name))
+        #: What is on the optimizer during training, else None.
+        self.handle: InBackward | None = None
+
+    def attach(self, optimizer: Any, args: Any, scaler: Any) -> InBackward:
+        """The handle for one training."""
+        raise NotImplementedError
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None,
+                       **kwargs: Any) -> None:
+        """Attach; raises what the handle's function raises, ValueError where the Trainer clips."""
+        self._remove()  # that of a training which an error has ended
+        name = type(self).__name__
+        if args.max_grad_norm:
+            raise ValueError(
+                f"{name}: TrainingArguments have max_grad_norm={args.max_grad_norm}, but it must "
+                "be 0: the Trainer would clip by what is left in p.grad; give TrainingArguments("
+                f"max_grad_norm=0.0), and {name}(max_grad_norm={args.max_grad_norm})")
+        scaler = getattr(optimizer, "scaler", None)
+        while not isinstance(optimizer, MatrixOptimizer) and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer  # Accelerate's wrapper
+        self.handle = self.attach(optimizer, args, scaler)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the handle off."""
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle = None
+
+
+class ProjectInBackwardCallback(_InBackwardCallback):
+    """:func:`lissom.optim.project_in_backward` while a Trainer trains.
+
+    ``gradient_accumulation_steps`` of the Trainer is the handle's ``accumulation``, its GradScaler
+    (``fp16=True``) the handle's. Checkpoints are the ordinary ones: a training may go on from them
+    with or without this. The ``grad_norm`` in the Trainer's log is of dense gradients alone.
+
+    Args:
+        max_grad_norm: clip to this joint norm in each step, > 0; for it ``TrainingArguments`` must
+            have ``max_grad_norm=0.0``, since the Trainer would clip dense gradients only.
+            Default None: not clipped.
+        exact_norm: see :func:`lissom.optim.project_in_backward`. Default False.
+
+    Raises:
+        TypeError, ValueError: an argument. When training begins, what ``project_in_backward``
+            refuses, and ``max_grad_norm`` in ``TrainingArguments``.
+    """
+
+    def __init__(self, max_grad_norm: float | None = None, exact_norm: bool = False) -> None:
+        super().__init__(max_grad_norm)
+        self.exact_norm = exact_norm
+
+    def attach(self, optimizer: Any, args: Any, scaler: Any) -> InBackward:
+        return project_in_backward(
+            optimizer, args.gradient_accumulation_steps, max_grad_norm=self.max_grad_norm,
+            exact_norm=self.exact_norm, grad_scaler=scaler)
+
+
+class UpdateInBackwardCallback(_InBackwardCallback):
+    """:func:`lissom.optim.update_in_backward` while a Trainer trains.
+
+    For ``gradient_accumulation_steps=1``. The ``grad_norm`` in the Trainer's log is 0: no gradient
+    is left when it looks.
+
+    Args:
+        max_grad_norm: clip each parameter's gradient to this norm, > 0; for it
+            ``TrainingArguments`` must have ``max_grad_norm=0.0``. Default None: not clipped.
+
+    Raises:
+        TypeError, ValueError: an argument. When training begins, what ``update_in_backward``
+            refuses, ``max_grad_norm`` in ``TrainingArguments``, accumulation and ``fp16=True``.
+    """
+
+    def __init__(self, max_grad_norm: float | None = None) -> None:
+        super().__init__(max_grad_norm)
+
+    def attach(self, optimizer: Any, args: Any, scaler: Any) -> InBackward:
+        count = args.gradient_accumulation_steps
+        if count != 1:
+            raise ValueError(
+                f"UpdateInBackwardCallback: TrainingArguments have gradient_accumulation_steps="
+                f"{count}, but it must be 1: each backward pass updates the weights; use "
+                "ProjectInBackwardCallback to accumulate")
+        if scaler is not None:
+            raise ValueError("UpdateInBackwardCallback: TrainingArguments have fp16=True, but it "
+                             "must be False: the weights would move by scaled gradients; use bf16")
+        return update_in_backward(optimizer, max_grad_norm=self.max_grad_norm)
