@@ -99,7 +99,7 @@ def random_bits16_ref(
 
 def bounded(x: Tensor, largest: float) -> bool:
     """Whether x is known to be finite and within +-largest, where that can be had cheaply."""
-    if x.device.type != "cpu" or not x.numel():
+    if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
         return False
     low, high = torch.aminmax(x)
     return low.item() >= -largest and high.item() <= largest
@@ -281,7 +281,7 @@ def _stochastic_round(x: Tensor, out: Tensor, start: int, key: list[int], stream
                *map(signed32, (*key, *stream)), TILE=_TILE)
 
 
-_op = define("stochastic_round(Tensor x, Tensor(a!) out, int start, int[] key, int[] stream, "
+_op = define("stochastic_round(Tensor x, Tensor(a!) out, SymInt start, int[] key, SymInt[] stream, "
              "bool triton) -> ()", _stochastic_round)
 
 

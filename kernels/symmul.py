@@ -156,10 +156,11 @@ def _use_triton(x: Tensor, backend: str | None) -> bool:
         raise TypeError("backend: 'triton' has no float64, which sums in fp32 would not be")
     if backend is not None:
         return able
+    if not able or x.element_size() != 2 or min(x.shape[-2:]) < _ROWS:
+        return False
     # Loads of 16 bytes: neighbours along one dimension, the other's at multiples of 8.
     along = sorted(x.stride()[-2:])
-    return (able and x.element_size() == 2 and min(x.shape[-2:]) >= _ROWS and along[0] == 1
-            and along[1] % 8 == 0)
+    return along[0] == 1 and along[1] % 8 == 0
 
 
 def _muladd(c: Tensor | None, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:

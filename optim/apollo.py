@@ -41,7 +41,7 @@ class _Scaling(Residual):
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         assert measured is not None
         along = "full" if o["scale_type"] == "tensor" else side
-        more = math.prod(g.shape[i] / low.shape[i] for i in ALONG[side])
+        more = math.prod([g.shape[i] / low.shape[i] for i in ALONG[side]])
         gain = gains(norms(n, along), norms(low, along), measured, more, s, o)
         return Update(dense=g, gain=(gain * o["scale"]).to(low.dtype))
 

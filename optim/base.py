@@ -689,7 +689,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         first = 0 if rows is None else rows.start * math.prod(p.shape[1:])
         if not p.numel():
             return
-        fused = codec.Decoded(stored, slots, p, rows).stored_pair(g, o)
+        # Traced, the operator would be compiled anew for each rate.
+        fused = None if torch.compiler.is_compiling() else codec.Decoded(
+            stored, slots, p, rows).stored_pair(g, o)
         if fused is not None and p.is_contiguous() and "master" not in stored:
             adamw8(p, g, **fused, lr=o["lr"], weight_decay=o["weight_decay"], t=t,
                    maximize=o["maximize"], stochastic=codec.random_rounding(p, o))
@@ -860,7 +862,7 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """
     first = tensors[0]
     block = _BLOCK.get(first.device.type, _BLOCK["cuda"])
-    if first.numel() <= block or first.ndim == 0:
+    if first.numel() <= block or first.ndim == 0 or torch.compiler.is_compiling():
         return [tensors]
     alike = all(x.shape == first.shape for x in tensors)
     rows = max(1, block // first[0].numel())

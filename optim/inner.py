@@ -41,7 +41,7 @@ def representable(g: Tensor, terms: int = 1) -> Tensor:
     formula gets g / inf = 0. Infinities and NaN stay what they are.
     """
     limit = math.sqrt(torch.finfo(g.dtype).max / terms)  # squares of larger numbers are infinite
-    if g.device.type == "cpu" and g.numel():
+    if g.device.type == "cpu" and g.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(g)
         # False for NaN too, which the clamp below would pass on in any case.
         if low.item() >= -limit and high.item() <= limit:

@@ -32,7 +32,8 @@ def norms(x: Tensor, side: str) -> Tensor:
             norm = torch.linalg.vector_norm(norm, dim=-1)
             return norm[..., None, None]
         return norm.unsqueeze(dim[0])
-    if x.device.type != "cpu" or x.dtype == torch.float64 or not x.numel():
+    if (x.device.type != "cpu" or x.dtype == torch.float64 or not x.numel()
+            or torch.compiler.is_compiling()):
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
         return norm
     if side == "left":

@@ -206,13 +206,19 @@ def _polar_express(x: Tensor, oracle: Oracle) -> Tensor:
     return _quintics(x, _SLACK, _shortened(oracle.steps, float(low)), oracle)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _schedule(steps: int | None, low: float) -> tuple[Triple, ...]:
+    """The coefficients, which a graph takes as they are."""
+    return polar_express_schedule(steps, low)
+
+
 @functools.lru_cache(maxsize=64)
 def _shortened(steps: int | None, low: float) -> tuple[Triple, ...]:
     """The schedule for rounded products: x / slack in every polynomial but the limit's.
 
     To convergence the limit comes twice more, for what the slack has left.
     """
-    schedule = polar_express_schedule(steps, low)
+    schedule = _schedule(steps, low)
     short = [(a / _SLACK, b / _SLACK**3, c / _SLACK**5) if (a, b, c) != _POLISH else (a, b, c)
              for a, b, c in schedule]
     return (*short, *(() if steps else (_POLISH,) * 2))

@@ -107,7 +107,7 @@ class Fira(Residual):
         n_ = norms(n, side)
         if correction != 1.0:
             n_ /= correction
-        more = math.prod(g.shape[i] / low.shape[i] for i in ALONG[side])
+        more = math.prod([g.shape[i] / low.shape[i] for i in ALONG[side]])
         gain = gains(n_, norms(low, side), measured, more, s, o, 1 - scale if released else 0.0)
         gain = (gain * correction).to(low.dtype)
         left, right = bases.factors(n.addcmul_(low, gain, value=-1).to(g.dtype))
