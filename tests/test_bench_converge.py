@@ -61,6 +61,27 @@ def test_a_valley_is_found_from_its_side(best):
     assert len(tried) == len(set(tried)) <= 6
 
 
+def test_a_rate_that_diverges_is_never_the_best():
+    assert converge.tuned(lambda rate: float("nan") if rate >= 1 else 1 / rate, 1.0) == 0.5
+
+
+def test_rows_of_another_comparison_are_not_taken(tmp_path, monkeypatch):
+    """Other text, other weights: the rows of the first are kept and none is reused."""
+    monkeypatch.setattr(converge, "tuned", lambda loss, usual: (loss(usual), usual)[1])
+    monkeypatch.setattr(converge.train, "train", fake)
+    file, other = tmp_path / "rows.json", tmp_path / "other.txt"
+    other.write_bytes(b"another text " * 4000)
+    flags = [*FLAGS, "--seeds", "1", "--methods", "AdamW", "--json", str(file)]
+    for more, count in (([], 1), ([], 1), (["--dtype", "bf16"], 2), (["--data", str(other)], 3)):
+        assert converge.main([*flags, *more]) == 0
+        assert len(json.loads(file.read_text())) == count
+
+
+def fake(name, data, run, report, save, resume):
+    save.write_bytes(b"")
+    return {"valid_loss": 1.0, "losses": [1.0] * run.until, "state_bytes": 1, "peak_bytes": 1}
+
+
 def test_refusals(tmp_path, capsys):
     for flags, message in ((["--methods", "Galore"], "--methods 'Galore' must be of"),
                            (["--data", str(tmp_path / "none.txt")], "No such file")):
