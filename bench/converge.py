@@ -15,7 +15,9 @@ made in many short sessions.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -59,6 +61,7 @@ METHODS: dict[str, Method] = {
     "Trion": Method("trion"),
     "SwitchLoRA": Method("switchlora"),
     "GradNormLoRP": Method("gradnormlorp"),
+    "GradNormLoRP, factors": Method("gradnormlorp-factors"),
     "AdamW, 8 bits": Method("adamw", {"state_bits": 8}, of="AdamW"),
     "Fira, 8 bits": Method("fira", _BASIS, of="Fira", goal=1.0),
     "GaLore, 8 bits": Method("galore", _BASIS, of="GaLore", goal=1.01),
@@ -78,17 +81,23 @@ class _OutOfTime(Exception):
 def tuned(loss: Any, usual: float) -> float:
     """The best rate of half the usual one, itself, twice it, and on while the loss falls.
 
+    A loss that is no number, of a run that diverged, is the worst.
+
     Args:
         loss: from a rate to a loss.
         usual: the rate to begin with.
     """
-    rates = {x: loss(x) for x in (usual, usual / 2, usual * 2)}
+    def tried(rate: float) -> float:
+        value = float(loss(rate))
+        return math.inf if math.isnan(value) else value
+
+    rates = {x: tried(x) for x in (usual, usual / 2, usual * 2)}
     for factor in (0.5, 2.0):
         while True:
             best = min(rates, key=rates.__getitem__)
             if best != (min(rates) if factor < 1 else max(rates)):
                 break
-            rates[best * factor] = loss(best * factor)
+            rates[best * factor] = tried(best * factor)
     return min(rates, key=rates.__getitem__)
 
 
@@ -105,6 +114,11 @@ class _Runs:
         self.about = clock.about("converge", argv, args.device)
         self.steps = max(1, args.tokens // (args.batch * args.length))
         self.rank = args.rank or PAPER_RANK[args.size]
+        # What two runs must share to be compared; rows that differ in it are of another comparison.
+        digest = hashlib.sha256(b"".join(x.numpy().tobytes() for x in self.data)).hexdigest()
+        self.shared = {"rank": self.rank, "model": args.size, "steps": self.steps,
+                       "batch": args.batch, "length": args.length, "dtype": args.dtype,
+                       "run_on": args.device, "text": digest[:12]}
 
     def loss(self, name: str, lr: float, seed: int) -> float:
         """Validation loss of a run, taken from the rows or made.
@@ -112,8 +126,7 @@ class _Runs:
         Raises:
             _OutOfTime: before it was done.
         """
-        key = {"method": name, "lr": lr, "seed": seed, "rank": self.rank, "model": self.args.size,
-               "steps": self.steps, "batch": self.args.batch, "length": self.args.length}
+        key = {"method": name, "lr": lr, "seed": seed, **self.shared}
         for row in self.rows:
             if all(row.get(k) == v for k, v in key.items()):
                 return float(row["valid_loss"])
@@ -122,7 +135,8 @@ class _Runs:
         if method.optimizer == "switchlora":  # a tenth of the run, as the paper takes it
             options["decay_steps"] = max(1, self.steps // 10)
         self.parts.mkdir(exist_ok=True)
-        slug = "-".join(str(x) for x in key.values()).replace(" ", "_").replace(",", "")
+        slug = "-".join(str(x) for x in key.values())
+        slug = slug.replace(" ", "_").replace(",", "").replace(":", "")
         part, note = self.parts / f"{slug}.pt", self.parts / f"{slug}.json"
         kept = json.loads(note.read_text()) if note.exists() else {"steps": 0, "seconds": 0.0}
         made: dict[str, Any] = {}
@@ -150,10 +164,10 @@ class _Runs:
         return float(made["valid_loss"])
 
     def of(self, name: str, lr: float) -> list[dict[str, Any]]:
-        """Rows of a method at a rate, by seed."""
-        return sorted((row for row in self.rows if (row["method"], row["lr"], row["steps"],
-                                                    row["model"]) ==
-                       (name, lr, self.steps, self.args.size)), key=lambda row: row["seed"])
+        """Rows of a method at a rate in this comparison, by seed."""
+        key = {"method": name, "lr": lr, **self.shared}
+        return sorted((row for row in self.rows if all(row.get(k) == v for k, v in key.items())),
+                      key=lambda row: int(row["seed"]))
 
 
 def _table(runs: _Runs, best: Mapping[str, float]) -> None:

@@ -206,7 +206,7 @@ def _symmetric(kernel: str) -> Callable[[int, str, torch.dtype], Work]:
 #: or n of an n x n matrix.
 CASES: dict[str, tuple[str, Callable[[int, str, torch.dtype], Work]]] = {
     **{f"adamw8, {bits} bits": ("memory", _adamw(bits)) for bits in (32, 16, 8, 4)},
-    **{f"adam8, {bits} bits": ("memory", _adam(bits)) for bits in (32, 8, 4)},
+    **{f"adam8, {bits} bits": ("memory", _adam(bits)) for bits in (32, 16, 8, 4)},
     **{f"{name}, {bits} bits": ("memory", _coded(name, bits)) for bits in (8, 4)
        for name in ("quantize_dynamic", "dequantize_dynamic", "quantize_linear",
                     "dequantize_linear")},

@@ -7,7 +7,7 @@ import json
 import pytest
 from lissom.bench import converge
 
-FLAGS = ["--size", "tiny", "--rank", "4", "--tokens", "768", "--batch", "2", "--length", "64",
+FLAGS = ["--size", "tiny", "--rank", "4", "--tokens", "512", "--batch", "2", "--length", "64",
          "--piece", "2", "--seeds", "2", "--device", "cpu"]
 
 
@@ -35,7 +35,7 @@ def test_pieces_give_what_one_command_gives(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "pieces.json.parts").iterdir())
     assert len(rows_of(whole)) == 3 * 3
     rows = json.loads(whole.read_text())
-    assert all(row["wall_s"] > 0 and row["steps"] == 6 and len(row["losses"]) == 6 for row in rows)
+    assert all(row["wall_s"] > 0 and row["steps"] == 4 and len(row["losses"]) == 4 for row in rows)
 
 
 def one_piece():
@@ -59,6 +59,27 @@ def test_a_valley_is_found_from_its_side(best):
 
     assert converge.tuned(loss, 1.0) == best
     assert len(tried) == len(set(tried)) <= 6
+
+
+def test_a_rate_that_diverges_is_never_the_best():
+    assert converge.tuned(lambda rate: float("nan") if rate >= 1 else 1 / rate, 1.0) == 0.5
+
+
+def test_rows_of_another_comparison_are_not_taken(tmp_path, monkeypatch):
+    """Other text, other weights: the rows of the first are kept and none is reused."""
+    monkeypatch.setattr(converge, "tuned", lambda loss, usual: (loss(usual), usual)[1])
+    monkeypatch.setattr(converge.train, "train", fake)
+    file, other = tmp_path / "rows.json", tmp_path / "other.txt"
+    other.write_bytes(b"another text " * 4000)
+    flags = [*FLAGS, "--seeds", "1", "--methods", "AdamW", "--json", str(file)]
+    for more, count in (([], 1), ([], 1), (["--dtype", "bf16"], 2), (["--data", str(other)], 3)):
+        assert converge.main([*flags, *more]) == 0
+        assert len(json.loads(file.read_text())) == count
+
+
+def fake(name, data, run, report, save, resume):
+    save.write_bytes(b"")
+    return {"valid_loss": 1.0, "losses": [1.0] * run.until, "state_bytes": 1, "peak_bytes": 1}
 
 
 def test_refusals(tmp_path, capsys):
