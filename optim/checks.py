@@ -16,10 +16,12 @@ TORCH_ONLY = {"foreach", "fused", "capturable", "differentiable", "decoupled_wei
 
 def refuse_torch_only(given: Mapping[str, Any], where: str) -> None:
     """Torch's switches about how a step runs are taken where they ask for nothing else."""
-    for name in ("capturable", "differentiable"):
+    for name, reason in (
+            ("capturable", "step and lr are numbers of the host, which a CUDA graph would freeze; "
+             "capture forward and backward, and call step() outside the graph"),
+            ("differentiable", "this step is not differentiated through")):
         if given.get(name):
-            raise ValueError(f"{where}: {name}={given[name]!r}, but it must be False: "
-                             "this step is neither captured nor differentiated through")
+            raise ValueError(f"{where}: {name}={given[name]!r}, but it must be False: {reason}")
     if not given.get("decoupled_weight_decay", True):
         raise ValueError(f"{where}: decoupled_weight_decay=False, but it must be True: "
                          "decay is decoupled")
