@@ -4,6 +4,7 @@ from .adamw import AdamW, AdamW8bit
 from .apollo import APOLLO
 from .backward import project_in_backward, update_in_backward
 from .base import PartialStepError
+from .convert import convert_state
 from .dctadamw import DCTAdamW
 from .fira import FiraAdamW
 from .frugal import FRUGAL
@@ -23,5 +24,5 @@ from .version import __version__
 __all__ = ["APOLLO", "AdamW", "AdamW8bit", "DCTAdamW", "FRUGAL", "FiraAdamW", "GaLoreAdamW",
            "GaLoreAdamW8bit", "GradNormLoRPAdamW", "LowRankOptimizer", "Muon", "PartialStepError",
            "Plan", "PolarGrad", "Report", "SwitchLoRAAdamW", "Trion", "__version__",
-           "adapter_groups", "base_weights", "lora", "merge", "param_groups",
+           "adapter_groups", "base_weights", "convert_state", "lora", "merge", "param_groups",
            "project_in_backward", "report", "update_in_backward"]

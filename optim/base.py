@@ -36,7 +36,7 @@ from . import codec, metrics, sharding
 from .checks import TORCH_ONLY, check_gradient, check_parameter, refuse_torch_only
 from .codec import Slot, State
 from .inner import adam, adam_slots
-from .loading import checked_load, checked_state
+from .loading import FORMAT, REMEDY, checked_load, checked_state, overruled
 from .options import (
     Option,
     boolean,
@@ -58,9 +58,6 @@ if TYPE_CHECKING:
 __all__ = ["COMMON", "FORMAT", "AdamWPart", "CommonOptions", "MatrixOptimizer",
            "PartialStepError", "Update", "Work", "negated", "spoilt"]
 
-#: Version of the state dict, kept in every group.
-FORMAT = 1
-
 #: Options of every class.
 COMMON: dict[str, Option] = {
     "lr": real(1e-3),
@@ -79,6 +76,8 @@ COMMON: dict[str, Option] = {
 }
 # Kept in the groups by this package, not given by users.
 _BOOKKEEPING = {"format": integer(FORMAT, 1), "skipped_steps": integer(0, 0)}
+# Of the options of every class those that decide what the state holds.
+_LAYOUT = {"amsgrad", "state_bits", "master_bits"}
 # Written into groups by torch's schedulers, or by people for their own use.
 _FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum",
             "param_names", "name"}
@@ -484,6 +483,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return [(k, x.kind in (float, tuple)) for k, x in self.table().items()
                 if k not in _BOOKKEEPING]
 
+    def structural(self) -> list[str]:
+        """Options that say what the state is or how it is found, not how fast weights move."""
+        return [k for k, x in self.table().items() if x.kind not in (float, tuple)
+                and k not in _BOOKKEEPING and (k not in COMMON or k in _LAYOUT)]
+
     @staticmethod
     def _form(p: Tensor, o: Mapping[str, Any], kinds: list[tuple[str, bool]]) -> tuple[Any, ...]:
         """All that the slots of a parameter depend on."""
@@ -735,7 +739,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, bit for bit; moments stay in the dtypes they were saved in.
 
-        A state dict of ``torch.optim.AdamW`` is read too, for parameters that get AdamW here.
+        Saved options replace those of this optimizer, as in torch, with a warning where they are
+        more than numbers; :func:`lissom.optim.convert_state` goes on with this optimizer's. A state
+        dict of ``torch.optim.AdamW`` is read too, for parameters that get AdamW here.
 
         Raises:
             TypeError, ValueError: what is wrong and where; nothing was changed.
@@ -746,6 +752,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         self._sync_state()
         groups, states = checked_load(self, state_dict)
+        if replaced := overruled(self, groups):
+            warnings.warn(f"{type(self).__name__}.load_state_dict: the saved options go on: "
+                          f"{replaced}. {REMEDY}.", stacklevel=2)
         self.__setstate__({"state": self.state, "param_groups": groups})
         self.state.clear()
         self.state.update(states)

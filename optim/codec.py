@@ -29,10 +29,10 @@ from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
 if TYPE_CHECKING:
     from .sharding import Rows
 
-__all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "counter", "encode", "held", "key_of",
-           "master_slots", "moment", "name_key", "pieces", "random_rounding", "read",
-           "read_weight", "rounded", "row_sum", "rows_of", "stored", "whole_shape", "wide", "write",
-           "write_weight"]
+__all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "counter", "encode", "fill", "held",
+           "key_of", "master_slots", "moment", "name_key", "pieces", "plain_name",
+           "random_rounding", "read", "read_weight", "rounded", "row_sum", "rows_of", "stored",
+           "whole_shape", "wide", "write", "write_weight"]
 
 # Their positions are the streams of random bits that round them.
 _ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
@@ -225,15 +225,19 @@ def counter(dtype: torch.dtype = torch.float32) -> Slot:
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def name_key(name: str) -> int:
-    """A parameter's ``key`` from its dotted name: the first 63 bits of its BLAKE2b hash.
+def plain_name(name: str) -> str:
+    """A parameter's dotted name without what wrapping the model has put into it.
 
-    Names that torch.compile, DDP, FSDP1 and activation checkpointing change by wrapping the model
-    give the key of the plain model's.
+    That is done by torch.compile, DDP, FSDP1 and activation checkpointing.
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    plain = ".".join(parts[1:] if parts[:1] == ["module"] else parts)
-    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "big") >> 1
+    return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
+
+
+def name_key(name: str) -> int:
+    """A parameter's ``key`` from its plain name: the first 63 bits of its BLAKE2b hash."""
+    digest = hashlib.blake2b(plain_name(name).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
@@ -352,16 +356,28 @@ def encode(
     for stream, name in enumerate(_ORDER):
         if name not in kept or name not in s.opened or kept[name] is s[name]:
             continue
-        x = s[name].float()
-        if slots[name].bits:
-            _pack(kept[name], kept[f"{name}.scale"], x,
-                  functools.partial(quantize_dynamic, bits=slots[name].bits,
-                                    signed=name not in _SQUARES))
-        elif kept[name].dtype == s[name].dtype:
-            kept[name].copy_(s[name])
+        if slots[name].bits or kept[name].dtype == s[name].dtype:
+            fill(kept, name, s[name], slots[name])
         else:
-            kept[name].copy_(stochastic_round(x, torch.bfloat16, start + s.first(name),
-                                              key_of(kept, o), (step, stream)))
+            kept[name].copy_(stochastic_round(s[name].float(), torch.bfloat16,
+                                              start + s.first(name), key_of(kept, o),
+                                              (step, stream)))
+
+
+def fill(kept: Mapping[str, Tensor], name: str, value: Tensor, slot: Slot) -> None:
+    """Write a moment to its store, whole and to nearest.
+
+    Args:
+        kept: the store.
+        name: of the moment.
+        value: its new value.
+        slot: how it is stored.
+    """
+    if slot.bits:
+        _pack(kept[name], kept[f"{name}.scale"], value.float(), functools.partial(
+            quantize_dynamic, bits=slot.bits, signed=name not in _SQUARES))
+    else:
+        kept[name].copy_(value)
 
 
 def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,15 @@ from . import sharding
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
 
-__all__ = ["checked_load", "checked_state"]
+__all__ = ["FORMAT", "UPGRADES", "REMEDY", "checked_load", "checked_state", "overruled",
+           "saved_groups"]
+
+#: Version of the state dict, kept in every group.
+FORMAT = 1
+#: How a state dict of an older format becomes one of the next: {format: function}, new dicts each.
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+#: For messages about a state that is whole but of something else.
+REMEDY = "lissom.optim.convert_state converts a saved state to other options, groups and rules"
 
 
 def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
@@ -28,34 +36,15 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
         TypeError, ValueError: what is wrong and where.
     """
     where = f"{type(optimizer).__name__}.load_state_dict"
-    for key, kind in (("state", Mapping), ("param_groups", list)):
-        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
-            raise ValueError(f"{where}: no {key!r} in it, so this is no optimizer state")
+    state_dict = saved_groups(state_dict, where)
     saved = state_dict["param_groups"]
     if len(saved) != len(optimizer.param_groups):
-        raise ValueError(f"{where}: {len(saved)} groups saved, "
-                         f"but this optimizer has {len(optimizer.param_groups)}")
-    known: set[Any] = set()
+        raise ValueError(f"{where}: {len(saved)} groups saved, but this optimizer has "
+                         f"{len(optimizer.param_groups)} ({REMEDY})")
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
-        at = f"{where}, group {i}"
-        keys = group.get("params") if isinstance(group, Mapping) else None
-        if not isinstance(keys, (list, tuple)) or not all(
-                isinstance(k, (int, str)) for k in keys):
-            raise ValueError(f"{at}: has no list of 'params'")
-        if len(keys) != len(mine["params"]):
-            raise ValueError(f"{at}: {len(keys)} parameters saved, "
-                             f"but this optimizer has {len(mine['params'])}")
-        names = group.get("param_names")
-        if names is not None and (not isinstance(names, (list, tuple))
-                                  or len(names) != len(keys)):
-            raise ValueError(f"{at}: param_names={names!r}, but it must be {len(keys)} names")
-        twice = known.intersection(keys) or {k for k in keys if keys.count(k) > 1}
-        if twice:
-            raise ValueError(f"{at}: parameters {sorted(twice, key=str)!r} are saved twice")
-        known.update(keys)
-    stray = [k for k in state_dict["state"] if k not in known]
-    if stray:
-        raise ValueError(f"{where}: state of {stray[:5]!r}, which no saved group contains")
+        if len(group["params"]) != len(mine["params"]):
+            raise ValueError(f"{where}, group {i}: {len(group['params'])} parameters saved, "
+                             f"but this optimizer has {len(mine['params'])} ({REMEDY})")
     groups: list[dict[str, Any]] = []
     states: dict[Tensor, dict[str, Tensor]] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
@@ -82,6 +71,68 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
             elif ours and p.requires_grad and p in optimizer.state:
                 raise ValueError(f"{at}, {name!r}: its state is missing")
     return groups, states
+
+
+def saved_groups(state_dict: Any, where: str) -> dict[str, Any]:
+    """A state dict whose groups and keys fit together, in this version's format.
+
+    Args:
+        state_dict: what was saved, by whatever optimizer.
+        where: beginning of a message.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"{where}: no {key!r} in it, so this is no optimizer state")
+    known: set[Any] = set()
+    for i, group in enumerate(state_dict["param_groups"]):
+        at = f"{where}, group {i}"
+        keys = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(keys, (list, tuple)) or not all(
+                isinstance(k, (int, str)) for k in keys):
+            raise ValueError(f"{at}: has no list of 'params'")
+        names = group.get("param_names")
+        if names is not None and (not isinstance(names, (list, tuple))
+                                  or len(names) != len(keys)):
+            raise ValueError(f"{at}: param_names={names!r}, but it must be {len(keys)} names")
+        twice = known.intersection(keys) or {k for k in keys if keys.count(k) > 1}
+        if twice:
+            raise ValueError(f"{at}: parameters {sorted(twice, key=str)!r} are saved twice")
+        known.update(keys)
+    stray = [k for k in state_dict["state"] if k not in known]
+    if stray:
+        raise ValueError(f"{where}: state of {stray[:5]!r}, which no saved group contains")
+    old = dict(state_dict)
+    while (upgrade := UPGRADES.get(_format(old))) is not None:
+        old = upgrade(old)
+    return old
+
+
+def _format(state_dict: Mapping[str, Any]) -> int:
+    """The format that all groups have; 0 for another optimizer's state and for a mixture."""
+    formats = [group.get("format") for group in state_dict["param_groups"]]
+    first = formats[0] if formats else 0
+    return first if isinstance(first, int) and all(x == first for x in formats) else 0
+
+
+def overruled(optimizer: MatrixOptimizer, groups: list[dict[str, Any]]) -> str:
+    """Which options of an optimizer saved groups replace by others, in words; rates aside.
+
+    Args:
+        optimizer: before it is loaded.
+        groups: what :func:`checked_load` returned.
+
+    Returns:
+        ``"rank=4 (group 0: 8)"`` and so on, the saved values first; empty where there are none.
+    """
+    found: dict[str, None] = {}
+    for i, (mine, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
+        for name in optimizer.structural():
+            if group[name] != mine[name]:
+                found[f"{name}={group[name]!r} (group {i}: {mine[name]!r})"] = None
+    return ", ".join(found)
 
 
 def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any],
@@ -114,7 +165,8 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
                          "so call project_in_backward(optimizer, ...) before loading it")
     if set(entry) != set(slots):
         raise ValueError(f"{at}: saved state has {sorted(entry, key=str)}, but "
-                         f"{type(optimizer).__name__} with these options keeps {sorted(slots)}")
+                         f"{type(optimizer).__name__} with these options keeps {sorted(slots)} "
+                         f"({REMEDY})")
     state: dict[str, Tensor] = {}
     for name, slot in slots.items():
         value = entry[name]
@@ -122,7 +174,8 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
             value = torch.tensor(value, dtype=slot.dtype)
         if not isinstance(value, Tensor) or tuple(value.shape) != tuple(slot.shape):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{at}: {name} saved as {got}, expected {tuple(slot.shape)}")
+            raise ValueError(f"{at}: {name} saved as {got}, expected {tuple(slot.shape)} "
+                             f"({REMEDY})")
         if value.is_floating_point() != slot.dtype.is_floating_point or value.is_complex() or (
                 not slot.dtype.is_floating_point and value.dtype != slot.dtype):
             raise ValueError(f"{at}: {name} saved as {value.dtype}, expected {slot.dtype}")

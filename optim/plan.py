@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Plan", "Row"]
+__all__ = ["Plan", "Row", "aligned"]
+
+
+def aligned(lines: Sequence[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
+    """Lines of a table, their cells padded; columns of numbers (``right``) on the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.rjust(w) if i in right else cell.ljust(w)
+                      for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+            for line in lines]
 
 
 @dataclass(frozen=True)
@@ -70,11 +78,7 @@ class Plan:
         body = [(row.name, "x".join(map(str, row.shape)) or "scalar", row.rule,
                  "" if row.rank is None else str(row.rank), row.side, f"{row.state_bytes:,}",
                  row.reason) for row in self.rows]
-        widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-        right = {3, 5}
-        lines = ["  ".join(cell.rjust(w) if i in right else cell.ljust(w)
-                           for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-                 for line in [head, *body]]
+        lines = aligned([head, *body], right={3, 5})
         lines.append(f"{self.matrices} by the class's own rule, {self.dense} by AdamW, "
                      f"{self.state_bytes:,} bytes of state")
         return "\n".join(lines)

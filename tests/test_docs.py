@@ -55,6 +55,34 @@ def moved(model: Any, start: Any) -> bool:
                zip(model.parameters(), start.parameters(), strict=True))
 
 
+def test_code_of_checkpoints(tmp_path, monkeypatch, capsys):
+    """In order, on one model whose training is two steps."""
+    monkeypatch.chdir(tmp_path)
+    x = torch.randint(0, 30, (2, 9), generator=torch.Generator().manual_seed(0))
+    model = Llama(Shape(16, 40, 2, 2, 30))
+    model.initialize(torch.Generator().manual_seed(1))
+
+    def train(model: Any, optimizer: Any) -> None:
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(model, x[:, :-1], x[:, 1:]).backward()
+            optimizer.step()
+
+    names: dict[str, Any] = {"model": model, "train": train, "torch": torch}
+    first, second, third = python(ROOT / "docs/checkpoints.md")
+    exec(first, names)
+    held = names["optimizer"].state_dict()["state"]
+    assert {int(s["step"]) for s in held.values()} == {2}
+    exec(second, names)
+    assert "leading 4 columns" in capsys.readouterr().out
+    train(model, names["smaller"])
+    assert {int(s["step"]) for s in names["smaller"].state_dict()["state"].values()} == {4}
+    exec(third, names)
+    kept = {int(s["step"]) for s in names["optimizer"].state_dict()["state"].values()}
+    assert kept == {0, 2}
+    train(model, names["optimizer"])
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/options.md", "docs/memory.md"])
 def test_code_on_a_plain_model(page, capsys):
     """Every block is executed as it stands, on a new model, and its optimizer takes a step."""

@@ -1,0 +1,373 @@
+"""States that were saved under other options, by another rule or by another package.
+
+:func:`convert_state` makes of such a state one that ``load_state_dict`` takes. What is kept for a
+parameter, and what begins anew:
+
+=============================================  ===================================================
+change                                         what happens
+=============================================  ===================================================
+``state_bits``, ``basis_bits``, bits of error  decoded and encoded again
+feedback
+rate, decay, betas, gap, scale, ``moments``,   the optimizer's; state is kept
+``refresh``, ``seed`` and other plain options
+``projection`` among svd, subspace,            kept
+randomized; ``proj_type`` with the same side
+smaller ``rank`` of these projections          leading columns of the basis and of the moments
+``residual``, ``limiter``, class among the     kept; limiter and error feedback begin at zero
+low-rank ones, ``amsgrad``                     where they are new, the maximum at V
+``master_bits``                                kept; the missing bits begin at zero, or are dropped
+larger ``rank``, another side, from or to dct  state begins anew, ``step`` included
+and random, ``inner``, dense to low-rank and
+back, another rule
+=============================================  ===================================================
+
+Sources of other packages' states: torch.optim.AdamW and Muon; bitsandbytes 0.50 (``AdamW``,
+``AdamW8bit``: blocks of 256 of the flattened tensor); galore-torch 1.0 and fira 1.0.2, whose
+projector objects are read by their attributes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.quant8 import codebook
+from . import codec, sharding
+from .base import MatrixOptimizer
+from .codec import Slot
+from .loading import saved_groups
+from .lowrank import LowRankOptimizer
+from .plan import aligned
+from .project import side_of
+
+__all__ = ["Converted", "convert_state"]
+
+_LOG = logging.getLogger(__name__)
+# Slots that begin at zero where a change of options adds them.
+_AT_ZERO = ("limiter", "error", "basis_energy", "master")
+# Slots that every rule has.
+_NUMBERS = ("step", "index", "key")
+_ORDERED = ("svd", "subspace", "randomized")
+
+
+class Converted(dict[str, Any]):
+    """A state dict for ``load_state_dict``, with what became of each parameter.
+
+    ``rows`` has (name, ``"kept"`` or ``"restarted"``, why); it prints as a table.
+    """
+
+    rows: tuple[tuple[str, str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join(aligned([("parameter", "state", "why"), *self.rows]))
+
+
+class _Old(NamedTuple):
+    """A parameter's state as it was saved, decoded.
+
+    Args:
+        values: by slot, in the arithmetic's precision, ``step`` included.
+        rule: ``"adamw"``, another rule's name, or None where nothing is known of it.
+        options: of its group, where it was this package's; else none.
+        stored: as it was saved, in this package's slots: what is stored alike is copied, since
+            decoding and encoding once more would round once more.
+    """
+
+    values: dict[str, Tensor]
+    rule: str | None
+    options: Mapping[str, Any] = {}
+    stored: Mapping[str, Tensor] = {}
+
+
+def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
+                  names: Sequence[str] | None = None) -> Converted:
+    """Turn a saved state into one of this optimizer, whose own options stay as they are.
+
+    ``optimizer.load_state_dict(convert_state(torch.load(file), optimizer))``. The module's text
+    says what is kept; ``print`` the result to see it by parameter. Nothing is written to either
+    argument.
+
+    Args:
+        state_dict: of any class of this package, torch.optim.AdamW or Muon, bitsandbytes' AdamW and
+            AdamW8bit, galore-torch or fira.
+        optimizer: as it is to go on; not sharded (convert before sharding).
+        names: of the saved parameters, in the order in which the saved optimizer had them, where
+            it kept none: ``[name for name, _ in model.named_parameters()]`` for
+            ``AdamW(model.parameters())``. Without names on both sides parameters are matched by
+            their order, which is refused where the optimizer has names.
+
+    Returns:
+        A state dict in this optimizer's slots; its ``rows`` say what became of each parameter.
+
+    Raises:
+        TypeError, ValueError: what does not fit, by name.
+    """
+    where = "convert_state"
+    if not isinstance(optimizer, MatrixOptimizer):
+        raise TypeError(f"{where}: optimizer must be one of lissom.optim, but got "
+                        f"{type(optimizer).__name__}")
+    saved = saved_groups(state_dict, where)
+    entries: list[tuple[Any, Mapping[str, Any]]] = [
+        (key, group) for group in saved["param_groups"] for key in group["params"]]
+    known = [codec.plain_name(name) for group in saved["param_groups"]
+             for name in group.get("param_names") or ()]
+    if names is not None:
+        known = [codec.plain_name(name) for name in names]
+        if len(known) != len(entries):
+            raise ValueError(f"{where}: names has {len(known)} entries, but {len(entries)} "
+                             "parameters are saved")
+    result = optimizer.state_dict()
+    mine = list(optimizer._named())
+    keys = [key for group in result["param_groups"] for key in group["params"]]
+    named = all("param_names" in group for group in optimizer.param_groups)
+    if len(known) == len(entries) and named:
+        place = {name: i for i, name in enumerate(known)}
+        if len(place) != len(known):
+            raise ValueError(f"{where}: names are not unique")
+        found = [place.get(codec.plain_name(name)) for name, _, _ in mine]
+    elif named:
+        raise ValueError(f"{where}: the saved state has no names, so names= must give those of its "
+                         "parameters, in its order")
+    elif len(entries) != len(mine):
+        raise ValueError(f"{where}: {len(entries)} parameters saved, but this optimizer has "
+                         f"{len(mine)}; with names on both sides they need not be the same")
+    else:
+        found = list(range(len(mine)))
+    states: dict[Any, dict[str, Tensor]] = {}
+    rows = []
+    for (name, p, o), key, i in zip(mine, keys, found, strict=True):
+        if p not in optimizer.state:
+            continue
+        if sharding.is_sharded(p):
+            raise ValueError(f"{where}: {name!r} is sharded, but it must be a plain tensor: "
+                             "convert before sharding, and load the result after it")
+        at = f"{where}, {name!r}"
+        own = optimizer.state[p]
+        entry = None if i is None else saved["state"].get(entries[i][0])
+        kept, why = None, "not in the saved state"
+        if i is not None and entry:
+            old = _decoded(entry, entries[i][1], optimizer, p, at)
+            kept, why = _fitted(old, optimizer, p, o, at)
+        states[key] = kept or {k: torch.zeros_like(x) for k, x in own.items()}
+        for number in ("index", "key"):  # of the saved one where it is this package's
+            mark = entry.get(number) if kept and entry else None
+            states[key][number] = (own[number] if mark is None else mark).clone()
+        rows.append((name, "kept" if kept else "restarted", why))
+    _distinct(states, result, optimizer, keys)
+    converted = Converted({**result, "state": states})
+    converted.rows = tuple(rows)
+    _LOG.info("%s", converted)
+    return converted
+
+
+def _distinct(states: dict[Any, dict[str, Tensor]], result: Mapping[str, Any],
+              optimizer: MatrixOptimizer, keys: Sequence[Any]) -> None:
+    """Take this optimizer's own numbers of all parameters where saved ones are there twice."""
+    for number in ("index", "key"):
+        held = [int(s[number]) for s in states.values()]
+        if len(set(held)) != len(held):
+            for key in keys:
+                if key in states:
+                    states[key][number] = result["state"][key][number].clone()
+
+
+# -------------------------------------------------------------------- what was saved
+
+
+def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: MatrixOptimizer,
+             p: Tensor, at: str) -> _Old:
+    """A saved state in the precision of the arithmetic, whoever saved it."""
+    nested = entry.get("__bnb_optimizer_quant_state__")
+    if isinstance(nested, Mapping):  # where bitsandbytes puts what FSDP must not shard
+        entry = {**entry, **nested}
+    if "state1" in entry:
+        return _Old(_bitsandbytes(entry, p, at), "adamw", stored=_same_codes(entry, p))
+    if "projector" in entry:
+        return _projected(entry, group, at)
+    values = {k: x for k, x in entry.items() if isinstance(x, Tensor)}
+    if "step" in entry and not isinstance(entry["step"], Tensor):
+        values["step"] = torch.tensor(float(entry["step"]))
+    if "index" not in entry:  # torch
+        if "exp_avg_sq" in values:
+            return _Old(values, "adamw")
+        if set(values) == {"momentum_buffer"}:
+            return _Old({**values, "step": torch.tensor(1.0)}, "muon")
+        raise ValueError(f"{at}: saved state has {sorted(map(str, entry))}, which is of no "
+                         "optimizer that is known here")
+    table = optimizer.table()
+    options = {k: v for k, v in group.items() if k in table}
+    rule = str(group.get("algorithm", ""))
+    own = optimizer.algorithm
+    if isinstance(optimizer, LowRankOptimizer) and "basis_step" in values:
+        options["algorithm"] = own  # a relative's state has the same slots
+    elif rule not in (own, "adamw"):
+        return _Old({k: values[k] for k in _NUMBERS if k in values}, None)
+    full = optimizer.checked_group({**options, "params": []}, at, entering=False)
+    slots = optimizer._logical(p, full)
+    seen = codec.Decoded(values, slots, p)
+    decoded: dict[str, Tensor] = {}
+    for name, slot in slots.items():
+        if name not in values:
+            continue
+        if name in codec.MOMENTS:
+            decoded[name] = seen[name]
+        elif f"{name}.scale" in values:
+            read = codec.read(values, name, slot.shape[-1] if slot.dtype == torch.int8 else
+                              _columns(name, optimizer, p, full))
+            assert read is not None
+            decoded[name] = read
+        else:
+            decoded[name] = values[name]
+    dense = optimizer._reason(p, full) is not None
+    return _Old(decoded, "adamw" if dense else own, full, values)
+
+
+def _columns(name: str, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> int:
+    """Length of the last dimension of a basis or an error, which packed codes do not tell."""
+    m, n = optimizer.matrix_shape(p, o)[-2:]
+    return n if name == "error" else min(int(o["rank"]), m, n)
+
+
+def _bitsandbytes(entry: Mapping[str, Any], p: Tensor, at: str) -> dict[str, Tensor]:
+    """Both moments; 8-bit codes index a map, with a scale for each 256 of the flattened tensor."""
+    values = {"step": torch.tensor(float(entry["step"]))}
+    for name, i in (("exp_avg", "1"), ("exp_avg_sq", "2")):
+        x = entry[f"state{i}"]
+        if x is None or x.numel() != p.numel():
+            raise ValueError(f"{at}: state{i} saved as {x if x is None else tuple(x.shape)}, "
+                             f"expected {tuple(p.shape)}")
+        if x.dtype == torch.uint8:
+            scale = entry.get(f"absmax{i}")
+            if scale is None or scale.numel() != -(-x.numel() // 256):
+                raise ValueError(f"{at}: absmax{i} must have a number for each 256 of "
+                                 f"{x.numel()} codes: only blockwise states are read")
+            each = scale.flatten().repeat_interleave(256)[: x.numel()]
+            x = entry[f"qmap{i}"][x.flatten().long()] * each
+        values[name] = x.float().view(p.shape)
+    return values
+
+
+def _same_codes(entry: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
+    """Codes of bitsandbytes that are this package's: the same map, and no block over two rows."""
+    stored: dict[str, Tensor] = {}
+    for name, i in (("exp_avg", "1"), ("exp_avg_sq", "2")):
+        codes, scale, book = entry[f"state{i}"], entry.get(f"absmax{i}"), entry.get(f"qmap{i}")
+        if codes.dtype != torch.uint8 or p.ndim < 1 or p.shape[-1] % 256 or book is None:
+            continue
+        if torch.equal(book.cpu(), codebook(8, i == "1", torch.device("cpu"))):
+            stored[name] = codes.view(p.shape)
+            stored[f"{name}.scale"] = scale.float().view(*p.shape[:-1], p.shape[-1] // 256)
+    return stored
+
+
+def _projected(entry: Mapping[str, Any], group: Mapping[str, Any], at: str) -> _Old:
+    """The state of galore-torch or fira: a projector object holds basis and options."""
+    projector = entry["projector"]
+    basis = getattr(projector, "ortho_matrix", None)
+    if not isinstance(basis, Tensor):
+        raise ValueError(f"{at}: the projector has {type(basis).__name__}, but it must have a "
+                         "matrix: two-sided projections of galore-torch are not read")
+    low, step = entry["exp_avg"], int(entry["step"])
+    gap = int(getattr(projector, "update_proj_gap", group.get("update_proj_gap", 200)))
+    side = "right" if low.ndim == 2 and basis.shape[0] == low.shape[1] and (
+        basis.shape[0] <= basis.shape[1]) else "left"
+    values = {"step": torch.tensor(float(step)), "exp_avg": low, "exp_avg_sq": entry["exp_avg_sq"],
+              f"basis_{side}": basis.mT.contiguous() if side == "right" else basis,
+              "basis_step": torch.tensor(float(1 + (step - 1) // gap * gap))}
+    last = entry.get("scaling_grad")
+    if isinstance(last, Tensor) and last.numel() == 1:
+        values["limiter"] = last.float().view(1, 1)
+    return _Old(values, "lowrank", {"projection": "svd", "inner": "adamw"})
+
+
+# -------------------------------------------------------------------- what becomes of it
+
+
+def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any], at: str
+            ) -> tuple[dict[str, Tensor] | None, str]:
+    """The state in this optimizer's slots and how, or None and why it begins anew."""
+    slots = optimizer._logical(p, o)
+    values = dict(old.values)
+    low = "basis_step" in slots
+    rule = "adamw" if optimizer._reason(p, o) is not None else optimizer.algorithm
+    if low != ("basis_step" in values) or (not low and old.rule != rule):
+        return None, f"saved by {old.rule or 'another rule'}, goes on as {rule}"
+    changes: list[str] = []
+    cut = 0
+    if low:
+        reason, cut = _subspaces(old, slots, p, o, optimizer)
+        if reason:
+            return None, reason
+        if cut:
+            values = {k: _leading(x, slots[k].shape) if k in slots else x
+                      for k, x in values.items()}
+            changes.append(f"leading {cut} columns")
+    if "max_exp_avg_sq" in slots and "max_exp_avg_sq" not in values:
+        values["max_exp_avg_sq"] = values["exp_avg_sq"]
+    state = {name: torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+             for name, x in optimizer.stored_slots(p, o).items()}
+    for name, slot in slots.items():
+        value = values.get(name)
+        if value is None:
+            if name not in _AT_ZERO and name not in _NUMBERS:
+                return None, f"no {name} was saved"
+            if name in _AT_ZERO:
+                changes.append(f"{name} begins at zero")
+            continue
+        scaled = f"{name}.scale" in state
+        if not scaled and tuple(value.shape) != tuple(slot.shape):
+            return None, f"{name} saved as {tuple(value.shape)}, expected {tuple(slot.shape)}"
+        parts = [k for k in (name, f"{name}.scale") if k in state]
+        alike = not cut and all(k in old.stored and (old.stored[k].shape, old.stored[k].dtype)
+                                == (state[k].shape, state[k].dtype) for k in parts)
+        with torch.no_grad():
+            if alike:
+                for k in parts:
+                    state[k].copy_(old.stored[k])
+            elif name in codec.MOMENTS:
+                codec.fill(state, name, value.to(slot.device), slot)
+            else:
+                codec.write(state, name, value.to(slot.device))
+    dropped = sorted(set(values) - set(slots) - {"master"})
+    if dropped:
+        changes.append(f"without {', '.join(dropped)}")
+    return state, "; ".join(changes) or "as it was, stored as the options say"
+
+
+def _subspaces(old: _Old, slots: Mapping[str, Slot], p: Tensor, o: Mapping[str, Any],
+               optimizer: MatrixOptimizer) -> tuple[str, int]:
+    """Why a saved subspace cannot go on, or "", and the columns that are left where some go."""
+    before, now = old.options["projection"], o["projection"]
+    if before != now and not {before, now} <= set(_ORDERED):
+        return f"bases by {before!r}, now by {now!r}", 0
+    if old.options["inner"] != o["inner"]:
+        return f"inner rule {old.options['inner']!r}, now {o['inner']!r}", 0
+
+    def sides(names: Any) -> set[str]:
+        return {k for k in names if k.startswith(("basis_l", "basis_r", "columns_"))
+                and not k.endswith(".scale")}
+
+    m, n = optimizer.matrix_shape(p, o)[-2:]
+    if sides(old.values) != sides(slots) or (
+            "proj_type" in old.options and side_of(m, n, old.options["proj_type"])
+            != side_of(m, n, o["proj_type"])):
+        return "another side is projected", 0
+    rank = min(int(o["rank"]), m, n)
+    bases = [x for k, x in old.values.items() if k in sides(old.values)]
+    saved = bases[0].shape[-1] if bases else min(int(old.options["rank"]), m, n)
+    if rank == saved:
+        return "", 0
+    if rank > saved or now not in _ORDERED:
+        return f"rank {saved}, now {rank}", 0
+    return "", rank
+
+
+def _leading(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The first entries along every dimension that has become shorter."""
+    if x.ndim != len(shape):
+        return x
+    return x[tuple(slice(0, n) for n in shape)].contiguous()
