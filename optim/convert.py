@@ -256,7 +256,8 @@ def _same_codes(entry: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for name, i in (("exp_avg", "1"), ("exp_avg_sq", "2")):
         codes, scale, book = entry[f"state{i}"], entry.get(f"absmax{i}"), entry.get(f"qmap{i}")
-        if codes.dtype != torch.uint8 or p.ndim < 1 or p.shape[-1] % 256 or book is None:
+        if codes.dtype != torch.uint8 or p.ndim < 1 or p.shape[-1] % 256 or (
+                scale is None or book is None):
             continue
         if torch.equal(book.cpu(), codebook(8, i == "1", torch.device("cpu"))):
             stored[name] = codes.view(p.shape)

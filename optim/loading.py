@@ -36,11 +36,12 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
         TypeError, ValueError: what is wrong and where.
     """
     where = f"{type(optimizer).__name__}.load_state_dict"
-    state_dict = saved_groups(state_dict, where)
-    saved = state_dict["param_groups"]
-    if len(saved) != len(optimizer.param_groups):
+    saved = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if isinstance(saved, list) and len(saved) != len(optimizer.param_groups):
         raise ValueError(f"{where}: {len(saved)} groups saved, but this optimizer has "
                          f"{len(optimizer.param_groups)} ({REMEDY})")
+    state_dict = saved_groups(state_dict, where)
+    saved = state_dict["param_groups"]
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
         if len(group["params"]) != len(mine["params"]):
             raise ValueError(f"{where}, group {i}: {len(group['params'])} parameters saved, "
