@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ from ..kernels import _triton
 from . import names
 
 __all__ = ["Deadline", "about", "copy_bandwidth", "medians", "processor", "product_peak", "save",
-           "times"]
+           "times", "version"]
 
 
 class Deadline:
@@ -57,6 +58,14 @@ def about(module: str, argv: Sequence[str] | None, device: str) -> dict[str, Any
                 "memory": properties.total_memory, "processors":
                 properties.multi_processor_count}
     return row
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def times(contestants: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cuda",

@@ -69,6 +69,7 @@ METHODS: dict[str, Method] = {
     "bitsandbytes AdamW8bit": Method("bnb-adamw8bit"),
     "torch AdamW": Method("torch-adamw"),
 }
+_PROVIDERS = {"bnb-adamw8bit": "bitsandbytes", "torch-adamw": "torch"}
 
 
 class _OverCap(torch.OutOfMemoryError):
@@ -138,27 +139,34 @@ class _Run:
     """One method on one device."""
 
     def __init__(self, args: argparse.Namespace, method: Method, cap: int) -> None:
-        self.args, self.cap = args, cap
+        self.args, self.method, self.cap = args, method, cap
         self.cuda = args.device == "cuda"
         self.live = LiveBytes()
-        self.stack = contextlib.ExitStack()
-        if not self.cuda:
-            self.stack.enter_context(self.live)
-        source = from_name(args.model)
-        with torch.device("meta"):
-            model = source.make().to(_DTYPES[args.dtype])
-        self.tokens = vocabulary(model)
-        self.model = model.to_empty(device=args.device)
-        fill(self.model)
-        if method.optimizer in RIVALS:
-            self.optimizer = rival(method.optimizer, self.model)
-        else:
-            self.optimizer = names.build(method.optimizer, self.model, args.rank or source.rank,
-                                         1e-4, **method.options)
-        self.stack.enter_context(attached(self.optimizer, method.in_backward))
-        if args.checkpoint:
-            _checkpointed(self.model)
-        self.generator = torch.Generator().manual_seed(1)
+        with contextlib.ExitStack() as stack:  # left at once if something here fails
+            if not self.cuda:
+                stack.enter_context(self.live)
+            source = from_name(args.model)
+            with torch.device("meta"):
+                model = source.make().to(_DTYPES[args.dtype])
+            self.tokens = vocabulary(model)
+            self.model = model.to_empty(device=args.device)
+            fill(self.model)
+            if method.optimizer in RIVALS:
+                self.optimizer = rival(method.optimizer, self.model)
+            else:
+                self.optimizer = names.build(method.optimizer, self.model,
+                                             args.rank or source.rank, 1e-4, **method.options)
+            self.hooks = stack.enter_context(contextlib.ExitStack())
+            self.attach()
+            if args.checkpoint:
+                _checkpointed(self.model)
+            self.generator = torch.Generator().manual_seed(1)
+            self.stack = stack.pop_all()
+
+    def attach(self) -> None:
+        """Work in the backward pass from a clean start."""
+        self.hooks.close()
+        self.hooks.enter_context(attached(self.optimizer, self.method.in_backward))
 
     def reset(self) -> None:
         if self.cuda:
@@ -199,13 +207,21 @@ class _Run:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+        # A backward pass that broke off has used up some gradients: hooks take the next one as the
+        # second before a step.
+        self.attach()
         return False
+
+
+def _about(name: str) -> dict[str, Any]:
+    """What every row says of its method."""
+    provider = _PROVIDERS.get(METHODS[name].optimizer, "lissom")
+    return {"method": name, "provider": provider, "version": clock.version(provider)}
 
 
 def _row(name: str, args: argparse.Namespace, cap: int, deadline: clock.Deadline) -> dict[str, Any]:
     method = METHODS[name]
-    row: dict[str, Any] = {"method": name, "in_backward": method.in_backward,
-                           "options": dict(method.options)}
+    row = {**_about(name), "in_backward": method.in_backward, "options": dict(method.options)}
     run: _Run | None = None
 
     def attempt(batch: int, run: _Run) -> bool:
@@ -286,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for i, name in enumerate(chosen):
         if deadline.over():
-            row: dict[str, Any] = {"method": name, "skipped": "no time left"}
+            row = {**_about(name), "skipped": "no time left"}
         else:  # what is left is shared by those that are left
             share = None if args.seconds is None else deadline.left() / (len(chosen) - i)
             row = _row(name, args, cap, clock.Deadline(share))

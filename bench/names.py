@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..optim import (
     APOLLO,
@@ -219,14 +220,17 @@ def commit() -> str | None:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of every tensor in the state, those inside a peer's projector objects included.
 
-    Of a sharded one it counts what this rank holds.
+    Of a sharded one it counts what this rank holds; of a tensor that is made of others, those.
     """
     storages: dict[int, int] = {}
 
     def walk(value: Any) -> None:
         if isinstance(value, Tensor):
-            part = local(value)
-            storages[part.data_ptr()] = part.untyped_storage().nbytes()
+            part: Any = local(value)
+            if is_traceable_wrapper_subclass(part):  # has no storage of its own
+                walk([getattr(part, name) for name in part.__tensor_flatten__()[0]])
+            else:
+                storages[part.data_ptr()] = part.untyped_storage().nbytes()
         elif isinstance(value, (list, tuple)):
             for x in value:
                 walk(x)

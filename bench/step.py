@@ -17,7 +17,6 @@ import argparse
 import functools
 import gc
 import importlib
-import importlib.metadata
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -158,6 +157,7 @@ class _Bench:
         self.shape = MODELS[args.size]
         self.rank = args.rank or PAPER_RANK.get(args.size, 1024)
         self.gap = args.gap
+        self.projection: str | None = args.projection
         self.device, self.dtype = args.device, _DTYPES[args.dtype]
         self.matrices, self.rest = shapes_of(self.shape, args.layers, args.whole)
 
@@ -270,9 +270,10 @@ class _Bench:
                  ) -> Callable[[int], Contestant]:
             def of(bits: int) -> Contestant:
                 more: dict[str, Any] = {} if bits == 32 else {"state_bits": bits}
-                if bits == 8 and make == self.low_rank and args[0] in (
+                if make == self.low_rank and args[0] in (
                         GaLoreAdamW, FiraAdamW, GradNormLoRPAdamW):
-                    more["basis_bits"] = 8
+                    more |= {"basis_bits": 8} if bits == 8 else {}
+                    more |= {"projection": self.projection} if self.projection else {}
                 return Contestant(functools.partial(make, *args, **options, **more), kind, bits)
 
             return of
@@ -327,19 +328,26 @@ class _Bench:
         }
 
 
+def _provider(name: str, found: Contestant) -> str:
+    return found.package or (
+        "torch" if name.startswith("torch.") or name == "products alone" else "lissom")
+
+
+def _about(name: str, found: Contestant) -> dict[str, Any]:
+    """What every row says of its contestant."""
+    provider = _provider(name, found)
+    return {"optimizer": name, "provider": provider, "version": clock.version(provider)}
+
+
 def _measure(name: str, found: Contestant, made: Made, taken: list[float], first: float,
              peak: int | None, bench: _Bench) -> dict[str, Any]:
     """One row, without what the others' times say of it."""
     rest = sorted(taken)
     median = statistics.median(rest)
-    row: dict[str, Any] = {
-        "optimizer": name, "provider": found.package or (
-            "torch" if name.startswith("torch.") or name == "products alone" else "lissom"),
+    row = _about(name, found) | {
         "step_ms": median, "quartiles_ms": [rest[len(rest) // 4], rest[3 * len(rest) // 4]],
         "worst_ms": rest[-1], "worst_of_median": rest[-1] / median, "first_ms": first,
         "state_bytes": sum(map(names.state_bytes, made.optimizers)), "peak_extra_bytes": peak}
-    if found.package:
-        row["version"] = importlib.metadata.version(found.package)
     if found.kind:
         row["bytes"], row["operations"] = roofline(
             found.kind, bench.matrices, bench.rest, bench.rank, found.bits, bench.dtype.itemsize)
@@ -362,7 +370,7 @@ def _alternating(chosen: dict[str, Contestant], bench: _Bench, steps: int,
         try:
             made[name] = found.make()
         except Exception as error:
-            rows.append(_missing(name, error))
+            rows.append(_missing(name, found, error))
     taken: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(steps):
         if deadline.over() and len(next(iter(taken.values()), [])) > 2:
@@ -371,7 +379,7 @@ def _alternating(chosen: dict[str, Contestant], bench: _Bench, steps: int,
             try:
                 taken[name] += clock.times({name: x.step}, 1, "cpu", warm=0)[name]
             except Exception as error:
-                rows.append(_missing(name, error))
+                rows.append(_missing(name, chosen[name], error))
                 del made[name], taken[name]
     for name, x in made.items():
         peak = None if chosen[name].package else _peak_on_cpu(x)
@@ -379,9 +387,10 @@ def _alternating(chosen: dict[str, Contestant], bench: _Bench, steps: int,
     return rows, taken
 
 
-def _missing(name: str, error: Exception) -> dict[str, Any]:
+def _missing(name: str, found: Contestant, error: Exception) -> dict[str, Any]:
     key = "missing" if isinstance(error, ImportError) else "failed"
-    return {"optimizer": name, key: (str(error).splitlines() or [type(error).__name__])[0][:300]}
+    return _about(name, found) | {
+        key: (str(error).splitlines() or [type(error).__name__])[0][:300]}
 
 
 def _one_by_one(chosen: dict[str, Contestant], bench: _Bench, steps: int, deadline: clock.Deadline,
@@ -391,7 +400,7 @@ def _one_by_one(chosen: dict[str, Contestant], bench: _Bench, steps: int, deadli
     for name in [*order, *order[:1]]:
         found = chosen[name]
         if deadline.over():
-            note({"optimizer": name, "skipped": "no time left"})
+            note(_about(name, found) | {"skipped": "no time left"})
             continue
         made = None
         try:
@@ -409,7 +418,7 @@ def _one_by_one(chosen: dict[str, Contestant], bench: _Bench, steps: int, deadli
             peak = torch.cuda.max_memory_allocated() - before
             note(_measure(name, found, made, taken[2:] or taken, first, peak, bench))
         except Exception as error:  # of any package's own code, and OutOfMemoryError
-            note(_missing(name, error))
+            note(_missing(name, found, error))
         finally:
             del made
             gc.collect()
@@ -427,6 +436,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--only", metavar="NAMES", help="contestants, separated by semicolons")
+    parser.add_argument("--providers", metavar="NAMES", help="only these, separated by commas")
+    parser.add_argument("--bits", metavar="N", help="of moments, of lissom's own: 32, 8 or 32,8")
+    parser.add_argument("--projection", help="of GaLore, Fira and GradNormLoRP")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=[*_DTYPES], help="default: fp32, bf16 on CUDA")
@@ -441,17 +453,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     bench, deadline = _Bench(args), clock.Deadline(args.seconds)
     contestants = bench.contestants()
-    default = [*contestants] if cuda else _CPU
-    chosen = args.only.split(";") if args.only else default
+    chosen = args.only.split(";") if args.only else [*contestants] if cuda else [*_CPU]
     for name in chosen:
         if name not in contestants:
             parser.error(f"--only {name!r} must be of {', '.join(map(repr, contestants))}")
+    for flag, text, known in (
+            ("--providers", args.providers, {_provider(*x) for x in contestants.items()}),
+            ("--bits", args.bits, {"32", "8"})):
+        for word in text.split(",") if text else ():
+            if word not in known:
+                parser.error(f"{flag} {word!r} must be of {', '.join(sorted(known))}")
+    if args.providers:
+        chosen = [x for x in chosen
+                  if _provider(x, contestants[x]) in args.providers.split(",")]
+    if args.bits:
+        chosen = [x for x in chosen if _provider(x, contestants[x]) != "lissom"
+                  or str(contestants[x].bits) in args.bits.split(",")]
+    if not chosen:
+        parser.error(f"--providers {args.providers} and --bits {args.bits} leave no contestant")
     picked = {name: contestants[name] for name in chosen}
     largest = max(torch.Size(x).numel() for x in [*bench.matrices, *bench.rest])
     common = {"model": args.size, "layers": args.layers or bench.shape.layers,
               "vocabulary": bench.shape.vocabulary if args.whole else None, "rank": bench.rank,
-              "gap": bench.gap, "whole": args.whole, "steps": args.steps, "dtype": args.dtype,
-              **clock.about("step", argv, args.device)}
+              "gap": bench.gap, "projection": args.projection, "whole": args.whole,
+              "steps": args.steps, "dtype": args.dtype, **clock.about("step", argv, args.device)}
     peaks: dict[str, float] = {}
     if cuda:
         peaks = {"bandwidth": clock.copy_bandwidth("cuda"), "peak": clock.product_peak("cuda")}

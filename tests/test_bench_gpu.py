@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import argparse
+import importlib
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lissom.bench import clock, fit, kernels, step
+from lissom.bench.names import state_bytes
 from lissom.bench.shapes import MODELS
 from lissom.bench.sources import from_name
 from lissom.optim.base import PartialStepError
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def test_every_kernel_has_a_row(tmp_path):
@@ -67,6 +71,12 @@ def test_a_device_that_is_not_there_is_refused(capsys):
 # -------------------------------------------------------------------- steps
 
 
+def _bench(**options):
+    return step._Bench(argparse.Namespace(**{
+        "size": "tiny", "rank": 4, "gap": 2, "device": "cpu", "dtype": "fp32", "layers": 1,
+        "whole": False, "projection": None} | options))
+
+
 def test_every_class_steps_and_missing_packages_are_rows(tmp_path, monkeypatch):
     def found(name):
         if name in ("torchao.optim", "flashoptim"):
@@ -74,9 +84,8 @@ def test_every_class_steps_and_missing_packages_are_rows(tmp_path, monkeypatch):
         return importlib.import_module(name)
 
     monkeypatch.setattr(step, "importlib", SimpleNamespace(
-        import_module=found, metadata=importlib.metadata))
-    bench = step._Bench(step.argparse.Namespace(
-        size="tiny", rank=4, gap=2, device="cpu", dtype="fp32", layers=1, whole=True))
+        import_module=found))
+    bench = _bench(whole=True)
     names = [x for x in bench.contestants() if "galore-torch" not in x]
     file = tmp_path / "rows.json"
     step.main(["--size", "tiny", "--rank", "4", "--layers", "1", "--whole", "--steps", "3", "--gap",
@@ -84,8 +93,11 @@ def test_every_class_steps_and_missing_packages_are_rows(tmp_path, monkeypatch):
     rows = {row["optimizer"]: row for row in json.loads(file.read_text())}
     assert rows.keys() == set(names)
     for name, row in rows.items():
+        assert {"provider", "version", "device", "torch", "triton", "commit", "command"} <= set(row)
         if name.startswith(("torchao", "flashoptim")):
             assert "No module named" in row["missing"]
+            assert row["provider"] == name.split()[0]
+            assert row["version"] is None
             continue
         assert "failed" not in row, (name, row.get("failed"))
         assert row["step_ms"] > 0
@@ -100,14 +112,47 @@ def test_a_contestant_that_fails_is_a_row():
     def broken():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB\nmore")
 
-    row = step._missing("x", torch.OutOfMemoryError("CUDA out of memory\nmore"))
-    assert row == {"optimizer": "x", "failed": "CUDA out of memory"}
-    bench = step._Bench(step.argparse.Namespace(
-        size="tiny", rank=4, gap=2, device="cpu", dtype="fp32", layers=1, whole=False))
+    row = step._missing("x", step.Contestant(broken, package="torch"),
+                        torch.OutOfMemoryError("CUDA out of memory\nmore"))
+    assert row == {"optimizer": "x", "provider": "torch", "version": torch.__version__,
+                   "failed": "CUDA out of memory"}
+    bench = _bench()
     chosen = {"broken": step.Contestant(broken), "AdamW": bench.contestants()["AdamW"]}
     rows, taken = step._alternating(chosen, bench, 3, clock.Deadline(None))
     assert [row["optimizer"] for row in rows] == ["broken", "AdamW"]
     assert len(taken["AdamW"]) == 3
+
+
+def test_contestants_are_chosen_by_provider_and_bits(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    names = "torch.optim.Muon;AdamW;AdamW8bit;GaLoreAdamW;GaLoreAdamW, 8 bits;fira"
+    base = ["--size", "tiny", "--rank", "4", "--layers", "1", "--steps", "2", "--only", names]
+    step.main([*base, "--providers", "torch,lissom", "--bits", "8", "--projection", "randomized",
+               "--json", str(file)])
+    rows = json.loads(file.read_text())
+    assert [row["optimizer"] for row in rows] == ["torch.optim.Muon", "AdamW8bit",
+                                                  "GaLoreAdamW, 8 bits"]
+    assert {row["projection"] for row in rows} == {"randomized"}
+    made = _bench(projection="randomized").contestants()
+    for name, projection in (("GaLoreAdamW", "randomized"), ("DCTAdamW, every step", "dct")):
+        group = made[name].make().optimizers[0].param_groups[0]
+        assert group["projection"] == projection
+    for flag, value in (("--providers", "galore"), ("--bits", "4")):
+        with pytest.raises(SystemExit):
+            step.main([*base, flag, value])
+        assert f"{flag} '{value}' must be of " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        step.main([*base, "--providers", "bitsandbytes"])
+    assert "leave no contestant" in capsys.readouterr().err
+
+
+def test_state_of_tensors_made_of_others_is_counted_inside():
+    codes, scale = torch.zeros(100, dtype=torch.uint8), torch.zeros(4)
+    p = torch.nn.Parameter(torch.zeros(100))
+    optimizer = torch.optim.SGD([p])
+    # nothing of its own has the bytes of 100 numbers in fp32
+    optimizer.state[p] = {"a": TwoTensor(codes, codes.clone()), "b": TwoTensor(scale, scale + 1)}
+    assert state_bytes(optimizer) == 2 * 100 + 2 * 16
 
 
 def test_shapes_and_rooflines():
@@ -150,6 +195,47 @@ def test_a_lack_of_memory_is_known_by_its_cause():
     assert fit._out_of_memory(lack)
     assert fit._out_of_memory(wrapped)
     assert not fit._out_of_memory(ValueError("no"))
+
+
+@pytest.mark.parametrize("method", ["galore 8 bits, update", "galore 8 bits, project",
+                                    "galore 8 bits"])
+def test_batches_go_on_after_one_that_ran_out_of_memory(method):
+    """In the middle of the backward pass, when some gradients have been used up."""
+    run = fit._Run(argparse.Namespace(device="cpu", model="tiny", dtype="fp32", rank=8, length=4,
+                                      checkpoint=False), fit.METHODS[method], 10**10)
+    sizes = []
+
+    def refuse(_):
+        if sizes[-1] > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run.model.layers[1].gate_proj.weight.register_hook(refuse)
+
+    def attempt(batch):
+        sizes.append(batch)
+        return run.attempt(batch, steps=1)
+
+    with run.stack:
+        assert attempt(1)
+        before = run.live.live
+        assert fit.largest(attempt, 16) == 5
+        assert sizes[1:] == [1, 2, 4, 8, 6, 5]
+        assert run.live.live == before
+
+
+def test_a_package_that_is_missing_leaves_nothing_behind(tmp_path, monkeypatch):
+    def missing(name, model):
+        raise ModuleNotFoundError("No module named 'bitsandbytes'")
+
+    monkeypatch.setattr(fit, "rival", missing)
+    file = tmp_path / "rows.json"
+    fit.main(["--model", "tiny", "--length", "4", "--device", "cpu", "--cap", "1GB", "--rank", "8",
+              "--methods", "bitsandbytes AdamW8bit", "--json", str(file)])
+    row, = json.loads(file.read_text())
+    assert row["missing"] == "No module named 'bitsandbytes'"
+    assert {"provider", "version", "device", "torch", "triton", "commit", "command"} <= set(row)
+    assert row["provider"] == "bitsandbytes"
+    assert not _get_current_dispatch_mode_stack()
 
 
 def test_a_cap_is_held_and_the_peak_is_as_expected(tmp_path):
