@@ -225,7 +225,8 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
            factor if lr is None else -lr * factor, BITS=bits, WEIGHT=lr is not None,
            MAXIMIZE=maximize, STOCHASTIC=stochastic and target.dtype != torch.float32,
            ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width)
-    torch.autograd.graph.increment_version(target)
+    torch.autograd.graph.increment_version(
+        [x for x in (target, m, v, m_scale, v_scale) if x is not None])
 
 
 _op = define(

@@ -122,6 +122,7 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, triton: bool) 
         rows, (height, width) = x.numel() // columns, tile(columns)
         launch(_quantize_linear_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
                rows, columns, LEVELS=_LEVELS[bits], BITS=bits, R=height, W=width)
+        torch.autograd.graph.increment_version([codes, scale])
 
 
 def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, triton: bool) -> None:

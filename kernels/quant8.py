@@ -224,6 +224,7 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, signed: bool, 
         rows, (height, width) = x.numel() // columns, tile(columns)
         launch(_quantize_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
                *search(bits, signed, x.device), rows, columns, BITS=bits, R=height, W=width)
+        torch.autograd.graph.increment_version([codes, scale])
 
 
 def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, signed: bool, triton: bool

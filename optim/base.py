@@ -887,8 +887,9 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 def _in_one_pass(p: Tensor, u: Update, kept: Mapping[str, Tensor]) -> bool:
     """Whether a kernel applies the update: on a GPU, but for products in fp32 and split weights."""
     product = u.left is None or (u.left.element_size() == 2 and p.element_size() == 2)
-    return (product and use_triton(None, p.device) and p.dtype != torch.float64
-            and "master" not in kept and p.is_contiguous())
+    # Traced, the operator would be compiled anew for each rate and step.
+    return (product and use_triton(None, p.device) and not torch.compiler.is_compiling()
+            and p.dtype != torch.float64 and "master" not in kept and p.is_contiguous())
 
 
 def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any], t: int,

@@ -13,12 +13,14 @@ rate, decay, betas, gap, scale, ``moments``,   the optimizer's; state is kept
 ``projection`` among svd, subspace,            kept
 randomized; ``proj_type`` with the same side
 smaller ``rank`` of these projections          leading columns of the basis and of the moments
-``residual``, ``limiter``, class among the     kept; limiter and error feedback begin at zero
-low-rank ones, ``amsgrad``                     where they are new, the maximum at V
-``master_bits``                                kept; the missing bits begin at zero, or are dropped
+``residual``, ``limiter``, GaLore, Fira and    kept; limiter and error feedback begin at zero
+DCT-AdamW with one projection, ``amsgrad``     where they are new, the maximum at V
+``master_bits``                                kept; the weight's missing bits begin at zero
 larger ``rank``, another side, from or to dct  state begins anew, ``step`` included
-and random, ``inner``, dense to low-rank and
-back, another rule
+and random, another ``dct_basis``, random
+bases of another class or seed, ``inner``,
+``polar_first``, ``axis``, dense to low-rank
+and back, another rule
 =============================================  ===================================================
 
 Sources of other packages' states: torch.optim.AdamW and Muon; bitsandbytes 0.50 (``AdamW``,
@@ -29,6 +31,7 @@ projector objects are read by their attributes.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,8 +50,11 @@ from .project import side_of
 __all__ = ["Converted", "convert_state"]
 
 _LOG = logging.getLogger(__name__)
-# Slots that begin at zero where a change of options adds them.
-_AT_ZERO = ("limiter", "error", "basis_energy", "master")
+# Slots that begin at zero where options add them: an energy of zero asks for a refresh.
+_AT_ZERO = ("limiter", "error", "basis_energy", "master", "projected", "projected_count",
+            "projected_slope")
+# Options that decide what a slot means.
+_MEANING = ("polar_first", "axis")
 # Slots that every rule has.
 _NUMBERS = ("step", "index", "key")
 _ORDERED = ("svd", "subspace", "randomized")
@@ -62,6 +68,10 @@ class Converted(dict[str, Any]):
 
     rows: tuple[tuple[str, str, str], ...] = ()
 
+    def __reduce__(self) -> Any:
+        """Saved as a plain dictionary, which ``torch.load(weights_only=True)`` reads."""
+        return OrderedDict, (list(self.items()),)
+
     def __str__(self) -> str:
         return "\n".join(aligned([("parameter", "state", "why"), *self.rows]))
 
@@ -71,7 +81,7 @@ class _Old(NamedTuple):
 
     Args:
         values: by slot, in the arithmetic's precision, ``step`` included.
-        rule: ``"adamw"``, another rule's name, or None where nothing is known of it.
+        rule: that saved it; ``"adamw"``, another's name, or None where nothing is known of it.
         options: of its group, where it was this package's; else none.
         stored: as it was saved, in this package's slots: what is stored alike is copied, since
             decoding and encoding once more would round once more.
@@ -129,6 +139,9 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
         if len(place) != len(known):
             raise ValueError(f"{where}: names are not unique")
         found = [place.get(codec.plain_name(name)) for name, _, _ in mine]
+        if mine and known and all(i is None for i in found):
+            raise ValueError(f"{where}: no name of the saved state is one of this optimizer's: "
+                             f"{known[0]!r} is saved, {mine[0][0]!r} is here")
     elif named:
         raise ValueError(f"{where}: the saved state has no names, so names= must give those of its "
                          "parameters, in its order")
@@ -149,6 +162,9 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
         own = optimizer.state[p]
         entry = None if i is None else saved["state"].get(entries[i][0])
         kept, why = None, "not in the saved state"
+        if entry is not None and not isinstance(entry, Mapping):
+            raise ValueError(f"{at}: saved state is a {type(entry).__name__}, but it must be a "
+                             "dictionary")
         if i is not None and entry:
             old = _decoded(entry, entries[i][1], optimizer, p, at)
             kept, why = _fitted(old, optimizer, p, o, at)
@@ -184,17 +200,18 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
     nested = entry.get("__bnb_optimizer_quant_state__")
     if isinstance(nested, Mapping):  # where bitsandbytes puts what FSDP must not shard
         entry = {**entry, **nested}
-    if "state1" in entry:
-        return _Old(_bitsandbytes(entry, p, at), "adamw", stored=_same_codes(entry, p))
     if "projector" in entry:
         return _projected(entry, group, at)
+    if "state1" in entry:
+        moments = _bitsandbytes(entry, tuple(p.shape), at)
+        return _Old(moments, "adamw", stored=_same_codes(entry, p))
     values = {k: x for k, x in entry.items() if isinstance(x, Tensor)}
     if "step" in entry and not isinstance(entry["step"], Tensor):
         values["step"] = torch.tensor(float(entry["step"]))
     if "index" not in entry:  # torch
         if "exp_avg_sq" in values:
             return _Old(values, "adamw")
-        if set(values) == {"momentum_buffer"}:
+        if set(values) == {"momentum_buffer"} and "dampening" not in group:  # SGD's is no average
             return _Old({**values, "step": torch.tensor(1.0)}, "muon")
         raise ValueError(f"{at}: saved state has {sorted(map(str, entry))}, which is of no "
                          "optimizer that is known here")
@@ -202,7 +219,10 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
     options = {k: v for k, v in group.items() if k in table}
     rule = str(group.get("algorithm", ""))
     own = optimizer.algorithm
-    if isinstance(optimizer, LowRankOptimizer) and "basis_step" in values:
+    slots_ = {k.removesuffix(".scale") for k in values} - {*_NUMBERS, "max_exp_avg_sq", "master"}
+    if slots_ == {"exp_avg", "exp_avg_sq"}:
+        options["algorithm"] = "adamw"  # a vector's, say, in a group of another rule
+    elif isinstance(optimizer, LowRankOptimizer) and "basis_step" in values:
         options["algorithm"] = own  # a relative's state has the same slots
     elif rule not in (own, "adamw"):
         return _Old({k: values[k] for k in _NUMBERS if k in values}, None)
@@ -211,7 +231,7 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
     seen = codec.Decoded(values, slots, p)
     decoded: dict[str, Tensor] = {}
     for name, slot in slots.items():
-        if name not in values:
+        if name not in values or _is_scale(name, slots):
             continue
         if name in codec.MOMENTS:
             decoded[name] = seen[name]
@@ -223,7 +243,12 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
         else:
             decoded[name] = values[name]
     dense = optimizer._reason(p, full) is not None
-    return _Old(decoded, "adamw" if dense else own, full, values)
+    return _Old(decoded, "adamw" if dense else rule, full, values)
+
+
+def _is_scale(name: str, slots: Mapping[str, Any]) -> bool:
+    """Whether a slot is the scale of another, which is written with it."""
+    return name.endswith(".scale") and name.removesuffix(".scale") in slots
 
 
 def _columns(name: str, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> int:
@@ -232,14 +257,15 @@ def _columns(name: str, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, A
     return n if name == "error" else min(int(o["rank"]), m, n)
 
 
-def _bitsandbytes(entry: Mapping[str, Any], p: Tensor, at: str) -> dict[str, Tensor]:
+def _bitsandbytes(entry: Mapping[str, Any], shape: tuple[int, ...], at: str
+                  ) -> dict[str, Tensor]:
     """Both moments; 8-bit codes index a map, with a scale for each 256 of the flattened tensor."""
     values = {"step": torch.tensor(float(entry["step"]))}
     for name, i in (("exp_avg", "1"), ("exp_avg_sq", "2")):
-        x = entry[f"state{i}"]
-        if x is None or x.numel() != p.numel():
-            raise ValueError(f"{at}: state{i} saved as {x if x is None else tuple(x.shape)}, "
-                             f"expected {tuple(p.shape)}")
+        x = entry.get(f"state{i}")
+        if not isinstance(x, Tensor) or x.numel() != torch.Size(shape).numel():
+            raise ValueError(f"{at}: state{i} saved as "
+                             f"{tuple(x.shape) if isinstance(x, Tensor) else x}, expected {shape}")
         if x.dtype == torch.uint8:
             scale = entry.get(f"absmax{i}")
             if scale is None or scale.numel() != -(-x.numel() // 256):
@@ -247,7 +273,7 @@ def _bitsandbytes(entry: Mapping[str, Any], p: Tensor, at: str) -> dict[str, Ten
                                  f"{x.numel()} codes: only blockwise states are read")
             each = scale.flatten().repeat_interleave(256)[: x.numel()]
             x = entry[f"qmap{i}"][x.flatten().long()] * each
-        values[name] = x.float().view(p.shape)
+        values[name] = x.float().view(shape)
     return values
 
 
@@ -272,6 +298,8 @@ def _projected(entry: Mapping[str, Any], group: Mapping[str, Any], at: str) -> _
     if not isinstance(basis, Tensor):
         raise ValueError(f"{at}: the projector has {type(basis).__name__}, but it must have a "
                          "matrix: two-sided projections of galore-torch are not read")
+    if "state1" in entry:  # galore-torch's 8 bits
+        entry = {**entry, **_bitsandbytes(entry, tuple(entry["state1"].shape), at)}
     low, step = entry["exp_avg"], int(entry["step"])
     gap = int(getattr(projector, "update_proj_gap", group.get("update_proj_gap", 200)))
     side = "right" if low.ndim == 2 and basis.shape[0] == low.shape[1] and (
@@ -297,6 +325,9 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
     rule = "adamw" if optimizer._reason(p, o) is not None else optimizer.algorithm
     if low != ("basis_step" in values) or (not low and old.rule != rule):
         return None, f"saved by {old.rule or 'another rule'}, goes on as {rule}"
+    for name in _MEANING if rule != "adamw" else ():
+        if name in old.options and name in o and old.options[name] != o[name]:
+            return None, f"{name} was {old.options[name]!r}, is {o[name]!r}"
     changes: list[str] = []
     cut = 0
     if low:
@@ -304,7 +335,8 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
         if reason:
             return None, reason
         if cut:
-            values = {k: _leading(x, slots[k].shape) if k in slots else x
+            values = {k: x[..., :cut].contiguous() if k.startswith(("basis_l", "basis_r")) else
+                      _leading(x, slots[k].shape) if k in codec.MOMENTS and k in slots else x
                       for k, x in values.items()}
             changes.append(f"leading {cut} columns")
     if "max_exp_avg_sq" in slots and "max_exp_avg_sq" not in values:
@@ -313,14 +345,18 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
              for name, x in optimizer.stored_slots(p, o).items()}
     for name, slot in slots.items():
         value = values.get(name)
+        if _is_scale(name, slots):
+            continue
+        if name == "master" and value is not None and value.dtype != slot.dtype:
+            value = None
         if value is None:
             if name not in _AT_ZERO and name not in _NUMBERS:
                 return None, f"no {name} was saved"
             if name in _AT_ZERO:
                 changes.append(f"{name} begins at zero")
             continue
-        scaled = f"{name}.scale" in state
-        if not scaled and tuple(value.shape) != tuple(slot.shape):
+        packed = f"{name}.scale" in slots  # the last dimension is of codes
+        if value.shape[:-1 if packed else None] != tuple(slot.shape)[:-1 if packed else None]:
             return None, f"{name} saved as {tuple(value.shape)}, expected {tuple(slot.shape)}"
         parts = [k for k in (name, f"{name}.scale") if k in state]
         alike = not cut and all(k in old.stored and (old.stored[k].shape, old.stored[k].dtype)
@@ -333,7 +369,7 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
                 codec.fill(state, name, value.to(slot.device), slot)
             else:
                 codec.write(state, name, value.to(slot.device))
-    dropped = sorted(set(values) - set(slots) - {"master"})
+    dropped = sorted(set(values) - set(slots))
     if dropped:
         changes.append(f"without {', '.join(dropped)}")
     return state, "; ".join(changes) or "as it was, stored as the options say"
@@ -347,6 +383,10 @@ def _subspaces(old: _Old, slots: Mapping[str, Slot], p: Tensor, o: Mapping[str, 
         return f"bases by {before!r}, now by {now!r}", 0
     if old.options["inner"] != o["inner"]:
         return f"inner rule {old.options['inner']!r}, now {o['inner']!r}", 0
+    if now == "random" and (old.rule, old.options["seed"]) != (optimizer.algorithm, o["seed"]):
+        return "random bases of another class or seed", 0
+    if now == "dct" and old.options["dct_basis"] != o["dct_basis"]:
+        return f"dct_basis {old.options['dct_basis']}, now {o['dct_basis']}", 0
 
     def sides(names: Any) -> set[str]:
         return {k for k in names if k.startswith(("basis_l", "basis_r", "columns_"))

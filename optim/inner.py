@@ -118,7 +118,7 @@ class Rule(NamedTuple):
 
 def _adamw(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
     fused = s.stored_pair(r, o) if isinstance(s, codec.Decoded) else None
-    if fused is not None and use_triton(None, r.device):
+    if fused is not None and use_triton(None, r.device) and not torch.compiler.is_compiling():
         return adam8(r, **fused, t=t, out=r if consume else None), 1.0
     m, denominator, factor = adam(r, s, o, t, consume=consume)
     return torch.div(m, denominator, out=denominator), factor

@@ -305,7 +305,7 @@ class LowRankOptimizer(MatrixOptimizer):
                 low, size = old.measured(g)
                 return Projected(old, low, norms=size)
             return Projected(old, old.down(g))
-        if born and o["keep_energy"] is not None:
+        if born and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
             low = old.down(g)
             if _energy(low, g) >= o["keep_energy"] * s["basis_energy"].item():
                 return Projected(old, low)

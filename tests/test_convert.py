@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lissom.kernels.quant8 import codebook
 from lissom.optim import (
+    APOLLO,
     AdamW,
     AdamW8bit,
     DCTAdamW,
@@ -14,6 +17,7 @@ from lissom.optim import (
     GaLoreAdamW,
     GradNormLoRPAdamW,
     Muon,
+    PolarGrad,
     codec,
     convert_state,
     loading,
@@ -172,6 +176,82 @@ def test_a_maximum_and_missing_bits():
     assert int(split.state[half[0]]["step"]) == 4
 
 
+@pytest.mark.parametrize(("before", "after", "tolerance"), [
+    (8, 4, 0.2), (4, 8, 0.01), (None, 8, 0.01), (None, 4, 0.2), (8, None, 1e-6)])
+@pytest.mark.parametrize("rank", [6, 3])
+def test_codes_of_a_basis_and_of_an_error_are_made_anew(before, after, tolerance, rank):
+    """At the same rank and at a smaller one; what they stand for is what it was."""
+    optimizer, ps = trained(GaLoreAdamW, rank=6, basis_bits=before, projection="svd",
+                            residual="error_feedback", error_feedback_bits=before or 32)
+    other, twins, rows = moved(optimizer.state_dict(), ps, GaLoreAdamW, rank=rank,
+                               basis_bits=after, projection="svd", residual="error_feedback",
+                               error_feedback_bits=after or 32)
+    assert {state for state, _ in rows.values()} == {"kept"}
+    assert all("scale" not in why for _, why in rows.values())
+    for p, q, side, n in ((ps[0], twins[0], "right", 24), (ps[1], twins[1], "left", 40)):
+        a = codec.read(optimizer.state[p], f"basis_{side}", 6).float()[:, :rank]
+        b = codec.read(other.state[q], f"basis_{side}", rank).float()
+        assert (a - b).norm() <= tolerance * a.norm()
+        a, b = (codec.read(s, "error", n) for s in (optimizer.state[p], other.state[q]))
+        assert a.abs().max() > 0
+        assert (a - b).norm() <= tolerance * a.norm()
+    run(other, twins, range(4, 6))
+
+
+def test_a_new_threshold_of_energy_still_refreshes():
+    optimizer, ps = trained(GaLoreAdamW, rank=4, update_proj_gap=2)
+    other, twins, _ = moved(optimizer.state_dict(), ps, GaLoreAdamW, rank=4, update_proj_gap=2,
+                            keep_energy=0.9)
+    run(other, twins, range(4, 8))
+    assert int(other.state[twins[0]]["basis_step"]) > 4
+    assert float(other.state[twins[0]]["basis_energy"]) > 0
+
+
+@pytest.mark.parametrize(("make", "before", "to", "after", "why"), [
+    (PolarGrad, {"polar_first": True}, PolarGrad, {}, "polar_first was True, is False"),
+    (GaLoreAdamW, {"rank": 4, "projection": "random"}, APOLLO, {"rank": 4},
+     "random bases of another class or seed"),
+    (APOLLO, {"rank": 4}, APOLLO, {"rank": 4, "seed": 3}, "random bases of another class or seed"),
+    (DCTAdamW, {"rank": 4}, DCTAdamW, {"rank": 4, "dct_basis": 3}, "dct_basis 2, now 3"),
+])
+def test_what_has_another_meaning_begins_anew(make, before, to, after, why):
+    optimizer, ps = trained(make, **before)
+    other, twins, rows = moved(optimizer.state_dict(), ps, to, **after)
+    assert rows["p0"] == ("restarted", why)
+    assert rows["p2"][0] == "kept"
+    run(other, twins, range(4, 6))
+
+
+def test_bits_of_a_weight_of_another_width_begin_at_zero():
+    half = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters(SHAPES)]
+    optimizer = AdamW(named(half), lr=1e-2, master_bits=16)
+    run(optimizer, half, range(3))
+    assert optimizer.state[half[0]]["master"].any()
+    other = AdamW(named(half), lr=1e-2, master_bits=8)
+    converted = convert_state(optimizer.state_dict(), other)
+    assert converted.rows[0] == ("p0", "kept", "master begins at zero")
+    other.load_state_dict(converted)
+    assert not other.state[half[0]]["master"].any()
+
+
+def test_vectors_in_a_group_of_matrices_are_kept():
+    ps = parameters(SHAPES)
+    optimizer = GaLoreAdamW([{"params": named(ps), "rank": 4}], lr=1e-2)
+    run(optimizer, ps, range(3))
+    for make, options in ((FiraAdamW, {"rank": 4}), (AdamW, {}), (Muon, {})):
+        _, _, rows = moved(optimizer.state_dict(), ps, make, **options)
+        assert rows["p2"][0] == "kept", make
+
+
+def test_a_converted_state_is_saved_as_plain_values():
+    optimizer, ps = trained(GaLoreAdamW, rank=4)
+    other = GaLoreAdamW(named(ps), lr=1e-2, rank=4, state_bits=8)
+    converted = convert_state(optimizer.state_dict(), other)
+    back = torch.load(_file({"optimizer": converted}), weights_only=True)["optimizer"]
+    other.load_state_dict(back)
+    assert int(other.state[ps[0]]["step"]) == 4
+
+
 # -------------------------------------------------------------------- other packages
 
 
@@ -295,6 +375,44 @@ def test_refusals():
     run(odd, ps, range(1))
     with pytest.raises(ValueError, match=r"'p0': saved state has \['step', 'sum'\]"):
         convert_state(odd.state_dict(), optimizer, NAMES)
+
+
+def test_entries_that_are_none_are_refused_by_name():
+    optimizer, ps = trained(AdamW)
+    other = AdamW([("model." + name, p) for name, p in named(ps)])
+    with pytest.raises(ValueError, match=r"no name of the saved state is .*: 'p0' is saved"):
+        convert_state(optimizer.state_dict(), other)
+    broken = optimizer.state_dict()
+    broken["state"] = {**broken["state"], 0: 5}
+    with pytest.raises(ValueError, match="'p0': saved state is a int, but it must be a dictionary"):
+        convert_state(broken, optimizer)
+    broken["state"][0] = {"step": 1, "state1": torch.zeros(40, 24)}
+    with pytest.raises(ValueError, match=r"'p0': state2 saved as None, expected \(40, 24\)"):
+        convert_state(broken, optimizer)
+    sgd = torch.optim.SGD(ps, momentum=0.9)
+    run(sgd, ps, range(1))
+    with pytest.raises(ValueError, match=r"saved state has \['momentum_buffer'\]"):
+        convert_state(sgd.state_dict(), Muon(named(ps)), NAMES)
+
+
+def test_eight_bits_of_galore_torch():
+    """Its codes are of the projected moments (made by hand: its class needs CUDA)."""
+    optimizer, ps = trained(GaLoreAdamW, shapes=[(64, 48)], rank=8, projection="svd")
+    kept = optimizer.state[ps[0]]
+    low = {name: codec.quantize_dynamic(kept[name].reshape(1, -1), 8, name == "exp_avg")
+           for name in ("exp_avg", "exp_avg_sq")}
+    entry = {"step": 4, "projector": SimpleNamespace(
+        ortho_matrix=kept["basis_right"].mT.contiguous(), update_proj_gap=200)}
+    for name, i in (("exp_avg", "1"), ("exp_avg_sq", "2")):
+        codes, scale = low[name]
+        entry |= {f"state{i}": codes.view(64, 8), f"absmax{i}": scale.flatten(),
+                  f"qmap{i}": codebook(8, i == "1", torch.device("cpu"))}
+    saved = {"state": {0: entry}, "param_groups": [{"params": [0], "rank": 8}]}
+    other, twins, rows = moved(saved, ps, GaLoreAdamW, names=["p0"], rank=8, projection="svd")
+    assert rows["p0"][0] == "kept"
+    assert torch.equal(other.state[twins[0]]["basis_right"], kept["basis_right"])
+    a, b = kept["exp_avg"], other.state[twins[0]]["exp_avg"]
+    assert (a - b).abs().max() <= 0.02 * a.abs().max()
 
 
 def test_shapes_that_differ_begin_anew_by_name():
