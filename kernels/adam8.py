@@ -121,10 +121,10 @@ def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | Non
 @jit
 def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor,
                  m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, m_book_ptr: tl.tensor,
-                 v_book_ptr: tl.tensor, m_slopes_ptr: tl.tensor, m_levels_ptr: tl.tensor,
-                 m_ends_ptr: tl.tensor, v_slopes_ptr: tl.tensor, v_levels_ptr: tl.tensor,
-                 v_ends_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
-                 start: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
+                 v_book_ptr: tl.tensor, m_lines_ptr: tl.tensor, m_ends_ptr: tl.tensor,
+                 v_lines_ptr: tl.tensor, v_ends_ptr: tl.tensor, rows: tl.tensor,
+                 columns: tl.tensor, width: tl.tensor, start: tl.tensor, seed: tl.tensor,
+                 parameter: tl.tensor, step: tl.tensor,
                  weight1: tl.tensor, beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor,
                  correction: tl.tensor, keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr,
                  WEIGHT: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -175,10 +175,10 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
         tl.store(target_ptr + offset, tl.div_rn(m, denominator) * factor, mask=mask)
 
     if BITS < 16:
-        codes, scale = block_codes(m, m_slopes_ptr, m_levels_ptr, m_ends_ptr, BITS, True)
+        codes, scale = block_codes(m, m_lines_ptr, m_ends_ptr, BITS, True)
         store_codes(m_ptr, codes, row, first, inside, columns, width, BITS, R, W)
         tl.store(m_scale_ptr + block, scale, mask=inside)
-        codes, scale = block_codes(v, v_slopes_ptr, v_levels_ptr, v_ends_ptr, BITS, False)
+        codes, scale = block_codes(v, v_lines_ptr, v_ends_ptr, BITS, False)
         store_codes(v_ptr, codes, row, first, inside, columns, width, BITS, R, W)
         tl.store(v_scale_ptr + block, scale, mask=inside)
     else:
@@ -224,7 +224,7 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
     # Without scales rows mean nothing.
     columns = g.shape[-1] if bits < 16 else g.numel()
     rows, (height, width) = g.numel() // columns, tile(columns)
-    tables: list[Tensor | None] = [None] * 8
+    tables: list[Tensor | None] = [None] * 6
     if bits < 16:
         tables = [codebook(bits, True, g.device), codebook(bits, False, g.device),
                   *lines(bits, True, g.device), *lines(bits, False, g.device)]

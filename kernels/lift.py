@@ -21,9 +21,9 @@ __all__ = ["STREAM", "lift", "lift_ref"]
 STREAM = 64
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Half the columns of a projection's tiles: registers for what the epilogue reads, so that one
-# program's epilogue runs beside another's product.
-_LARGE = Tiles(128, 64, 64, 8, 8, 3)
+# The epilogue needs registers and time: two or three small programs share a processor, so that the
+# epilogue of one runs beside the product of another.
+_SHARED = Tiles(64, 128, 64, 8, 4, 3)
 # Without a product rows are long, so that loads of all terms are.
 _FLAT = Tiles(16, 256, 16, 8, 4, 1)
 
@@ -106,7 +106,7 @@ def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | 
     if not p.numel():
         return
     k = 0 if left is None else left.shape[-1]
-    tiles = _FLAT if left is None else tiles_for(left.dtype, batch, m, n, _LARGE)
+    tiles = _FLAT if left is None else tiles_for(left, m, n, (_SHARED,))
     tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
     strides = [s for x in (left, right, dense, gains, keeps)
                for s in ((0, 0, 0) if x is None else x.stride())]

@@ -18,7 +18,7 @@ __all__ = ["row_norms", "row_norms_ref", "row_squares"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of one program and columns at once: of a matrix whose rows are contiguous, and of one whose
 # columns are.
-_ALONG, _ACROSS = (4, 512), (64, 32)
+_ALONG, _ACROSS = (4, 512), (64, 16)
 # Programs that occupy a GPU.
 _BUSY = 1056
 

@@ -81,7 +81,7 @@ def _project(a: Tensor, b: Tensor, c: Tensor, norms: Tensor | None, scores: Tens
     """
     batch, m, k = a.shape
     n = b.shape[-1]
-    t = tiles_for(a.dtype, batch, m, n)
+    t = tiles_for(a, m, n)
     tiles_m, tiles_n = cdiv(m, t.rows), cdiv(n, t.columns)
     launch(_project_kernel, batch * tiles_m * tiles_n, a.device, a, b, c, norms, scores, largest,
            m, n, k, *a.stride(), *b.stride(), *c.stride(), tiles_m, tiles_n,
@@ -139,7 +139,7 @@ def project(a: Tensor, b: Tensor, *, dtype: torch.dtype = torch.float32, norms: 
     shape = (len(a_), n, m) if transposed else (len(a_), m, n)
     c_ = torch.empty(shape, dtype=dtype, device=a.device)
     c_ = c_.mT if transposed else c_
-    t = tiles_for(a.dtype, len(a_), m, n)
+    t = tiles_for(a_, m, n)
     squares = sums = None
     if norms:
         squares = torch.empty(len(a_), cdiv(n, t.columns), m, dtype=torch.float64, device=a.device)

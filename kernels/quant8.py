@@ -74,17 +74,18 @@ def _ends(bits: int, signed: bool) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def lines(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def lines(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Slopes and levels of straight lines that nearly count cell ends, and these ends.
 
     Eight lines for each power of two, of which the last are of [1, 2): floor(slope x + level) is
     the number of positive ends below x, or one less. One comparison with an end settles it.
 
     Returns:
-        Slopes and levels (256,), and the upper ends of all cells, the last infinite; fp32.
+        Slopes and levels, fp32, beside each other as one int64 (256,), and the upper ends of all
+        cells, the last infinite, fp32.
     """
     positive = [x for x in _ends(bits, signed).tolist() if x > 0]
-    slopes, levels = [], []
+    both = []
     for i in range(_LINES):
         octave, eighth = divmod(i - _LINES + 8, 8)
         low, high = ((1 + x / 8) * 2.0**octave for x in (eighth, eighth + 1))
@@ -92,10 +93,9 @@ def lines(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor
         before = sum(x < low for x in positive) if i else 0
         after = positive[before + len(inside)] if inside and inside[-1] < positive[-1] else math.inf
         slope, level = _line(inside, after, high)
-        slopes.append(slope)
-        levels.append(before + level)
+        both.append((slope, before + level))
     ends = torch.cat([_ends(bits, signed), torch.tensor([torch.inf])])
-    return torch.tensor(slopes, device=device), torch.tensor(levels, device=device), ends.to(device)
+    return torch.tensor(both).view(torch.int64).view(-1).to(device), ends.to(device)
 
 
 def _line(ends: list[float], after: float, high: float) -> tuple[float, float]:
@@ -229,8 +229,8 @@ def _look_up(table_ptr: tl.tensor, index: tl.tensor, SIZE: tl.constexpr) -> tl.t
 
 
 @jit
-def block_codes(x: tl.tensor, slopes_ptr: tl.tensor, levels_ptr: tl.tensor, ends_ptr: tl.tensor,
-                BITS: tl.constexpr, SIGNED: tl.constexpr) -> tl.tensor:
+def block_codes(x: tl.tensor, lines_ptr: tl.tensor, ends_ptr: tl.tensor, BITS: tl.constexpr,
+                SIGNED: tl.constexpr) -> tl.tensor:
     """Codes (int32) and scales of blocks [R, W], zero where there is nothing."""
     # As integers magnitudes are ordered too, and NaN is above all.
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -238,12 +238,12 @@ def block_codes(x: tl.tensor, slopes_ptr: tl.tensor, levels_ptr: tl.tensor, ends
     # Unlike a maximum this keeps NaN.
     divisor = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
     unit = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor)[:, None]
-    size = tl.abs(unit) if SIGNED else unit
-    # The last line begins at 1.875.
-    line = (size.to(tl.int32, bitcast=True) >> 20) - (1023 - 255)
-    line = tl.minimum(tl.maximum(line, 0), 255)
-    count = size * _look_up(slopes_ptr, line, 256) + _look_up(levels_ptr, line, 256)
-    codes = tl.maximum(count.to(tl.int32), 0)  # of NaN 0
+    # The first line begins at 2^-31, the last at 1.875; a maximum with NaN is the number.
+    size = tl.maximum(tl.abs(unit) if SIGNED else unit, 2.0**-31)
+    line = _look_up(lines_ptr, (size.to(tl.int32, bitcast=True) >> 20) - (1023 - 255), 256)
+    slope = line.to(tl.int32).to(tl.float32, bitcast=True)
+    level = (line >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    codes = (size * slope + level).to(tl.int32)
     if SIGNED:  # that of 0 is in the middle, and negative numbers count down from it
         codes = tl.where(unit < 0, -1 - codes, codes)
         codes = tl.maximum((2**BITS // 2 - 1) + codes, 0)
@@ -259,14 +259,14 @@ def block_values(codes: tl.tensor, scale: tl.tensor, book_ptr: tl.tensor, BITS: 
 
 @jit
 def _quantize_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: tl.tensor,
-                     slopes_ptr: tl.tensor, levels_ptr: tl.tensor, ends_ptr: tl.tensor,
-                     rows: tl.tensor, columns: tl.tensor, width: tl.tensor, BITS: tl.constexpr,
+                     lines_ptr: tl.tensor, ends_ptr: tl.tensor, rows: tl.tensor,
+                     columns: tl.tensor, width: tl.tensor, BITS: tl.constexpr,
                      SIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
     row, first, block, inside = block_place(rows, columns, R, W)
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)
     x = tl.load(x_ptr + row[:, None] * columns + column, mask=mask, other=0.0)
-    codes, scale = block_codes(x, slopes_ptr, levels_ptr, ends_ptr, BITS, SIGNED)
+    codes, scale = block_codes(x, lines_ptr, ends_ptr, BITS, SIGNED)
     store_codes(codes_ptr, codes, row, first, inside, columns, width, BITS, R, W)
     tl.store(scale_ptr + block, scale, mask=inside)
 

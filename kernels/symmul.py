@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._triton import cdiv, define, jit, launch, tl, use_triton
 from .philox import nearest_bf16
-from .tiles import dot_tile, precision, stacked, widened
+from .tiles import dot_tile, fits, precision, stacked, widened
 
 __all__ = ["newton_schulz_step", "newton_schulz_step_ref", "symm_muladd", "symm_muladd_ref", "syrk",
            "syrk_ref"]
@@ -24,8 +24,8 @@ _ROWS = 256
 # From this many rows on two halves of fp32 rows are multiplied apart on a CPU, at 3/4 of the
 # operations: 0.8 of the time measured with MKL at 768 to 1376 rows. bf16 on AMX gains nothing.
 _HALVES = 768
-# Programs of the large tile that keep an H100's or H200's 132 processors busy, two on each.
-_BUSY = 264
+# Programs of the large tile that keep an H100's or H200's 132 processors busy.
+_BUSY = 132
 
 
 class Tiles(NamedTuple):
@@ -42,21 +42,24 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Three stages of two 128 x 64 panels of 16 bits are 96 KiB, so that two programs share the 227 KiB
-# of an H100's processor and one's stores overlap the other's products. With four warps alpha A
-# would not fit in the registers beside the sums. Of 64 x 64 tiles three programs fit, and the 528
-# tiles of a 2048^2 product are four for each of the 132 processors.
-_LARGE = Tiles(128, 64, 1024, 8, 3)
+# The fastest of several on an H100: three stages of two 128 x 64 panels of 16 bits are 96 KiB, so
+# that two programs share the 227 KiB of a processor and one's stores overlap the other's products.
+# With four warps alpha A would not fit in the registers beside the sums.
+_LARGE = Tiles(128, 64, 1024, 4, 3)
+_ADDING = Tiles(128, 64, 1024, 8, 4)
 _SMALL = Tiles(64, 64, 512, 4, 4)
 _WIDE = Tiles(64, 32, 512, 4, 3)  # fp32: twice the bytes
 
 
-def _tiles(dtype: torch.dtype, batch: int, m: int) -> Tiles:
-    """Large tiles where there are enough of them, else small ones."""
-    if dtype == torch.float32:
+def _tiles(left: Tensor, adds: bool) -> Tiles:
+    """Large tiles where they fit and are enough, with other ones where ``alpha A`` is added."""
+    if left.dtype == torch.float32:
         return _WIDE
-    side = cdiv(m, _LARGE.size)
-    return _LARGE if batch * side * (side + 1) // 2 >= _BUSY else _SMALL
+    large, side = _ADDING if adds else _LARGE, cdiv(left.shape[1], _LARGE.size)
+    if len(left) * side * (side + 1) // 2 >= _BUSY and fits(
+            left.device, 4 * large.stages * large.depth * large.size):
+        return large
+    return _SMALL
 
 
 def _mirrored(lower: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ def _symmul(left: Tensor, right: Tensor, alpha: float | None, beta: float, out: 
     batch, m, k = left.shape
     if not out.numel():
         return
-    t = _tiles(left.dtype, batch, m)
+    t = _tiles(left, alpha is not None)
     # A small matrix is one square of no more tiles than it needs.
     tiles = min(t.side // t.size, 1 << (cdiv(m, t.size) - 1).bit_length())
     squares = cdiv(m, tiles * t.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,12 +10,8 @@ from torch import Tensor
 
 from ._triton import INTERPRETED, cdiv, jit, tl
 
-__all__ = ["LARGE", "SMALL", "WIDE", "Tiles", "dot_tile", "place_tile", "precision", "stacked",
-           "tiles_for", "widened"]
-
-# Programs of the large tile that keep an H100's or H200's 132 processors busy.
-_BUSY = 132
-
+__all__ = ["LARGE", "MEDIUM", "SMALL", "WIDE", "Tiles", "dot_tile", "fits", "place_tile",
+           "precision", "stacked", "tiles_for", "widened"]
 
 class Tiles(NamedTuple):
     """A product is cut into tiles of ``rows`` x ``columns``, with ``depth`` terms at once.
@@ -30,19 +27,43 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Chosen by the code compiled for an H100 (no spills; two programs' registers and shared memory fit
-# a processor), not yet by time.
-LARGE = Tiles(128, 128, 64, 8, 8, 3)
+# The fastest of several on an H100. Where there are fewer tiles than this, the next smaller ones
+# keep its 132 processors busy.
+_ENOUGH = 120
+LARGE = Tiles(128, 256, 64, 8, 8, 3)
+MEDIUM = Tiles(128, 128, 64, 8, 4, 3)
 SMALL = Tiles(64, 64, 64, 8, 4, 3)
 WIDE = Tiles(64, 64, 32, 8, 4, 2)  # fp32: twice the bytes
 
 
-def tiles_for(dtype: torch.dtype, batch: int, m: int, n: int, large: Tiles = LARGE) -> Tiles:
-    """Large tiles where there are enough of them to occupy a GPU, else small ones."""
-    if dtype == torch.float32:
+@functools.lru_cache(maxsize=64)
+def fits(device: torch.device, size: int) -> bool:
+    """Whether a program can have this many bytes of shared memory there: 227 KiB on an H100, 99 on
+    a consumer's GPU.
+    """
+    if device.type != "cuda":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    return size <= int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
+
+
+def tiles_for(x: Tensor, m: int, n: int, sizes: tuple[Tiles, ...] = (LARGE, MEDIUM)) -> Tiles:
+    """Tiles of a product of 16-bit panels, or of fp32 ones.
+
+    Args:
+        x: a batch of left factors, of which dtype, device and number count.
+        m: rows of a product.
+        n: its columns.
+        sizes: of which the first is taken that the device can hold and that gives enough tiles to
+            occupy it; else small ones are.
+    """
+    if x.dtype == torch.float32:
         return WIDE
-    enough = batch * cdiv(m, large.rows) * cdiv(n, large.columns) >= _BUSY
-    return large if enough else SMALL
+    for t in sizes:
+        if len(x) * cdiv(m, t.rows) * cdiv(n, t.columns) >= _ENOUGH and fits(
+                x.device, 2 * t.stages * t.depth * (t.rows + t.columns)):
+            return t
+    return SMALL
 
 
 def precision() -> str:

@@ -408,8 +408,8 @@ from triton.compiler import ASTSource
 from lissom.kernels import adam8, linear, philox, quant8
 
 F, H, C, I = "*fp32", "*bf16", "*u8", "i32"
-pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "slopes_ptr": F,
-            "levels_ptr": F, "codes_ptr": C, "g_ptr": H}
+pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "lines_ptr": "*i64",
+            "codes_ptr": C, "g_ptr": H}
 scalars = {n: "fp32" for n in ("weight1", "beta2", "weight2", "eps", "correction", "keep",
                                "factor")}
 
@@ -441,8 +441,7 @@ for bits, width in ((8, 256), (4, 8)):
         assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
         assert not any(x in ptx for x in ("fma.rn", ".ftz", ".approx", "div.full"))
 for bits, kind in ((32, F), (16, H)):
-    none = {f"{x}_{y}_ptr": None for x in "mv"
-            for y in ("scale", "book", "slopes", "levels", "ends")}
+    none = {f"{x}_{y}_ptr": None for x in "mv" for y in ("scale", "book", "lines", "ends")}
     build(adam8._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
           "STOCHASTIC": False, "ALIGNED": bits == 16, "R": 4, "W": 256}, m_ptr=kind, v_ptr=kind,
           target_ptr=F)
