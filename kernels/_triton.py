@@ -13,6 +13,9 @@ from torch import Tensor
 __all__ = ["EXACT", "INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32", "tl",
            "use_triton"]
 
+# The context in which nothing changes.
+_HERE = contextlib.nullcontext()
+
 triton: Any
 tl: Any
 try:
@@ -55,18 +58,21 @@ def use_triton(backend: str | None, device: torch.device) -> bool:
         ValueError: no such backend.
         RuntimeError: "triton" was asked for and cannot run there.
     """
+    kind = device.type
+    if backend is None and kind != "cuda":
+        return False
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend: expected None, 'torch' or 'triton', got {backend!r}")
-    able = triton is not None and ((INTERPRETED and device.type == "cpu")
-                                   or (device.type == "cuda" and (EXACT or INTERPRETED)))
+    able = triton is not None and ((INTERPRETED and kind == "cpu")
+                                   or (kind == "cuda" and (EXACT or INTERPRETED)))
     if backend == "triton" and not able:
         raise RuntimeError(
             f"backend: 'triton' cannot run on {device}: "
             + ("triton is not installed" if triton is None else
                f"triton {triton.__version__} flushes subnormals, it must be >= 3.6"
-               if device.type == "cuda" else
+               if kind == "cuda" else
                "it needs a CUDA device, or TRITON_INTERPRET=1 and a CPU one"))
-    return backend == "triton" or (backend is None and able and device.type == "cuda")
+    return able and backend != "torch"
 
 
 def launch(kernel: Any, programs: int | tuple[int, int], device: torch.device, *args: Any,
@@ -75,7 +81,9 @@ def launch(kernel: Any, programs: int | tuple[int, int], device: torch.device, *
 
     Products and sums are not fused, whatever the version of Triton does by default.
     """
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    # Entering a device costs as much as a small view, and it is nearly always the current one.
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else _HERE:
         kernel[programs if isinstance(programs, tuple) else (programs,)](
             *args, **constants, enable_fp_fusion=False)
 
@@ -117,6 +125,8 @@ def check(name: str, x: Tensor, *, shape: tuple[int, ...], dtypes: tuple[torch.d
         ValueError: shape, layout or device; the message gives expected and received.
         TypeError: dtype.
     """
+    if (x.shape == shape and x.dtype in dtypes and x.device == device and x.is_contiguous()):
+        return
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
     if x.dtype not in dtypes:

@@ -15,6 +15,7 @@ arXiv 2110.02861.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -58,6 +59,7 @@ STREAMS = (0, 1, 64)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Squares of larger numbers are infinite in fp32.
 _LIMIT = math.sqrt(torch.finfo(torch.float32).max)
+_NO_TABLES: tuple[Tensor | None, ...] = (None,) * 8
 # Elements that torch code works on at once.
 _PIECE = 1 << 17
 
@@ -201,6 +203,13 @@ def _pieces(tensors: tuple[Tensor | None, ...], bits: int) -> Iterator[tuple[Any
         yield tuple(None if x is None else next(pieces) for x in tensors)
 
 
+@functools.lru_cache(maxsize=32)
+def _tables(bits: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What a kernel decodes and encodes both moments with."""
+    return (codebook(bits, True, device), codebook(bits, False, device),
+            *lines(bits, True, device), *lines(bits, False, device))
+
+
 def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None,
            v_scale: Tensor | None, bits: int, beta1: float, beta2: float, eps: float, t: int,
            lr: float | None, weight_decay: float, maximize: bool, key: list[int], stochastic: bool,
@@ -224,10 +233,7 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
     # Without scales rows mean nothing.
     columns = g.shape[-1] if bits < 16 else g.numel()
     rows, (height, width) = g.numel() // columns, tile(columns)
-    tables: list[Tensor | None] = [None] * 8
-    if bits < 16:
-        tables = [codebook(bits, True, g.device), codebook(bits, False, g.device),
-                  *lines(bits, True, g.device), *lines(bits, False, g.device)]
+    tables: tuple[Tensor | None, ...] = _tables(bits, g.device) if bits < 16 else _NO_TABLES
     factor = 1 / (1 - beta1**t)
     launch(_adam_kernel, cdiv(rows * cdiv(columns, width), height), g.device, target, g, m, v,
            m_scale, v_scale, *tables, rows, columns, code_bytes(columns, bits), start,

@@ -31,7 +31,7 @@ __all__ = ["RESIDUALS", "Fira", "Residual", "gains", "residual_of"]
 class Residual:
     """No residual: what is outside the subspace is dropped (GaLore). Base of the others."""
 
-    #: Whether R is read after the inner rule, which otherwise may overwrite it.
+    #: Whether R is read after the inner rule, which otherwise may overwrite it. It is then in fp32.
     needs_low = False
     #: Whether G itself is read: if not, :meth:`measure` and :meth:`combine` look at its shape,
     #: dtype and device alone.
@@ -53,7 +53,7 @@ class Residual:
 
         Args:
             g: what :meth:`gradient` returned.
-            low: R, in fp32.
+            low: R, in fp32 or as it was projected.
             space: the bases of this step, and what came with R.
             side: ``"left"``, ``"right"`` or ``"full"``.
             o: options of the group.
@@ -109,7 +109,7 @@ class Fira(Residual):
             n_ /= correction
         more = math.prod([g.shape[i] / low.shape[i] for i in ALONG[side]])
         gain = gains(n_, norms(low, side), measured, more, s, o, 1 - scale if released else 0.0)
-        gain = (gain * correction).to(low.dtype)
+        gain = (gain if correction == 1.0 else gain * correction).to(low.dtype)
         left, right = bases.factors(n.addcmul_(low, gain, value=-1).to(g.dtype))
         return Update(left, right, scale, g, gain if released else gain * scale)
 
