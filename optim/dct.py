@@ -51,7 +51,8 @@ def columns(index: Tensor, n: int, kind: int, like: Tensor) -> Tensor:
 
     Its transpose is contiguous, which is the factor that a lift multiplies with.
     """
-    table, index = rows(n, kind, like.dtype, like.device), index.to(like.device)
+    table = rows(n, kind, like.dtype, like.device)
+    index = index if index.device == table.device else index.to(table.device)
     # Unlike an index in brackets this takes int32 as it is.
     chosen: Tensor = table.index_select(0, index) if index.ndim == 1 else table[index]
     return chosen.mT

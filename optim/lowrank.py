@@ -348,7 +348,7 @@ class LowRankOptimizer(MatrixOptimizer):
                     narrow = g.dtype if g.element_size() == 2 else torch.float32
                     basis = codec.read(s, f"basis_{name}", r, narrow)
                     assert basis is not None
-                    basis = basis.to(g.dtype)
+                    basis = basis if basis.dtype == g.dtype else basis.to(g.dtype)
             bases.append(basis)
         return Bases(*bases)
 

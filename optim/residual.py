@@ -198,7 +198,8 @@ def gains(size_n: Tensor, size_r: Tensor, size_g: Tensor, more: float, s: Mappin
         o: options of the group.
         leak: the factors are for G - R + leak R; None for G.
     """
-    n, r, g = (x.reshape(math.prod(x.shape[:-2]), -1) for x in (size_n, size_r, size_g))
+    batch = math.prod(size_n.shape[:-2])
+    n, r, g = (x.reshape(batch, -1) for x in (size_n, size_r, size_g))
     rows = codec.rows_of(s)
     last = s["limiter"].view(-1) if "limiter" in s else None
     gain = limited_gains(n, r, g, last, more=more, eps=o["eps"], leak=leak,
