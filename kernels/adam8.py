@@ -15,6 +15,7 @@ arXiv 2110.02861.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -26,10 +27,10 @@ from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
 from .blocks import (
     WARPS,
     block_place,
-    check_store,
     code_bytes,
     load_codes,
     store_codes,
+    store_shapes,
     tile,
 )
 from .philox import (
@@ -56,8 +57,12 @@ __all__ = ["STREAMS", "adam8", "adam8_ref", "adamw8", "adamw8_ref"]
 STREAMS = (0, 1, 64)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SCALE = (torch.float32,)
+# What a moment is stored in, by bits.
+_KINDS = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8, 4: torch.uint8}
 # Squares of larger numbers are infinite in fp32.
 _LIMIT = math.sqrt(torch.finfo(torch.float32).max)
+_NO_TABLES: tuple[Tensor | None, ...] = (None,) * 8
 # Elements that torch code works on at once.
 _PIECE = 1 << 17
 
@@ -201,6 +206,13 @@ def _pieces(tensors: tuple[Tensor | None, ...], bits: int) -> Iterator[tuple[Any
         yield tuple(None if x is None else next(pieces) for x in tensors)
 
 
+@functools.lru_cache(maxsize=32)
+def _tables(bits: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What a kernel decodes and encodes both moments with."""
+    return (codebook(bits, True, device), codebook(bits, False, device),
+            *lines(bits, True, device), *lines(bits, False, device))
+
+
 def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None,
            v_scale: Tensor | None, bits: int, beta1: float, beta2: float, eps: float, t: int,
            lr: float | None, weight_decay: float, maximize: bool, key: list[int], stochastic: bool,
@@ -224,10 +236,7 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
     # Without scales rows mean nothing.
     columns = g.shape[-1] if bits < 16 else g.numel()
     rows, (height, width) = g.numel() // columns, tile(columns)
-    tables: list[Tensor | None] = [None] * 6
-    if bits < 16:
-        tables = [codebook(bits, True, g.device), codebook(bits, False, g.device),
-                  *lines(bits, True, g.device), *lines(bits, False, g.device)]
+    tables: tuple[Tensor | None, ...] = _tables(bits, g.device) if bits < 16 else _NO_TABLES
     factor = 1 / (1 - beta1**t)
     launch(_adam_kernel, cdiv(rows * cdiv(columns, width), height), g.device, target, g, m, v,
            m_scale, v_scale, *tables, rows, columns, code_bytes(columns, bits), start,
@@ -251,23 +260,25 @@ _op = define(
 def _check(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
            bits: int, t: int, random: bool, key: tuple[int, int] | None) -> None:
     shape = tuple(g.shape)
-    if bits not in (32, 16, 8, 4):
+    if bits not in _KINDS:
         raise ValueError(f"bits: expected 32, 16, 8 or 4, got {bits}")
     if t < 1:
         raise ValueError(f"t: expected a count of 1 or more, got {t}")
     if random and key is None:
         raise ValueError("key: expected two words for stochastic rounding, got None")
-    check("g", g, shape=shape, dtypes=_FLOATS, device=g.device)
+    device = g.device
+    check("g", g, shape=shape, dtypes=_FLOATS, device=device)
+    # Both moments are stored alike: their shapes are found once.
+    of_moment, of_scale = (shape, shape) if bits >= 16 else store_shapes(shape, bits)
+    kinds = (_KINDS[bits],)
     for name, x, scale in (("m", m, m_scale), ("v", v, v_scale)):
-        if bits < 16:
-            if scale is None:
-                raise ValueError(f"{name}_scale: expected a tensor at {bits} bits, got None")
-            check_store(x, scale, shape, bits, g.device, name)
-        elif scale is not None:
+        if bits < 16 and scale is None:
+            raise ValueError(f"{name}_scale: expected a tensor at {bits} bits, got None")
+        if bits >= 16 and scale is not None:
             raise ValueError(f"{name}_scale: expected None at {bits} bits, got a tensor")
-        else:
-            kind = torch.float32 if bits == 32 else torch.bfloat16
-            check(name, x, shape=shape, dtypes=(kind,), device=g.device)
+        check(name, x, shape=of_moment, dtypes=kinds, device=device)
+        if scale is not None:
+            check(f"{name}'s scale", scale, shape=of_scale, dtypes=_SCALE, device=device)
 
 
 def adam8(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
@@ -303,8 +314,9 @@ def adam8(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
     """
     _check(g, m, v, m_scale, v_scale, bits, t, bits == 16, key)
     if out is None:
-        out = torch.empty(g.shape, dtype=torch.float32, device=g.device)
-    check("out", out, shape=tuple(g.shape), dtypes=(torch.float32,), device=g.device)
+        out = torch.empty_like(g, dtype=torch.float32)
+    else:
+        check("out", out, shape=tuple(g.shape), dtypes=(torch.float32,), device=g.device)
     _op(out, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t, None, 0.0, False,
         key or (0, 0), False, start, use_triton(backend, g.device))
     return out

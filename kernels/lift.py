@@ -101,15 +101,16 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
 def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | None,
           gains: Tensor | None, keeps: Tensor | None, alpha: float, beta: float, keep: float,
           key: list[int], stochastic: bool, t: int, start: int) -> None:
-    """All tensors are batches (b, m, n), of those that are not p any strides."""
-    batch, m, n = p.shape
+    """All tensors are (m, n) or batches (b, m, n), of those that are not p any strides."""
+    batch, (m, n) = len(p) if p.ndim == 3 else 1, p.shape[-2:]
     if not p.numel():
         return
     k = 0 if left is None else left.shape[-1]
-    tiles = _FLAT if left is None else tiles_for(left, m, n, (_SHARED,))
+    tiles = _FLAT if left is None else tiles_for(left, batch, m, n, (_SHARED,))
     tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
     strides = [s for x in (left, right, dense, gains, keeps)
-               for s in ((0, 0, 0) if x is None else x.stride())]
+               for s in ((0, 0, 0) if x is None else x.stride() if x.ndim == 3 else
+                         (0, *x.stride()))]
     launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, p, left, right, dense, gains, keeps,
            m, n, k, *strides, alpha, beta, keep, start, *map(signed32, (*key, t)), tiles_m, tiles_n,
            PRODUCT=left is not None, DENSE=dense is not None, GAIN=gains is not None,
@@ -171,16 +172,16 @@ def lift(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
                  key=key, t=t, start=start)
         return
 
-    def batched(x: Tensor | float | None, *shape: int) -> Tensor | None:
-        """A view (b, ...) of what may lack leading dimensions."""
-        if not isinstance(x, Tensor):
-            return None
-        return stacked(x.expand(*p.shape[:-2], *(s or d for s, d in
-                                                 zip(shape, x.shape[-2:], strict=True))))
+    def batched(x: Tensor | None) -> Tensor | None:
+        """A view (b, ...) of what may lack leading dimensions; a matrix is what it is."""
+        if x is None or p.ndim == x.ndim == 2:
+            return x
+        return stacked(x.expand(*p.shape[:-2], *x.shape[-2:]))
 
-    m, n = p.shape[-2:]
-    _op(stacked(p), batched(left, 0, 0), batched(right, 0, 0), batched(dense, 0, 0),
-        batched(gain, m, n) if dense is not None else None, batched(keep, m, n), alpha,
+    gains = gain.expand(p.shape) if isinstance(gain, Tensor) and dense is not None else None
+    keeps = keep.expand(p.shape) if isinstance(keep, Tensor) else None
+    _op(batched(p), batched(left), batched(right), batched(dense), batched(gains), batched(keeps),
+        alpha,
         beta if isinstance(gain, Tensor) else beta * gain,
         1.0 if isinstance(keep, Tensor) else keep,
         key or (0, 0), key is not None and p.dtype != torch.float32, t, start)

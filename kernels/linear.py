@@ -196,11 +196,11 @@ def dequantize_linear(codes: Tensor, scale: Tensor, columns: int, bits: int, *,
         ValueError: a shape, layout or option is wrong.
         RuntimeError: "triton" was asked for and cannot run there.
     """
-    shape = (*codes.shape[:-1], columns)
-    store_shapes(shape, bits)
-    check_store(codes, scale, shape, bits, codes.device, kind=_KINDS[bits])
+    shape, device = (*codes.shape[:-1], columns), codes.device
+    # Other bits than those are refused there.
+    check_store(codes, scale, shape, bits, device, kind=_KINDS.get(bits, torch.int8))
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=codes.device)
-    check("out", out, shape=shape, dtypes=_FLOATS, device=codes.device)
-    _dequantize_op(codes, scale, out, bits, use_triton(backend, codes.device))
+        out = torch.empty(shape, dtype=dtype, device=device)
+    check("out", out, shape=shape, dtypes=_FLOATS, device=device)
+    _dequantize_op(codes, scale, out, bits, use_triton(backend, device))
     return out

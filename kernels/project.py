@@ -8,6 +8,8 @@ in an order that does not change from run to run; C is rounded once.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -75,16 +77,17 @@ def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, norms_
 
 def _project(a: Tensor, b: Tensor, c: Tensor, norms: Tensor | None, scores: Tensor | None,
              largest: Tensor | None, order: int) -> None:
-    """Fill c and what else is given, all of them batches.
+    """Fill c and what else is given, all of them matrices or batches of them.
 
     Norms (batch, tiles of c's columns, m) and scores (batch, tiles of c's rows, n) take parts.
     """
-    batch, m, k = a.shape
+    batch, (m, k) = len(a) if a.ndim == 3 else 1, a.shape[-2:]
     n = b.shape[-1]
-    t = tiles_for(a, m, n)
+    t = tiles_for(a, batch, m, n)
     tiles_m, tiles_n = cdiv(m, t.rows), cdiv(n, t.columns)
+    strides = [s for x in (a, b, c) for s in (x.stride() if x.ndim == 3 else (0, *x.stride()))]
     launch(_project_kernel, batch * tiles_m * tiles_n, a.device, a, b, c, norms, scores, largest,
-           m, n, k, *a.stride(), *b.stride(), *c.stride(), tiles_m, tiles_n,
+           m, n, k, *strides, tiles_m, tiles_n,
            NORMS=norms is not None, SCORES=order if scores is not None else 0, BM=t.rows,
            BN=t.columns, BK=t.depth, GROUP=t.group, PRECISION=precision(), WIDEN=widened(a),
            num_warps=t.warps, num_stages=t.stages)
@@ -134,21 +137,19 @@ def project(a: Tensor, b: Tensor, *, dtype: torch.dtype = torch.float32, norms: 
                                        largest=largest)
         return c.mT.contiguous().mT if transposed else c, rows, columns
     lead, m, n = a.shape[:-2], a.shape[-2], b.shape[-1]
-    a_ = stacked(a)
-    b_ = b.expand(len(a_), *b.shape) if b.ndim == 2 else stacked(b)
-    shape = (len(a_), n, m) if transposed else (len(a_), m, n)
-    c_ = torch.empty(shape, dtype=dtype, device=a.device)
-    c_ = c_.mT if transposed else c_
-    t = tiles_for(a_, m, n)
+    c = torch.empty((*lead, n, m) if transposed else (*lead, m, n), dtype=dtype, device=a.device)
+    c = c.mT if transposed else c
+    a_, b_, c_ = (x if x.ndim == 2 else stacked(x) for x in (a, b, c))
+    batch = math.prod(lead)
+    t = tiles_for(a, batch, m, n)
     squares = sums = None
     if norms:
-        squares = torch.empty(len(a_), cdiv(n, t.columns), m, dtype=torch.float64, device=a.device)
+        squares = torch.empty((*lead, cdiv(n, t.columns), m), dtype=torch.float64, device=a.device)
     if scores:
-        sums = torch.empty(len(a_), cdiv(m, t.rows), n, dtype=torch.float32, device=a.device)
+        sums = torch.empty((*lead, cdiv(m, t.rows), n), dtype=torch.float32, device=a.device)
     inverse = largest if largest is None else 1 / largest
     if scores == 2 and inverse is None:
         inverse = torch.ones((), device=a.device)
     _op(a_, b_, c_, squares, sums, inverse, scores or 0)
-    return (c_.view(*lead, *c_.shape[1:]) if not transposed else c_.mT.view(*lead, n, m).mT,
-            None if squares is None else squares.sum(1).sqrt().view(*lead, m),
-            None if sums is None else sums.sum(1).view(*lead, n))
+    return (c, None if squares is None else squares.sum(-2).sqrt_(),
+            None if sums is None else sums.sum(-2))

@@ -47,11 +47,13 @@ def fits(device: torch.device, size: int) -> bool:
     return size <= int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
 
 
-def tiles_for(x: Tensor, m: int, n: int, sizes: tuple[Tiles, ...] = (LARGE, MEDIUM)) -> Tiles:
+def tiles_for(x: Tensor, batch: int, m: int, n: int,
+              sizes: tuple[Tiles, ...] = (LARGE, MEDIUM)) -> Tiles:
     """Tiles of a product of 16-bit panels, or of fp32 ones.
 
     Args:
-        x: a batch of left factors, of which dtype, device and number count.
+        x: a factor, of which dtype and device count.
+        batch: number of products.
         m: rows of a product.
         n: its columns.
         sizes: of which the first is taken that the device can hold and that gives enough tiles to
@@ -60,7 +62,7 @@ def tiles_for(x: Tensor, m: int, n: int, sizes: tuple[Tiles, ...] = (LARGE, MEDI
     if x.dtype == torch.float32:
         return WIDE
     for t in sizes:
-        if len(x) * cdiv(m, t.rows) * cdiv(n, t.columns) >= _ENOUGH and fits(
+        if batch * cdiv(m, t.rows) * cdiv(n, t.columns) >= _ENOUGH and fits(
                 x.device, 2 * t.stages * t.depth * (t.rows + t.columns)):
             return t
     return SMALL

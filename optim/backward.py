@@ -119,7 +119,7 @@ class InBackward:
         assert self.knows(p)
         name, o = self._places[p]
         optimizer = self.optimizer
-        if optimizer._forms.get(p) != optimizer._form(p, o, optimizer._kinds()):
+        if optimizer._forms.get(p) != optimizer._form(p, optimizer._structure(o)):
             optimizer._sync_state()
         return name, o
 

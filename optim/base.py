@@ -20,6 +20,7 @@ declines, or whose group says ``algorithm="adamw"``, get AdamW in the same loop.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -452,35 +453,37 @@ class MatrixOptimizer(torch.optim.Optimizer):
         Accelerate and FSDP2 put other parameters into the groups after construction, and
         ``model.to`` changes them in place: their state follows.
         """
-        present = {p: g for g in self.param_groups for p in g["params"]}
-        gone = [p for p in self.state if p not in present]
-        for p in gone:
+        present = {p for g in self.param_groups for p in g["params"]}
+        for p in [p for p in self.state if p not in present]:
             del self.state[p]
             self._next_index = None
-        self._forms = {p: form for p, form in self._forms.items() if p in self.state}
-        self._layouts = {p: slots for p, slots in self._layouts.items() if p in self.state}
-        kinds = self._kinds()
+        if len(self._forms) != len(self.state):
+            self._forms = {p: form for p, form in self._forms.items() if p in self.state}
+            self._layouts = {p: slots for p, slots in self._layouts.items() if p in self.state}
+        structures = {id(group): self._structure(group) for group in self.param_groups}
         for name, p, group in self._named():
-            form = self._form(p, group, kinds)
+            form, last = self._form(p, structures[id(group)]), self._forms.get(p)
             if p not in self.state:
                 if not p.requires_grad and p.grad is None:
                     continue
                 self._create_state(p, group, name)
-            elif self._forms.get(p) != form:
-                last = self._forms.get(p, form)[0]
-                if last != p.shape and int(self.state[p]["step"]):
-                    raise ValueError(f"{name!r} has changed its shape from {tuple(last)} to "
+            elif last != form:
+                shape = p.shape if last is None else last[0]
+                if shape != p.shape and int(self.state[p]["step"]):
+                    raise ValueError(f"{name!r} has changed its shape from {tuple(shape)} to "
                                      f"{tuple(p.shape)} since its state was made")
                 self.state[p] = self._followed(p, self.state[p], group, name)
-            if self._forms.get(p) != form:
+            if last != form:
                 self._layouts[p] = self._logical(p, group)
-            self._forms[p] = form
+                self._forms[p] = form
         if self._backward is not None:
             self._backward.follow()
 
-    def _kinds(self) -> list[tuple[str, bool]]:
+    @classmethod
+    @functools.cache
+    def _kinds(cls) -> list[tuple[str, bool]]:
         """Options, and whether only their presence can matter to the slots: that of numbers."""
-        return [(k, x.kind in (float, tuple)) for k, x in self.table().items()
+        return [(k, x.kind in (float, tuple)) for k, x in cls.table().items()
                 if k not in _BOOKKEEPING]
 
     def structural(self) -> list[str]:
@@ -488,11 +491,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return [k for k, x in self.table().items() if x.kind not in (float, tuple)
                 and k not in _BOOKKEEPING and (k not in COMMON or k in _LAYOUT)]
 
+    def _structure(self, o: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All of a group's options that slots depend on."""
+        return tuple([o[k] is None if number else o[k] for k, number in self._kinds()])
+
     @staticmethod
-    def _form(p: Tensor, o: Mapping[str, Any], kinds: list[tuple[str, bool]]) -> tuple[Any, ...]:
-        """All that the slots of a parameter depend on."""
-        options = (o[k] is None if number else o[k] for k, number in kinds)
-        return (p.shape, p.dtype, p.device, *options)
+    def _form(p: Tensor, structure: tuple[Any, ...]) -> tuple[Any, ...]:
+        """All that the slots of a parameter depend on, with :meth:`_structure` of its group."""
+        return (p.shape, p.dtype, p.device, structure)
 
     def _followed(self, p: Tensor, state: dict[str, Tensor], o: Mapping[str, Any], name: str
                   ) -> dict[str, Tensor]:
@@ -580,9 +586,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             moved: names of those that were updated before, to which theirs are added.
             before: names of those that :meth:`before_updates` has moved.
         """
-        touched = {w.name: [*map(sharding.local, (w.p, *self.state[w.p].values()))]
-                   for w in window}
-        versions = {name: [x._version for x in xs] for name, xs in touched.items()}
+        touched = [self._touched(w.p) for w in window]
+        versions = [[x._version for x in xs] for xs in touched]
         measured = metrics.before(self, window)
         updates = [self._step_one(w.p, w.g, w.o) for w in window]
         done: set[str] = set()
@@ -592,7 +597,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         except Exception as error:
             moved += [w.name for w in window if w.name in done]
             rest = [w.name for w in window if w.name not in done]
-            partly = [n for n in rest if versions[n] != [x._version for x in touched[n]]]
+            partly = [w.name for w, old, xs in zip(window, versions, touched, strict=True)
+                      if w.name not in done and old != [x._version for x in xs]]
             if not moved and not partly and not before:
                 raise
             earlier = f"; before all updates {', '.join(before)} had been moved" if before else ""
@@ -604,13 +610,21 @@ class MatrixOptimizer(torch.optim.Optimizer):
         moved += [w.name for w in window]
         metrics.after(self, window, measured)
 
+    def _touched(self, p: Tensor) -> list[Tensor]:
+        """What an update of p writes to: p and its state, of which this rank holds."""
+        tensors = [p, *self.state[p].values()]
+        return [*map(sharding.local, tensors)] if sharding.is_sharded(p) else tensors
+
     def _windows(self, work: Sequence[Work]) -> Iterator[list[Work]]:
         """Parameters whose updates run together: one, or as many as fit where they may wait."""
+        if not self.waits:
+            yield from ([item] for item in work)
+            return
         window: list[Work] = []
         sizes = [sharding.share(item.p, self._rows(item.p, item.o)) for item in work]
         held, most = 0, max([_WINDOW, *sizes])
         for item, size in zip(work, sizes, strict=True):
-            if not self.waits or self._reason(item.p, item.o) is not None:
+            if self._reason(item.p, item.o) is not None:
                 yield [item]
                 continue
             if window and held + size > most:
@@ -624,7 +638,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _checked_work(self) -> list[Work]:
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
         gradient = _given if self._backward is None else self._backward.gradient
-        work = [Work(name, p, g, _numbers(o)) for name, p, o in self._named()
+        numbers = {id(group): _numbers(group) for group in self.param_groups}
+        work = [Work(name, p, g, numbers[id(o)]) for name, p, o in self._named()
                 if (g := gradient(p)) is not None]
         for name, p, g, _ in work:
             if g is p.grad:
@@ -656,30 +671,37 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """From gradient to parameter, for one parameter; waits where its update does."""
         state, slots, rows = self.state[p], self._layouts[p], self._rows(p, o)
         t = int(state["step"]) + 1
-        gather = sharding.whole if rows is None else sharding.local
-        x, g, *rest = map(gather, (p, g, *state.values()))
-        stored = dict(zip(state, rest, strict=True))
+        x, stored, sharded = p, state, sharding.is_sharded(p)
+        if sharded:
+            gather = sharding.whole if rows is None else sharding.local
+            x, g, *rest = map(gather, (p, g, *state.values()))
+            stored = dict(zip(state, rest, strict=True))
         if self._reason(p, o) is not None:
             self._step_adamw(x, g, stored, slots, o, t, rows)
         else:
             shape = self.matrix_shape(p, o)
             shape = shape if rows is None else (len(x), *shape[1:])
-            matrix = x.reshape(shape)  # a copy where the memory format allows no view
+            # a copy where the memory format allows no view
+            matrix = x if x.shape == shape else x.reshape(shape)
             s = codec.Decoded(stored, slots, p, rows)
             s["weight"] = matrix
             lifted = None if self._backward is None else self._backward.lifted(p, s, o, t)
-            u = self.update(negated(g.reshape(shape), o), s, o, t) if lifted is None else lifted
+            if lifted is None:
+                g = g if g.shape == shape else g.reshape(shape)
+                u = self.update(negated(g, o), s, o, t)
+            else:
+                u = lifted
             if isinstance(u, Generator):
                 u = yield from requested(u, rows)
             _apply(matrix, u, stored, o, t, 0 if rows is None else rows.start * shape[-1])
-            if matrix.data_ptr() != x.data_ptr():
+            if matrix is not x and matrix.data_ptr() != x.data_ptr():
                 x.copy_(matrix.view(x.shape))
             codec.encode(s, stored, slots, o, t)
-        if rows is None and sharding.is_sharded(p):
+        if sharded and rows is None:
             for name, kept in stored.items():
                 sharding.keep(state[name], kept)
             sharding.keep(p, x)
-        state["step"] += 1
+        state["step"].fill_(t)
         if self._backward is not None:
             self._backward.consumed(p)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sharding import is_sharded
+
 __all__ = ["TORCH_ONLY", "check_gradient", "check_parameter", "refuse_torch_only"]
 
 #: Options of torch.optim.AdamW about how it runs, which change no result.
@@ -44,12 +46,15 @@ def check_gradient(p: Tensor, g: Tensor, name: str) -> None:
     if g.layout != torch.strided:
         raise TypeError(f"the gradient of {name!r} is sparse ({g.layout}), but it must be dense "
                         "(an embedding needs sparse=False)")
-    for what in ("dtype", "shape", "device"):
-        has, needs = getattr(g, what), getattr(p, what)
-        if has != needs:
-            kind = TypeError if what == "dtype" else ValueError
-            raise kind(f"the gradient of {name!r} has {what} {_plain(has)}, "
-                       f"but it must be its parameter's {_plain(needs)}")
+    if g.dtype != p.dtype or g.shape != p.shape or g.device != p.device:
+        for what in ("dtype", "shape", "device"):
+            has, needs = getattr(g, what), getattr(p, what)
+            if has != needs:
+                kind = TypeError if what == "dtype" else ValueError
+                raise kind(f"the gradient of {name!r} has {what} {_plain(has)}, "
+                           f"but it must be its parameter's {_plain(needs)}")
+    if not is_sharded(p) and not is_sharded(g):
+        return
     places = [getattr(x, "placements", None) for x in (p, g)]
     if places[0] != places[1]:
         raise ValueError(f"the gradient of {name!r} has placements {places[1]}, "

@@ -176,13 +176,14 @@ def _single(x: Tensor) -> Tensor:
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of tensors of equal leading dimensions, so many that temporaries stay small.
 
-    They are views of contiguous tensors; of others they may be copies, to be read only.
+    They are views of contiguous tensors; of others they may be copies, to be read only. Where one
+    piece is all, it is the tensors themselves.
     """
     first = tensors[0]
-    if not first.numel():
-        return iter(())
-    piece = _PIECE if first.device.type == "cpu" else first.numel()
-    rows = max(1, piece // first.shape[-1])
+    count = first.numel()
+    if count <= _PIECE or first.device.type != "cpu":
+        return iter((tensors,) if count else ())
+    rows = max(1, _PIECE // first.shape[-1])
     return zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
 
 

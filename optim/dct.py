@@ -51,8 +51,11 @@ def columns(index: Tensor, n: int, kind: int, like: Tensor) -> Tensor:
 
     Its transpose is contiguous, which is the factor that a lift multiplies with.
     """
-    chosen: Tensor = rows(n, kind, like.dtype, like.device)[index.to(like.device).long()].mT
-    return chosen
+    table = rows(n, kind, like.dtype, like.device)
+    index = index if index.device == table.device else index.to(table.device)
+    # Unlike an index in brackets this takes int32 as it is.
+    chosen: Tensor = table.index_select(0, index) if index.ndim == 1 else table[index]
+    return chosen.mT
 
 
 @functools.lru_cache(maxsize=64)

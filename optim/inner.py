@@ -104,7 +104,8 @@ class Rule(NamedTuple):
     Args:
         slots: (shape of R, parameter, options) to what is kept.
         direction: (R, state, options, t, consume) to (N, factor), the direction being
-            factor * N. Moments in the state change in place. With ``consume`` R may be overwritten.
+            factor * N in fp32. R may have 16 bits. Moments in the state change in place. With
+            ``consume`` R may be overwritten.
         powers: for each moment, what a rotation of the basis does to it: 1 for Rot, 2 for
             Rot o Rot, which keeps a second moment positive.
         elementwise: an entry of N depends on the same entry of R alone.
@@ -119,8 +120,9 @@ class Rule(NamedTuple):
 def _adamw(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
     fused = s.stored_pair(r, o) if isinstance(s, codec.Decoded) else None
     if fused is not None and use_triton(None, r.device) and not torch.compiler.is_compiling():
-        return adam8(r, **fused, t=t, out=r if consume else None), 1.0
-    m, denominator, factor = adam(r, s, o, t, consume=consume)
+        return adam8(r, **fused, t=t, out=r if consume and r.dtype == torch.float32 else None), 1.0
+    wide = codec.wide(r)
+    m, denominator, factor = adam(wide, s, o, t, consume=consume or wide is not r)
     return torch.div(m, denominator, out=denominator), factor
 
 
@@ -130,6 +132,7 @@ def _momentum_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
 
 def _momentum(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
     """N = M, M <- b1 M + R: torch.optim.SGD(momentum=b1)."""
+    r = codec.wide(r)
     n = r if consume else torch.empty_like(r)
     m = s["momentum_buffer"].mul_(o["betas"][0]).add_(r)
     return n.copy_(m), 1.0
@@ -139,6 +142,7 @@ def _lion(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tenso
     """N = sign(b1 M + (1 - b1) R), M <- b2 M + (1 - b2) R: Chen et al., arXiv 2302.06675."""
     beta1, beta2 = o["betas"]
     m = s["momentum_buffer"]
+    r = codec.wide(r)
     mixed = torch.lerp(m, r, 1 - beta1)
     n = torch.where(mixed.isnan(), mixed, mixed.sign())  # the sign of a NaN would be 0
     m.lerp_(r, 1 - beta2)
@@ -159,7 +163,7 @@ def _factored(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[T
     correction instead of their schedule and clipping).
     """
     beta1, beta2 = o["betas"]
-    r = representable(r, sum(r.shape[-2:]))
+    r = representable(codec.wide(r), sum(r.shape[-2:]))
     square = r.square()
     row, column = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
     row = s["exp_avg_sq_row"].lerp_(row, 1 - beta2)

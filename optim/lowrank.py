@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -275,7 +276,8 @@ class LowRankOptimizer(MatrixOptimizer):
         residual, rule = self.residual(o), RULES[o["inner"]]
         m, columns = codec.whole_shape(g, s)[-2:]
         side = project.side_of(m, columns, o["proj_type"])
-        low = codec.wide(space.low)
+        # Where only the rule reads R it may be in 16 bits, which a kernel widens as it reads.
+        low = codec.wide(space.low) if residual.needs_low else space.low
         moments = _turned(rule, s, space, o)
         measured = residual.measure(g, low, space, side, o)
         # N = inner(R); state is written from here on
@@ -346,7 +348,7 @@ class LowRankOptimizer(MatrixOptimizer):
                     narrow = g.dtype if g.element_size() == 2 else torch.float32
                     basis = codec.read(s, f"basis_{name}", r, narrow)
                     assert basis is not None
-                    basis = basis.to(g.dtype)
+                    basis = basis if basis.dtype == g.dtype else basis.to(g.dtype)
             bases.append(basis)
         return Bases(*bases)
 
@@ -415,10 +417,16 @@ class LowRankOptimizer(MatrixOptimizer):
         gap = int(o["update_proj_gap"])
         if o["refresh"] == "synchronous":
             return self.first_phase
-        c = max(1, round(gap * 0.618))
-        while math.gcd(c, gap) > 1:
-            c += 1
-        return int(s["index"]) * c % gap + self.first_phase
+        return int(s["index"]) * _coprime(gap) % gap + self.first_phase
+
+
+@functools.cache
+def _coprime(gap: int) -> int:
+    """The first number coprime to gap from gap / golden ratio on."""
+    c = max(1, round(gap * 0.618))
+    while math.gcd(c, gap) > 1:
+        c += 1
+    return c
 
 
 def _turned(rule: Rule, s: Mapping[str, Tensor], space: Projected, o: Mapping[str, Any]

@@ -31,7 +31,7 @@ __all__ = ["RESIDUALS", "Fira", "Residual", "gains", "residual_of"]
 class Residual:
     """No residual: what is outside the subspace is dropped (GaLore). Base of the others."""
 
-    #: Whether R is read after the inner rule, which otherwise may overwrite it.
+    #: Whether R is read after the inner rule, which otherwise may overwrite it. It is then in fp32.
     needs_low = False
     #: Whether G itself is read: if not, :meth:`measure` and :meth:`combine` look at its shape,
     #: dtype and device alone.
@@ -53,7 +53,7 @@ class Residual:
 
         Args:
             g: what :meth:`gradient` returned.
-            low: R, in fp32.
+            low: R, in fp32 or as it was projected.
             space: the bases of this step, and what came with R.
             side: ``"left"``, ``"right"`` or ``"full"``.
             o: options of the group.
@@ -109,7 +109,7 @@ class Fira(Residual):
             n_ /= correction
         more = math.prod([g.shape[i] / low.shape[i] for i in ALONG[side]])
         gain = gains(n_, norms(low, side), measured, more, s, o, 1 - scale if released else 0.0)
-        gain = (gain * correction).to(low.dtype)
+        gain = (gain if correction == 1.0 else gain * correction).to(low.dtype)
         left, right = bases.factors(n.addcmul_(low, gain, value=-1).to(g.dtype))
         return Update(left, right, scale, g, gain if released else gain * scale)
 
@@ -198,7 +198,8 @@ def gains(size_n: Tensor, size_r: Tensor, size_g: Tensor, more: float, s: Mappin
         o: options of the group.
         leak: the factors are for G - R + leak R; None for G.
     """
-    n, r, g = (x.reshape(math.prod(x.shape[:-2]), -1) for x in (size_n, size_r, size_g))
+    batch = math.prod(size_n.shape[:-2])
+    n, r, g = (x.reshape(batch, -1) for x in (size_n, size_r, size_g))
     rows = codec.rows_of(s)
     last = s["limiter"].view(-1) if "limiter" in s else None
     gain = limited_gains(n, r, g, last, more=more, eps=o["eps"], leak=leak,

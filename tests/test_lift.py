@@ -12,12 +12,14 @@ import sys
 
 import pytest
 import torch
+from lissom.bench.livebytes import LiveBytes
 from lissom.kernels import _triton, symmul, tiles
 from lissom.kernels.lift import STREAM, lift, lift_ref
 from lissom.kernels.limit import limited_gains, limited_gains_ref
 from lissom.kernels.norms import row_norms, row_norms_ref
 from lissom.kernels.philox import stochastic_round
 from lissom.kernels.project import project, project_ref
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 CUDA = torch.cuda.is_available() and _triton.triton is not None
@@ -212,11 +214,39 @@ def test_a_write_shows_in_the_version(device):
 # -------------------------------------------------------------------- operators, compile, errors
 
 
+def test_an_operator_is_called_where_somebody_looks():
+    """Elsewhere what it does is called itself: then numbers come as they were given."""
+    got = []
+    call = _triton.define("probe_of_a_test(Tensor(a!) x, int[] words) -> ()",
+                          lambda x, words: got.append(type(words)))
+
+    def kind(x):
+        got.clear()
+        call(x, (1, 2))
+        return got
+
+    x = torch.zeros(2)
+    assert kind(x) == [list]  # gradients are asked for
+    with torch.no_grad():
+        assert kind(x) == kind(torch.nn.Parameter(x)) == [tuple]
+        assert kind(torch.zeros(2, device="meta")) == []
+        with LiveBytes():
+            assert kind(x) == [list]
+        with torch.profiler.profile() as profile:
+            assert kind(x) == [list]
+        assert any(e.key == "lissom::probe_of_a_test" for e in profile.key_averages())
+        with FakeTensorMode() as mode:
+            assert kind(torch.zeros(2)) == []
+        assert kind(mode.from_tensor(x)) == []
+
+
 def test_operators_and_compile(device):
     p, left, right, dense, gain, keep = terms((20, 7, 33), torch.float32, torch.float32, device)
     opcheck(torch.ops.lissom.lift.default, (
         p[None], left[None], right[None], dense[None], gain.expand(20, 33)[None],
         keep.expand(20, 33)[None], 0.5, 1.0, 1.0, [1, 2], False, 1, 0))
+    opcheck(torch.ops.lissom.lift.default, (
+        p, left, right, dense, None, None, 0.5, 1.0, 1.0, [1, 2], False, 1, 0))
     parts = torch.empty(1, 1, 20, dtype=torch.float64, device=device)
     sums = torch.empty(1, 1, 33, device=device)
     opcheck(torch.ops.lissom.project.default, (
@@ -333,18 +363,18 @@ def test_compiles_for_a_gpu(tmp_path):
 
 def test_tiles_are_small_where_there_are_few():
     x = torch.empty(1, 4096, 4096, dtype=torch.bfloat16, device="meta")
-    assert tiles.tiles_for(x, 4096, 1024) == tiles.LARGE
-    assert tiles.tiles_for(x, 2048, 1024) == tiles.MEDIUM
-    assert tiles.tiles_for(x, 1024, 1024) == tiles.SMALL
-    assert tiles.tiles_for(x.expand(2, -1, -1), 1024, 4096) == tiles.LARGE
-    assert tiles.tiles_for(x.float(), 4096, 4096) == tiles.WIDE
+    assert tiles.tiles_for(x, 1, 4096, 1024) == tiles.LARGE
+    assert tiles.tiles_for(x, 1, 2048, 1024) == tiles.MEDIUM
+    assert tiles.tiles_for(x, 1, 1024, 1024) == tiles.SMALL
+    assert tiles.tiles_for(x, 2, 1024, 2048) == tiles.LARGE
+    assert tiles.tiles_for(x.float(), 8, 4096, 4096) == tiles.WIDE
 
 
 def test_tiles_are_smaller_where_they_would_not_fit(monkeypatch):
     x = torch.empty(1, 4096, 4096, dtype=torch.bfloat16, device="meta")
     monkeypatch.setattr(tiles, "fits", lambda device, size: size <= 99 * 1024)
     monkeypatch.setattr(symmul, "fits", tiles.fits)
-    assert tiles.tiles_for(x, 4096, 1024) == tiles.MEDIUM
+    assert tiles.tiles_for(x, 1, 4096, 1024) == tiles.MEDIUM
     assert symmul._tiles(x, True) == symmul._SMALL
     assert symmul._tiles(x, False) == symmul._LARGE
 

@@ -304,6 +304,22 @@ def test_inner_rules_in_their_limits():
         torch.testing.assert_close(f * x, h * y, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("name", inner.RULES)
+def test_a_rule_widens_r(name, consume):
+    """A projected gradient of 16 bits gives what it gives in fp32, and an fp32 direction."""
+    r = tensors([(4, 3)])[0].bfloat16()
+    rule, o = inner.RULES[name], {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": False,
+                                  "state_bits": 32}
+    results = []
+    for given in (r.clone(), r.float()):
+        s = {k: slot.empty() for k, slot in rule.slots((4, 3), r, o).items()}
+        n, factor = rule.direction(given, s, o, 1, consume)
+        results.append([n * factor, *s.values()])
+    assert all(x.dtype == torch.float32 and torch.equal(x, y)
+               for x, y in zip(*results, strict=True))
+
+
 CPU = torch.device("cpu")
 
 
