@@ -23,7 +23,9 @@ class Pool:
     """Runs ``job(mesh, **given)`` on each rank of a mesh and gathers what it returns."""
 
     def __init__(self) -> None:
-        context = mp.get_context("spawn")
+        # a server imports torch and the rows of the table once, the ranks are its forks
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.jobs"])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.workers = []
