@@ -270,7 +270,7 @@ def build(kernel, constants, types, t, capability):
     ptx = kernel.asm["ptx"]
     # 16 bytes at a time
     assert all("v4" in x or "b64" in x or x.endswith("b32") for x in
-               re.findall(r"st\\\\.global\\\\S*", ptx))
+               re.findall(r"st\\.global\\S*", ptx))
     assert kernel.metadata.shared <= 113 * 1024  # of two programs
     return ptx
 

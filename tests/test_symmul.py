@@ -85,7 +85,7 @@ def test_rounded_once_and_symmetric(shape, dtype, device):
 def test_strides_are_followed(dtype, device):
     base = whole((2, 3, 70, 90), dtype, device)
     for x in (base.mT, base[0, 0].mT, base[:, 1], base[0, 0, ::2, 3:40:3], base[0, 0, :1].expand(
-            5, 90), base.permute(2, 1, 0, 3)):
+            5, 90), base[:, :, :7].permute(2, 1, 0, 3)):
         exact = (x.double() @ x.double().mT).to(dtype)
         assert torch.equal(syrk(x, backend="triton"), exact)
     a = syrk(base[..., :66, :2], backend="triton").clamp(-3, 3)[..., 1:, 1:]
