@@ -69,13 +69,15 @@ def use_triton(backend: str | None, device: torch.device) -> bool:
     return backend == "triton" or (backend is None and able and device.type == "cuda")
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
+def launch(kernel: Any, programs: int | tuple[int, int], device: torch.device, *args: Any,
+           **constants: Any) -> None:
     """Run a kernel on the device of its tensors, which need not be the current one.
 
     Products and sums are not fused, whatever the version of Triton does by default.
     """
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants, enable_fp_fusion=False)
+        kernel[programs if isinstance(programs, tuple) else (programs,)](
+            *args, **constants, enable_fp_fusion=False)
 
 
 def define(schema: str, run: Callable[..., None]) -> Callable[..., None]:

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
-from .blocks import block_place, check_store, load_codes, store_codes, tile
+from .blocks import (
+    WARPS,
+    block_place,
+    check_store,
+    code_bytes,
+    load_codes,
+    store_codes,
+    tile,
+)
 from .philox import (
     bounded,
     nearest_bf16,
@@ -38,8 +46,8 @@ from .quant8 import (
     block_values,
     codebook,
     dequantize_dynamic_ref,
+    lines,
     quantize_dynamic_ref,
-    search,
 )
 
 __all__ = ["STREAMS", "adam8", "adam8_ref", "adamw8", "adamw8_ref"]
@@ -113,8 +121,9 @@ def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | Non
 @jit
 def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor,
                  m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, m_book_ptr: tl.tensor,
-                 v_book_ptr: tl.tensor, m_table_ptr: tl.tensor, m_ends_ptr: tl.tensor,
-                 v_table_ptr: tl.tensor, v_ends_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor,
+                 v_book_ptr: tl.tensor, m_slopes_ptr: tl.tensor, m_levels_ptr: tl.tensor,
+                 m_ends_ptr: tl.tensor, v_slopes_ptr: tl.tensor, v_levels_ptr: tl.tensor,
+                 v_ends_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
                  start: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
                  weight1: tl.tensor, beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor,
                  correction: tl.tensor, keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr,
@@ -130,14 +139,14 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
     if MAXIMIZE:
         g = -g
     limit = 1.8446742974197924e19  # the root of fp32's largest number
-    bounded = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))
-    g = tl.where(tl.abs(g) == float("inf"), g, bounded)
+    # Infinities and NaN stay.
+    g = tl.where(tl.abs(g) < float("inf"), tl.clamp(g, -limit, limit), g)
 
     if BITS < 16:
-        m = block_values(load_codes(m_ptr, row, first, inside, columns, BITS, W),
-                         tl.load(m_scale_ptr + block, mask=inside, other=0.0), m_book_ptr)
-        v = block_values(load_codes(v_ptr, row, first, inside, columns, BITS, W),
-                         tl.load(v_scale_ptr + block, mask=inside, other=0.0), v_book_ptr)
+        m = block_values(load_codes(m_ptr, row, first, inside, width, BITS, W),
+                         tl.load(m_scale_ptr + block, mask=inside, other=0.0), m_book_ptr, BITS)
+        v = block_values(load_codes(v_ptr, row, first, inside, width, BITS, W),
+                         tl.load(v_scale_ptr + block, mask=inside, other=0.0), v_book_ptr, BITS)
         # Beyond a row's end codes are 0: M's lowest value, which would count in its scale, and
         # V's smallest, which cannot.
         m = tl.where(mask, m, 0.0)
@@ -145,7 +154,8 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
         m = tl.load(m_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     # torch.lerp, which is exact at both ends.
-    m = tl.where(weight1 < 0.5, m + weight1 * (g - m), g - (g - m) * (1 - weight1))
+    nearer = tl.where(weight1 < 0.5, m, g)
+    m = nearer + tl.where(weight1 < 0.5, weight1, weight1 - 1) * (g - m)
     v = v * beta2 + weight2 * g * g
     denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction) + eps
 
@@ -165,11 +175,11 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
         tl.store(target_ptr + offset, tl.div_rn(m, denominator) * factor, mask=mask)
 
     if BITS < 16:
-        codes, scale = block_codes(m, m_table_ptr, m_ends_ptr)
-        store_codes(m_ptr, codes, row, first, inside, columns, BITS, R, W)
+        codes, scale = block_codes(m, m_slopes_ptr, m_levels_ptr, m_ends_ptr, BITS, True)
+        store_codes(m_ptr, codes, row, first, inside, columns, width, BITS, R, W)
         tl.store(m_scale_ptr + block, scale, mask=inside)
-        codes, scale = block_codes(v, v_table_ptr, v_ends_ptr)
-        store_codes(v_ptr, codes, row, first, inside, columns, BITS, R, W)
+        codes, scale = block_codes(v, v_slopes_ptr, v_levels_ptr, v_ends_ptr, BITS, False)
+        store_codes(v_ptr, codes, row, first, inside, columns, width, BITS, R, W)
         tl.store(v_scale_ptr + block, scale, mask=inside)
     else:
         if BITS == 16:
@@ -214,17 +224,19 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
     # Without scales rows mean nothing.
     columns = g.shape[-1] if bits < 16 else g.numel()
     rows, (height, width) = g.numel() // columns, tile(columns)
-    tables: list[Tensor | None] = [None] * 6
+    tables: list[Tensor | None] = [None] * 8
     if bits < 16:
         tables = [codebook(bits, True, g.device), codebook(bits, False, g.device),
-                  *search(bits, True, g.device), *search(bits, False, g.device)]
+                  *lines(bits, True, g.device), *lines(bits, False, g.device)]
     factor = 1 / (1 - beta1**t)
     launch(_adam_kernel, cdiv(rows * cdiv(columns, width), height), g.device, target, g, m, v,
-           m_scale, v_scale, *tables, rows, columns, start, *map(signed32, (*key, t)), 1 - beta1,
+           m_scale, v_scale, *tables, rows, columns, code_bytes(columns, bits), start,
+           *map(signed32, (*key, t)), 1 - beta1,
            beta2, 1 - beta2, eps, math.sqrt(1 - beta2**t), 1 - (lr or 0.0) * weight_decay,
            factor if lr is None else -lr * factor, BITS=bits, WEIGHT=lr is not None,
            MAXIMIZE=maximize, STOCHASTIC=stochastic and target.dtype != torch.float32,
-           ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width)
+           ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width,
+           num_warps=WARPS)
     torch.autograd.graph.increment_version(
         [x for x in (target, m, v, m_scale, v_scale) if x is not None])
 

@@ -64,13 +64,15 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
     column = first + tl.arange(0, BN)  # [BN]
     mask = (row < m)[:, None] & (column < n)[None, :]  # [BM, BN], as all that follows
     offset = batch * m * n + row[:, None] * n + column[None, :]
+    # Loaded before the product, which hides how long it takes.
+    p = tl.load(p_ptr + offset, mask=mask, other=0.0)
     if PRODUCT:
         x = alpha * dot_tile(left_ptr + batch * left_batch, right_ptr + batch * right_batch, row,
                              column, m, n, k, left_row, left_column, right_row, right_column, BM,
                              BN, BK, PRECISION, WIDEN)
     else:
         x = tl.zeros([BM, BN], dtype=tl.float32)
-    p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    p = p.to(tl.float32)
     if KEEP:
         p *= tl.load(keep_ptr + batch * keep_batch + row[:, None] * keep_row
                      + column[None, :] * keep_column, mask=mask, other=0.0)

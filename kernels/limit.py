@@ -28,8 +28,8 @@ __all__ = ["limited_gains", "limited_gains_ref"]
 _CAP = 10.0
 # A limiter compares with the last norm only if that was not below this share of |N|.
 _FLOOR = 1e-3
-# Columns that a program has at once.
-_BLOCK = 1024
+# Columns that a program has at once, and its warps: few rounds of latency.
+_BLOCK, _WARPS = 4096, 16
 
 
 def limited_gains_ref(n: Tensor, r: Tensor, g: Tensor, last: Tensor | None, *, more: float,
@@ -120,7 +120,7 @@ def _limit(n: Tensor, r: Tensor, g: Tensor, last: Tensor | None, out: Tensor, fa
         return
     launch(_limit_kernel, len(n), n.device, n, r, g, last, out, n.shape[-1], count, factor,
            eps, leak or 0.0, limiter, LEAK=leak is not None, LIMIT=last is not None,
-           BLOCK=_BLOCK)
+           BLOCK=_BLOCK, num_warps=_WARPS)
     if last is not None:
         torch.autograd.graph.increment_version(last)
 

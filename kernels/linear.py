@@ -16,8 +16,10 @@ from torch.nn import functional
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
 from .blocks import (
     BLOCK,
+    WARPS,
     block_place,
     check_store,
+    code_bytes,
     load_codes,
     pack4,
     store_codes,
@@ -70,8 +72,9 @@ def dequantize_linear_ref(codes: Tensor, scale: Tensor, columns: int, bits: int)
 
 @jit
 def _quantize_linear_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: tl.tensor,
-                            rows: tl.tensor, columns: tl.tensor, LEVELS: tl.constexpr,
-                            BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
+                            rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
+                            LEVELS: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr,
+                            W: tl.constexpr) -> None:
     row, first, block, inside = block_place(rows, columns, R, W)
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)
@@ -92,16 +95,16 @@ def _quantize_linear_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: t
         tl.store(codes_ptr + row[:, None] * columns + column, codes.to(tl.int8), mask=mask)
     else:
         # What pads a row of odd length is 0 as it is stored.
-        store_codes(codes_ptr, codes + 8, row, first, inside, columns, BITS, R, W)
+        store_codes(codes_ptr, codes + 8, row, first, inside, columns, width, BITS, R, W)
     tl.store(scale_ptr + block, scale, mask=inside)
 
 
 @jit
 def _dequantize_linear_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.tensor,
-                              rows: tl.tensor, columns: tl.tensor, BITS: tl.constexpr,
-                              R: tl.constexpr, W: tl.constexpr) -> None:
+                              rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
+                              BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
     row, first, block, inside = block_place(rows, columns, R, W)
-    codes = load_codes(codes_ptr, row, first, inside, columns, BITS, W)
+    codes = load_codes(codes_ptr, row, first, inside, width, BITS, W)
     if BITS == 4:
         codes -= 8
     x = codes.to(tl.float32) * tl.load(scale_ptr + block, mask=inside, other=0.0)[:, None]
@@ -121,7 +124,8 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, triton: bool) 
         columns = x.shape[-1]
         rows, (height, width) = x.numel() // columns, tile(columns)
         launch(_quantize_linear_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
-               rows, columns, LEVELS=_LEVELS[bits], BITS=bits, R=height, W=width)
+               rows, columns, code_bytes(columns, bits), LEVELS=_LEVELS[bits], BITS=bits, R=height,
+               W=width, num_warps=WARPS)
         torch.autograd.graph.increment_version([codes, scale])
 
 
@@ -132,7 +136,8 @@ def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, triton: bo
     elif out.numel():
         rows, (height, width) = out.numel() // columns, tile(columns)
         launch(_dequantize_linear_kernel, cdiv(scale.numel(), height), out.device, codes, scale,
-               out, rows, columns, BITS=bits, R=height, W=width)
+               out, rows, columns, code_bytes(columns, bits), BITS=bits, R=height, W=width,
+               num_warps=WARPS)
 
 
 _quantize_op = define("quantize_linear(Tensor x, Tensor(a!) codes, Tensor(b!) scale, int bits, "

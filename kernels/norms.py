@@ -1,7 +1,8 @@
 """Norms of the rows of a matrix of any strides, in one pass.
 
-Squares of 1e30 overflow in fp32 and those of 1e-30 vanish: a running peak scales them, as in BLAS's
-nrm2. The result is float64, without a copy of the matrix in it.
+Squares of 1e30 overflow in fp32 and those of 1e-30 vanish: rows whose sum is not well inside its
+range are read again, and a running peak scales them, as in BLAS's nrm2. The result is float64,
+without a copy of the matrix in it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from torch import Tensor
 from ._triton import cdiv, define, jit, launch, tl, use_triton
 from .tiles import stacked
 
-__all__ = ["row_norms", "row_norms_ref", "scaled_squares"]
+__all__ = ["row_norms", "row_norms_ref", "row_squares"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Rows of one program, so that 4096 of them occupy a GPU, and columns at once.
-_ROWS, _COLUMNS = 16, 128
+# Rows of one program and columns at once: of a matrix whose rows are contiguous, and of one whose
+# columns are.
+_ALONG, _ACROSS = (4, 512), (64, 32)
+# Programs that occupy a GPU.
+_BUSY = 1056
 
 
 def row_norms_ref(x: Tensor) -> Tensor:
@@ -26,7 +30,7 @@ def row_norms_ref(x: Tensor) -> Tensor:
 
 
 @jit
-def scaled_squares(x: tl.tensor, peak: tl.tensor, square: tl.tensor) -> tl.tensor:
+def _scaled(x: tl.tensor, peak: tl.tensor, square: tl.tensor) -> tl.tensor:
     """Add rows of x [R, C] to sums peak^2 * square of their squares, peak [R] the largest yet."""
     x = tl.abs(x.to(tl.float32))
     top = tl.maximum(peak, tl.max(x, 1))
@@ -38,28 +42,66 @@ def scaled_squares(x: tl.tensor, peak: tl.tensor, square: tl.tensor) -> tl.tenso
 
 
 @jit
+def row_squares(x_ptr: tl.tensor, row: tl.tensor, m: tl.tensor, x_row: tl.tensor,
+                x_column: tl.tensor, begin: tl.tensor, end: tl.tensor, R: tl.constexpr,
+                C: tl.constexpr) -> tl.tensor:
+    """Sums of squares of rows [R] of an m-row matrix between two columns, in float64."""
+    column = tl.arange(0, C).to(tl.int64)  # [C]
+    x_ptr += row[:, None] * x_row + column[None, :] * x_column  # [R, C]
+    squares = tl.zeros([R, C], dtype=tl.float32)
+    for start in range(begin, end, C):
+        mask = (row < m)[:, None] & (column < end - start)[None, :]
+        x = tl.load(x_ptr + tl.cast(start, tl.int64) * x_column, mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        squares += x * x
+    square = tl.sum(squares, 1)
+    total = square.to(tl.float64)
+    # NaN fails both. A million squares below 2^-149, which are lost, are a 2^-29th of 2^-100.
+    safe = (square > 2.0**-100) & (square < 2.0**120) | (row >= m)
+    if tl.min(safe.to(tl.int32), 0) == 0:
+        peak = tl.zeros([R], dtype=tl.float32)
+        square = tl.zeros([R], dtype=tl.float32)
+        for start in range(begin, end, C):
+            mask = (row < m)[:, None] & (column < end - start)[None, :]
+            x = tl.load(x_ptr + tl.cast(start, tl.int64) * x_column, mask=mask, other=0.0)
+            peak, square = _scaled(x, peak, square)
+        wide = peak.to(tl.float64)
+        total = wide * wide * square
+    return total
+
+
+@jit
 def _row_norms_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, m: tl.tensor, n: tl.tensor,
                       x_batch: tl.tensor, x_row: tl.tensor, x_column: tl.tensor,
-                      tiles: tl.tensor, R: tl.constexpr, C: tl.constexpr) -> None:
+                      tiles: tl.tensor, share: tl.tensor, R: tl.constexpr, C: tl.constexpr,
+                      ROOT: tl.constexpr) -> None:
+    # One program takes R rows of a part of the columns.
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles).to(tl.int64) * R + tl.arange(0, R)  # [R]
-    column = tl.arange(0, C).to(tl.int64)  # [C]
-    peak = tl.zeros([R], dtype=tl.float32)
-    square = tl.zeros([R], dtype=tl.float32)
-    x = x_ptr + batch * x_batch + row[:, None] * x_row + column[None, :] * x_column
-    for start in range(0, n, C):
-        mask = (row < m)[:, None] & (column < n - start)[None, :]
-        peak, square = scaled_squares(tl.load(x, mask=mask, other=0.0), peak, square)
-        x += C * tl.cast(x_column, tl.int64)
-    tl.store(out_ptr + batch * m + row, peak.to(tl.float64) * tl.sqrt(square.to(tl.float64)),
+    begin = tl.program_id(1) * share
+    total = row_squares(x_ptr + batch * x_batch, row, m, x_row, x_column, begin,
+                        tl.minimum(n, begin + share), R, C)
+    if ROOT:
+        total = tl.sqrt(total)
+    tl.store(out_ptr + (batch * tl.num_programs(1) + tl.program_id(1)) * m + row, total,
              mask=row < m)
+
+
+def _split(x: Tensor) -> tuple[int, int, int, int]:
+    """Rows of a program, columns at once, columns of a program, and in how many parts they are."""
+    batch, m, n = x.shape
+    rows, columns = _ACROSS if x.stride(1) == 1 and m > 1 else _ALONG
+    parts = min(cdiv(_BUSY, batch * cdiv(m, rows)), cdiv(n, 4 * columns))
+    share = cdiv(cdiv(n, parts), columns) * columns
+    return rows, columns, share, cdiv(n, share)
 
 
 def _row_norms(x: Tensor, out: Tensor) -> None:
     batch, m, n = x.shape
-    tiles = cdiv(m, _ROWS)
-    launch(_row_norms_kernel, batch * tiles, x.device, x, out, m, n, *x.stride(), tiles, R=_ROWS,
-           C=_COLUMNS)
+    rows, columns, share, parts = _split(x)
+    tiles = cdiv(m, rows)
+    launch(_row_norms_kernel, (batch * tiles, parts), x.device, x, out, m, n, *x.stride(), tiles,
+           share, R=rows, C=columns, ROOT=parts == 1)
 
 
 _norms_op = define("row_norms(Tensor x, Tensor(a!) out) -> ()", _row_norms)
@@ -87,8 +129,11 @@ def row_norms(x: Tensor, *, backend: str | None = None) -> Tensor:
         return row_norms_ref(x)
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: expected {' or '.join(map(str, _FLOATS))}, got {x.dtype}")
-    out = torch.zeros(x.shape[:-1], dtype=torch.float64, device=x.device)
-    if x.numel():
-        stack = stacked(x)
-        _norms_op(stack, out.view(stack.shape[:-1]))
-    return out
+    lead = x.shape[:-1]
+    if not x.numel():
+        return torch.zeros(lead, dtype=torch.float64, device=x.device)
+    stack = stacked(x)
+    parts = _split(stack)[-1]
+    out = torch.empty(len(stack), parts, stack.shape[1], dtype=torch.float64, device=x.device)
+    _norms_op(stack, out)
+    return (out if parts == 1 else out.sum(1).sqrt_()).view(lead)

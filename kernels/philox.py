@@ -207,7 +207,8 @@ def random16_rows(block: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step:
     """The bits of whole Philox blocks: int64 (..., n) to int32 (..., 8 n), an eighth the work."""
     w0, w1, w2, w3 = _words(block, seed, parameter, step, stream)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)
+    # Of 16 bits as long as they are moved.
+    return tl.interleave(words.to(tl.uint16), (words >> 16).to(tl.uint16)).to(tl.int32)
 
 
 @jit
@@ -225,8 +226,7 @@ def random16_tile(index: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step:
 def round_bf16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
     """fp32 to bf16 by :func:`stochastic_bf16_ref`."""
     largest = 3.3895313892515355e38
-    inside = tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
-    bits = inside.to(tl.int32, bitcast=True) + random
+    bits = tl.clamp(x, -largest, largest).to(tl.int32, bitcast=True) + random
     special = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)
     bits = tl.where(tl.abs(x) < float("inf"), bits, special)
     return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)

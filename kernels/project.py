@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
-from .norms import scaled_squares
+from .norms import row_squares
 from .philox import nearest_bf16
 from .tiles import dot_tile, place_tile, precision, stacked, tiles_for, widened
 
@@ -66,20 +66,11 @@ def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, norms_
             part = tl.sum(scaled * scaled, 0)
         tl.store(scores_ptr + (batch * tiles_m + tile_m) * n + column, part, mask=column < n)
     if NORMS:
-        # Each tile of a row of tiles takes its share of A's columns, which the cache still has:
-        # |x|^2 = peak^2 * sum (x / peak)^2 with a running peak, so that no square overflows.
+        # Each tile of a row of tiles takes its share of A's columns, which the cache still has.
         share = tl.cdiv(tl.cdiv(k, BK), tiles_n) * BK
-        peak = tl.zeros([BM], dtype=tl.float32)
-        square = tl.zeros([BM], dtype=tl.float32)
-        term = tl.arange(0, BK).to(tl.int64)
-        for start in range(tile_n * share, tl.minimum(k, (tile_n + 1) * share), BK):
-            at = start + term
-            x = tl.load(a_ptr + row[:, None] * a_row + at[None, :] * a_column,
-                        mask=(row < m)[:, None] & (at < k)[None, :], other=0.0)
-            peak, square = scaled_squares(x, peak, square)
-        wide = peak.to(tl.float64)
-        tl.store(norms_ptr + (batch * tiles_n + tile_n) * m + row, wide * wide * square,
-                 mask=row < m)
+        squares = row_squares(a_ptr, row, m, a_row, a_column, tile_n * share,
+                              tl.minimum(k, (tile_n + 1) * share), BM, BK)
+        tl.store(norms_ptr + (batch * tiles_n + tile_n) * m + row, squares, mask=row < m)
 
 
 def _project(a: Tensor, b: Tensor, c: Tensor, norms: Tensor | None, scores: Tensor | None,

@@ -16,6 +16,8 @@ arXiv 2309.01507.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -23,8 +25,10 @@ from torch import Tensor
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
 from .blocks import (
     BLOCK,
+    WARPS,
     block_place,
     check_store,
+    code_bytes,
     load_codes,
     pack4,
     store_codes,
@@ -33,7 +37,11 @@ from .blocks import (
 )
 
 __all__ = ["block_codes", "block_values", "codebook", "dequantize_dynamic",
-           "dequantize_dynamic_ref", "quantize_dynamic", "quantize_dynamic_ref", "search"]
+           "dequantize_dynamic_ref", "lines", "quantize_dynamic", "quantize_dynamic_ref"]
+
+
+# Lines by which cell ends are counted: eight for each of 32 powers of two.
+_LINES = 256
 
 
 @functools.lru_cache(maxsize=32)
@@ -59,38 +67,77 @@ def codebook(bits: int, signed: bool, device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-@functools.lru_cache(maxsize=32)
-def search(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A table over the upper half of a float's bits, and the upper ends of the codes' cells.
-
-    The table gives the code of the smallest number with that upper half. No two cell ends share
-    an upper half, so one comparison settles the code: table[upper] + (x > ends[table[upper]]).
-    """
+def _ends(bits: int, signed: bool) -> Tensor:
+    """The upper ends of all codes' cells but the last's, on the CPU."""
     book = codebook(bits, signed, torch.device("cpu")).double()
-    ends = torch.cat([(book[:-1] + book[1:]) / 2, torch.tensor([torch.inf]).double()]).float()
-    upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
-    # Of a negative number the smallest has all lower bits set.
-    lowest = torch.where(upper < 0, (upper << 16) | 0xFFFF, upper << 16).view(torch.float32)
-    table = torch.bucketize(lowest.nan_to_num(0.0), ends[:-1])
-    return table.to(device=device, dtype=torch.int32), ends.to(device)
+    return ((book[:-1] + book[1:]) / 2).float()
+
+
+@functools.lru_cache(maxsize=32)
+def lines(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes and levels of straight lines that nearly count cell ends, and these ends.
+
+    Eight lines for each power of two, of which the last are of [1, 2): floor(slope x + level) is
+    the number of positive ends below x, or one less. One comparison with an end settles it.
+
+    Returns:
+        Slopes and levels (256,), and the upper ends of all cells, the last infinite; fp32.
+    """
+    positive = [x for x in _ends(bits, signed).tolist() if x > 0]
+    slopes, levels = [], []
+    for i in range(_LINES):
+        octave, eighth = divmod(i - _LINES + 8, 8)
+        low, high = ((1 + x / 8) * 2.0**octave for x in (eighth, eighth + 1))
+        inside = [x for x in positive if (low <= x or not i) and x < high]
+        before = sum(x < low for x in positive) if i else 0
+        after = positive[before + len(inside)] if inside and inside[-1] < positive[-1] else math.inf
+        slope, level = _line(inside, after, high)
+        slopes.append(slope)
+        levels.append(before + level)
+    ends = torch.cat([_ends(bits, signed), torch.tensor([torch.inf])])
+    return torch.tensor(slopes, device=device), torch.tensor(levels, device=device), ends.to(device)
+
+
+def _line(ends: list[float], after: float, high: float) -> tuple[float, float]:
+    """Slope and level of a line that comes to 1, 2, ... after each end and before the next.
+
+    Args:
+        ends: those that the line is for.
+        after: the one that follows.
+        high: where the line ends.
+    """
+    if len(ends) < 2:
+        return 0.0, 0.0
+    step = (ends[-1] - ends[0]) / (len(ends) - 1)
+    for stretch, share in itertools.product((1.0, 1.06, 1.12, 1.25, 1.5), (0.5, 0.3, 0.7)):
+        slope = 1 / (step * stretch)
+        at = [ends[0] + step * (share + stretch * j) for j in range(-1, len(ends) + 1)]
+        if at[0] < ends[0] and at[-1] > min(after, high) and all(
+                x < y < z for x, y, z in zip(ends, at[1:-1], [*ends[1:], after], strict=True)):
+            return slope, 1 - slope * at[1]
+    raise AssertionError(f"no line for cells that end at {ends}")
 
 
 @functools.lru_cache(maxsize=32)
 def _carries(bits: int, signed: bool, device: torch.device) -> Tensor:
-    """The same search as one sum of integers: code = (table[upper] + ordered) >> 16.
+    """A search as one sum of integers: code = (table[upper] + ordered) >> 16.
 
-    ``ordered`` are the bits of a number; below zero, where numbers fall as their bits rise, those
-    of the signed codebook are inverted. The table's entry takes the upper half of ``ordered`` off,
-    adds the code of the smallest number to its place, and to the lower half so much that what is
+    ``upper`` is the upper half of a number's bits; no two cell ends share one. ``ordered`` are all
+    bits; below zero, where numbers fall as their bits rise, those of the signed codebook are
+    inverted. The table's entry takes the upper half of ``ordered`` off, adds the code of the
+    smallest number with that upper half to its place, and to the lower half so much that what is
     above the end of that code's cell carries one into it.
     """
-    table, ends = search(bits, signed, torch.device("cpu"))
+    ends = torch.cat([_ends(bits, signed), torch.tensor([torch.inf])])
     upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int64)
-    end = ends[table.long()].view(torch.int32).long()
+    # Of a negative number the smallest has all lower bits set.
+    lowest = torch.where(upper < 0, (upper << 16) | 0xFFFF, upper << 16).int().view(torch.float32)
+    code = torch.bucketize(lowest.nan_to_num(0.0), ends[:-1])
+    end = ends[code].view(torch.int32).long()
     inverted = (upper < 0) & signed
     upper_ordered, end_ordered = (torch.where(inverted, ~x, x) for x in (upper, end))
-    carry = (end >> 16 == upper) & ends[table.long()].isfinite()
-    entry = (table.long() << 16) - (upper_ordered << 16)
+    carry = (end >> 16 == upper) & ends[code].isfinite()
+    entry = (code << 16) - (upper_ordered << 16)
     return (entry + torch.where(carry, 0xFFFF - (end_ordered & 0xFFFF), 0)).int().to(device)
 
 
@@ -120,7 +167,8 @@ def quantize_dynamic_ref(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Te
     for part in _blocks(x):
         unit = part.abs()
         scale = unit.amax(-1) if part.numel() else part.new_zeros(part.shape[:-1])
-        torch.div(part, scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1), out=unit)
+        inverse = scale.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+        torch.mul(part, inverse.unsqueeze(-1), out=unit)
         ordered = unit.view(torch.int32)
         upper = (ordered >> 16).add_(1 << 15)
         code = table.index_select(0, upper.view(-1)).view(part.shape)
@@ -169,47 +217,70 @@ def dequantize_dynamic_ref(codes: Tensor, scale: Tensor, columns: int, bits: int
 
 
 @jit
-def block_codes(x: tl.tensor, table_ptr: tl.tensor, ends_ptr: tl.tensor) -> tl.tensor:
+def _look_up(table_ptr: tl.tensor, index: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
+    """Entries of a table of SIZE, by way of shared memory.
+
+    Loads by pointer would be laid out for themselves, one element to a thread, and all that they
+    depend on turned to that layout and back.
+    """
+    table = tl.load(table_ptr + tl.arange(0, SIZE))
+    flat = tl.reshape(index, [index.numel])
+    return tl.reshape(tl.gather(table, flat, 0), index.shape)
+
+
+@jit
+def block_codes(x: tl.tensor, slopes_ptr: tl.tensor, levels_ptr: tl.tensor, ends_ptr: tl.tensor,
+                BITS: tl.constexpr, SIGNED: tl.constexpr) -> tl.tensor:
     """Codes (int32) and scales of blocks [R, W], zero where there is nothing."""
     # As integers magnitudes are ordered too, and NaN is above all.
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     scale = tl.max(magnitude, 1).to(tl.float32, bitcast=True)  # [R]
     # Unlike a maximum this keeps NaN.
     divisor = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
-    unit = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
-    upper = (unit.to(tl.int32, bitcast=True) >> 16) + 32768
-    codes = tl.load(table_ptr + upper)
-    return codes + (unit > tl.load(ends_ptr + codes)).to(tl.int32), scale
+    unit = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor)[:, None]
+    size = tl.abs(unit) if SIGNED else unit
+    # The last line begins at 1.875.
+    line = (size.to(tl.int32, bitcast=True) >> 20) - (1023 - 255)
+    line = tl.minimum(tl.maximum(line, 0), 255)
+    count = size * _look_up(slopes_ptr, line, 256) + _look_up(levels_ptr, line, 256)
+    codes = tl.maximum(count.to(tl.int32), 0)  # of NaN 0
+    if SIGNED:  # that of 0 is in the middle, and negative numbers count down from it
+        codes = tl.where(unit < 0, -1 - codes, codes)
+        codes = tl.maximum((2**BITS // 2 - 1) + codes, 0)
+    return codes + (unit > _look_up(ends_ptr, codes, 2**BITS)).to(tl.int32), scale
 
 
 @jit
-def block_values(codes: tl.tensor, scale: tl.tensor, book_ptr: tl.tensor) -> tl.tensor:
+def block_values(codes: tl.tensor, scale: tl.tensor, book_ptr: tl.tensor, BITS: tl.constexpr
+                 ) -> tl.tensor:
     """What codes [R, W] and scales [R] stand for."""
-    return tl.load(book_ptr + codes) * scale[:, None]
+    return _look_up(book_ptr, codes, 2**BITS) * scale[:, None]
 
 
 @jit
 def _quantize_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: tl.tensor,
-                     table_ptr: tl.tensor, ends_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor,
-                     BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
+                     slopes_ptr: tl.tensor, levels_ptr: tl.tensor, ends_ptr: tl.tensor,
+                     rows: tl.tensor, columns: tl.tensor, width: tl.tensor, BITS: tl.constexpr,
+                     SIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
     row, first, block, inside = block_place(rows, columns, R, W)
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)
     x = tl.load(x_ptr + row[:, None] * columns + column, mask=mask, other=0.0)
-    codes, scale = block_codes(x, table_ptr, ends_ptr)
-    store_codes(codes_ptr, codes, row, first, inside, columns, BITS, R, W)
+    codes, scale = block_codes(x, slopes_ptr, levels_ptr, ends_ptr, BITS, SIGNED)
+    store_codes(codes_ptr, codes, row, first, inside, columns, width, BITS, R, W)
     tl.store(scale_ptr + block, scale, mask=inside)
 
 
 @jit
 def _dequantize_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.tensor,
-                       book_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, BITS: tl.constexpr,
-                       R: tl.constexpr, W: tl.constexpr) -> None:
+                       book_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor,
+                       width: tl.tensor, BITS: tl.constexpr, R: tl.constexpr,
+                       W: tl.constexpr) -> None:
     row, first, block, inside = block_place(rows, columns, R, W)
-    codes = load_codes(codes_ptr, row, first, inside, columns, BITS, W)
+    codes = load_codes(codes_ptr, row, first, inside, width, BITS, W)
     scale = tl.load(scale_ptr + block, mask=inside, other=0.0)
     column = first[:, None] + tl.arange(0, W)[None, :]
-    tl.store(out_ptr + row[:, None] * columns + column, block_values(codes, scale, book_ptr),
+    tl.store(out_ptr + row[:, None] * columns + column, block_values(codes, scale, book_ptr, BITS),
              mask=inside[:, None] & (column < columns))
 
 
@@ -223,7 +294,8 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, signed: bool, 
         columns = x.shape[-1]
         rows, (height, width) = x.numel() // columns, tile(columns)
         launch(_quantize_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
-               *search(bits, signed, x.device), rows, columns, BITS=bits, R=height, W=width)
+               *lines(bits, signed, x.device), rows, columns, code_bytes(columns, bits), BITS=bits,
+               SIGNED=signed, R=height, W=width, num_warps=WARPS)
         torch.autograd.graph.increment_version([codes, scale])
 
 
@@ -235,7 +307,8 @@ def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, signed: bo
     elif out.numel():
         rows, (height, width) = out.numel() // columns, tile(columns)
         launch(_dequantize_kernel, cdiv(scale.numel(), height), out.device, codes, scale, out,
-               codebook(bits, signed, out.device), rows, columns, BITS=bits, R=height, W=width)
+               codebook(bits, signed, out.device), rows, columns, code_bytes(columns, bits),
+               BITS=bits, R=height, W=width, num_warps=WARPS)
 
 
 _quantize_op = define("quantize_dynamic(Tensor x, Tensor(a!) codes, Tensor(b!) scale, int bits, "

@@ -25,7 +25,7 @@ def feed(params: list[Any], seed: int, scale: float = 1.0) -> None:
     """Random gradients for all that take one."""
     for p, g in zip(params, tensors([p.shape for p in params], seed, scale), strict=True):
         if p.requires_grad:
-            p.grad = g.to(p.dtype)
+            p.grad = g.to(p)
 
 
 def trained(params: Iterable[Any]) -> list[Any]:

@@ -404,8 +404,8 @@ COMPILE = """
 from lissom.kernels import adam8, linear, philox, quant8
 
 F, H, C, I = "*fp32", "*bf16", "*u8", "i32"
-pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "table_ptr": "*i32",
-            "codes_ptr": C, "g_ptr": H}
+pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "slopes_ptr": F,
+            "levels_ptr": F, "codes_ptr": C, "g_ptr": H}
 scalars = {n: "fp32" for n in ("weight1", "beta2", "weight2", "eps", "correction", "keep",
                                "factor")}
 
@@ -421,7 +421,8 @@ for kind in (H, "*fp16"):
     build(philox._stochastic_round_kernel, {"TILE": 1024}, out_ptr=kind, start="i64")
 for bits, width in ((8, 256), (4, 8)):
     shape = {"BITS": bits, "R": 1024 // width, "W": width}
-    build(quant8._quantize_kernel, shape)
+    for signed in (True, False):
+        build(quant8._quantize_kernel, {**shape, "SIGNED": signed})
     build(quant8._dequantize_kernel, shape, out_ptr=F)
     codes = {"codes_ptr": "*i8" if bits == 8 else C}
     build(linear._quantize_linear_kernel, {**shape, "LEVELS": 127 if bits == 8 else 7}, **codes)
@@ -433,7 +434,8 @@ for bits, width in ((8, 256), (4, 8)):
         assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
         assert not any(x in ptx for x in ("fma.rn", ".ftz", ".approx", "div.full"))
 for bits, kind in ((32, F), (16, H)):
-    none = {f"{x}_{y}_ptr": None for x in "mv" for y in ("scale", "book", "table", "ends")}
+    none = {f"{x}_{y}_ptr": None for x in "mv"
+            for y in ("scale", "book", "slopes", "levels", "ends")}
     build(adam8._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
           "STOCHASTIC": False, "ALIGNED": bits == 16, "R": 4, "W": 256}, m_ptr=kind, v_ptr=kind,
           target_ptr=F)

@@ -297,8 +297,10 @@ for capability in (80, 90):
             types, t, capability)
         assert none or dot in ptx
     flat = tiles.Tiles(1, 1, 1, 1, 4, 1)
-    build(norms._row_norms_kernel, {"R": norms._ROWS, "C": norms._COLUMNS, "x_column": 1},
-          {"x_ptr": "*bf16", "out_ptr": "*fp64"}, flat, capability)
+    for name, (rows, columns) in (("x_column", norms._ALONG), ("x_row", norms._ACROSS)):
+        ptx = build(norms._row_norms_kernel, {"R": rows, "C": columns, "ROOT": True, name: 1},
+                    {"x_ptr": "*bf16", "out_ptr": "*fp64"}, flat, capability)
+        assert "ld.global.v4.b32" in ptx
     pointers = {f"{x}_ptr": "*fp64" for x in ("n", "r", "g", "out")}
     ptx = build(limit._limit_kernel, {"LEAK": True, "LIMIT": True, "BLOCK": limit._BLOCK},
                 {**pointers, "last_ptr": "*fp32", "factor": "fp32", "eps": "fp32", "leak": "fp32",
