@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import clock, names, text, train
+from . import clock, curves, names, text, train
 from .shapes import LLAMA, PAPER_RANK
 
 __all__ = ["METHODS", "Method", "main", "tuned"]
@@ -198,28 +198,15 @@ def _table(runs: _Runs, best: Mapping[str, float]) -> None:
 
 def _plot(runs: _Runs, best: Mapping[str, float], file: str) -> None:
     """Curves of the first seed at the best rates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(10, 6.5), layout="constrained")
+    lines = []
     for name, lr in best.items():
         rows = runs.of(name, lr)
-        if not rows:
-            continue
-        curve = torch.tensor(rows[0]["losses"], dtype=torch.float64)
-        width = min(20, len(curve))
-        mean = statistics.fmean(row["valid_loss"] for row in rows)
-        axes.plot(range(width, len(curve) + 1), curve.unfold(0, width, 1).mean(-1), linewidth=1,
-                  label=f"{name}, rate {lr:g}: validation {mean:.3f}")
-    axes.set(xlabel="step", ylabel="training loss, nats per byte",
-             title=f"{runs.args.size}, {runs.steps} steps of {runs.args.batch} x "
-                   f"{runs.args.length} bytes")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+        if rows:
+            mean = statistics.fmean(row["valid_loss"] for row in rows)
+            lines.append((f"{name}, rate {lr:g}: validation {mean:.3f}", rows[0]["losses"]))
+    curves.draw(file, lines, figsize=(10, 6.5), fontsize="small",
+                title=f"{runs.args.size}, {runs.steps} steps of {runs.args.batch} x "
+                      f"{runs.args.length} bytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..optim import codec
-from . import names, text, train
+from . import curves, names, text, train
 from .shapes import LLAMA
 
 __all__ = ["METHODS", "climb", "main"]
@@ -88,26 +88,14 @@ def climb(loss: Any, ladder: Sequence[float], start: int) -> float:
 
 def _plot(rows: Sequence[dict[str, Any]], best: dict[str, float], file: str) -> None:
     """Curves of the first seed at the best rates; validation losses of all seeds in the legend."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    lines = []
     for method, lr in best.items():
         mine = [row for row in rows if row["method"] == method and row["lr"] == lr]
-        curve = torch.tensor(mine[0]["losses"], dtype=torch.float64)
-        width = min(20, len(curve))
         losses = ", ".join(f"{row['valid_loss']:.3f}" for row in mine)
         rank = "" if method == "AdamW, full rank" else f", rank {mine[0]['rank']}"
-        axes.plot(range(width, len(curve) + 1), curve.unfold(0, width, 1).mean(-1), linewidth=1,
-                  label=f"{method}{rank}, rate {lr:g}: validation {losses}")
-    axes.set(xlabel="step", ylabel="training loss, nats per byte", ylim=(None, 3.0),
-             title=f"{rows[0]['model']} LLaMA, {rows[0]['vocabulary']}-byte vocabulary")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+        lines.append((f"{method}{rank}, rate {lr:g}: validation {losses}", mine[0]["losses"]))
+    curves.draw(file, lines, ylim=(None, 3.0),
+                title=f"{rows[0]['model']} LLaMA, {rows[0]['vocabulary']}-byte vocabulary")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

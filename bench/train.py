@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..optim.sharding import local
-from . import names, text
+from . import curves, names, text
 from .livebytes import LiveBytes
 from .llama import Llama
 from .parallel import KINDS, Ranks, join
@@ -182,25 +182,11 @@ def train(
 
 def _plot(rows: Sequence[dict[str, Any]], file: str) -> None:
     """Loss curves of all rows in one picture, as running means over 10 steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for row in rows:
-        losses = torch.tensor(row["losses"], dtype=torch.float64)
-        width = min(10, len(losses))
-        means = losses.unfold(0, width, 1).mean(-1)
-        axes.plot(range(width, len(losses) + 1), means, label=(
-            f"{row['optimizer']}: validation {row['valid_loss']:.3f}, "
-            f"state {row['state_bytes'] / 2**20:.2f} MiB"))
-    axes.set(xlabel="step", ylabel="training loss, nats per byte",
-             title=f"{rows[0]['model']} LLaMA, {rows[0]['vocabulary']}-byte vocabulary")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+    labels = (f"{row['optimizer']}: validation {row['valid_loss']:.3f}, "
+              f"state {row['state_bytes'] / 2**20:.2f} MiB" for row in rows)
+    curves.draw(file, ((label, row["losses"]) for label, row in zip(labels, rows, strict=True)),
+                window=10, linewidth=1.5, figsize=(8, 5),
+                title=f"{rows[0]['model']} LLaMA, {rows[0]['vocabulary']}-byte vocabulary")
 
 
 def _parser() -> argparse.ArgumentParser:

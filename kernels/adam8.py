@@ -62,7 +62,7 @@ _SCALE = (torch.float32,)
 _KINDS = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8, 4: torch.uint8}
 # Squares of larger numbers are infinite in fp32.
 _LIMIT = math.sqrt(torch.finfo(torch.float32).max)
-_NO_TABLES: tuple[Tensor | None, ...] = (None,) * 8
+_NO_TABLES: tuple[Tensor | None, ...] = (None,) * 6
 # Elements that torch code works on at once.
 _PIECE = 1 << 17
 

@@ -3,8 +3,43 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+#: Files with something that is started once for all their tests, as the processes of tests.pool.
+TOGETHER = ("test_sharding.py", "test_recipes.py", "test_release.py")
+
+
+def _together(nodeid: str) -> bool:
+    return nodeid.split("::")[0].endswith(TOGETHER)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one worker does alone, and takes long, does not come last."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not _together(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)  # xdist may be absent
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under ``--dist loadgroup``, a worker gets these files whole, and all others by function.
+
+    The marks of xdist do not do it: 3.8 writes groups to where pytest 9.2 no longer looks for them
+    (pytest-dev/pytest-xdist#1386). Each test went to whichever worker was free, and every worker
+    started the processes.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFunction(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.split("::")[0] if _together(nodeid) else nodeid.split("[")[0]
+
+    config.option.loadscopereorder = False  # in the order above, not by the number of tests
+    return ByFunction(config, log)

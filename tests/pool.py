@@ -61,8 +61,10 @@ class Pool:
                 try:
                     ok, results[rank] = pipe.recv()
                 except EOFError:  # the others wait for it
+                    self.workers[rank].join(5)
+                    code = self.workers[rank].exitcode
                     self.close()
-                    raise AssertionError(f"rank {rank} died") from None
+                    raise AssertionError(f"rank {rank} died, exit code {code}") from None
                 left.remove(pipe)
                 if not ok:
                     failures.append(f"rank {rank}: {results[rank]}")

@@ -7,8 +7,6 @@ Kernels run on CUDA, and on the CPU under TRITON_INTERPRET=1. Every output is fi
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 
 import pytest
@@ -40,6 +38,7 @@ from lissom.kernels.quant8 import (
 from lissom.optim import codec, inner
 from torch.library import opcheck
 
+from .aot import compile_for_a_gpu
 from .cases import CASES
 from .helpers import assert_same, run, tensors
 
@@ -402,9 +401,6 @@ def test_large_weight_on_gpu(bits):
 
 
 COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from lissom.kernels import adam8, linear, philox, quant8
 
 F, H, C, I = "*fp32", "*bf16", "*u8", "i32"
@@ -414,15 +410,12 @@ scalars = {n: "fp32" for n in ("weight1", "beta2", "weight2", "eps", "correction
                                "factor")}
 
 def build(kernel, constants, **types):
-    names = [p.name for p in kernel.params]
     end = lambda n: n.removeprefix("m_").removeprefix("v_")
-    signature = {n: "constexpr" if n in constants else types.get(n) or pointers.get(end(n))
-                 or scalars.get(n, I) for n in names}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    built = compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 80, 32),
-                    options={"enable_fp_fusion": False})
-    assert len(built.asm["cubin"])
-    return built.asm["ptx"]
+    types = {p.name: types.get(p.name) or pointers.get(end(p.name)) or scalars.get(p.name, I)
+             for p in kernel.params}
+    kernel = built(kernel, types, constants, lambda n: False, 80)
+    assert len(kernel.asm["cubin"])
+    return kernel.asm["ptx"]
 
 for kind in (H, "*fp16"):
     build(philox._stochastic_round_kernel, {"TILE": 1024}, out_ptr=kind, start="i64")
@@ -451,13 +444,7 @@ for bits, kind in ((32, F), (16, H)):
 @pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
 def test_kernels_compile_for_a_gpu(tmp_path):
     """To machine code, which needs no GPU: the interpreter takes more than the compiler does."""
-    script = tmp_path / "build.py"
-    script.write_text(COMPILE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True,
-                          text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    compile_for_a_gpu(COMPILE, tmp_path)
 
 
 # ---------------------------------------------------------------- operators, compile, errors

@@ -6,10 +6,6 @@ that is left out shows.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from lissom.bench.livebytes import LiveBytes
@@ -21,6 +17,8 @@ from lissom.kernels.philox import stochastic_round
 from lissom.kernels.project import project, project_ref
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
+
+from .aot import compile_for_a_gpu
 
 CUDA = torch.cuda.is_available() and _triton.triton is not None
 DEVICES = (["cuda"] if CUDA else []) + (["cpu"] if _triton.INTERPRETED else [])
@@ -288,9 +286,6 @@ def test_refusals():
 
 COMPILE = """
 import re
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from lissom.kernels import lift, limit, norms, project, tiles
 
 def build(kernel, constants, types, t, capability):
@@ -299,19 +294,15 @@ def build(kernel, constants, types, t, capability):
     tile = {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group, "PRECISION": "ieee",
             "WIDEN": False}
     constants = {**constants, **{k: v for k, v in tile.items() if k in names}}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    even = [n for n in names if signature[n] not in ("constexpr", "fp32") and n not in uneven]
-    built = compile(
-        ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()},
-                  {(names.index(n),): [["tt.divisibility", 16]] for n in even}),
-        target=GPUTarget("cuda", capability, 32),
-        options={"enable_fp_fusion": False, "num_warps": t.warps, "num_stages": t.stages})
-    ptx = built.asm["ptx"]
+    kernel = built(kernel, types, constants,
+                   lambda n: types.get(n) != "fp32" and n not in uneven,
+                   capability, num_warps=t.warps, num_stages=t.stages)
+    ptx = kernel.asm["ptx"]
     # 16 bytes at a time
     assert all("v4" in x or "b64" in x or x.endswith("b32") for x in
-               re.findall(r"st\\\\.global\\\\S*", ptx))
+               re.findall(r"st\\.global\\S*", ptx))
     # Of two programs, but for the largest tiles.
-    assert built.metadata.shared <= (1 if t == tiles.LARGE else 0.5) * 226 * 1024
+    assert kernel.metadata.shared <= (1 if t == tiles.LARGE else 0.5) * 226 * 1024
     return ptx
 
 for capability in (80, 90):
@@ -352,13 +343,7 @@ for capability in (80, 90):
 @pytest.mark.skipif(_triton.triton is None, reason="needs triton")
 def test_compiles_for_a_gpu(tmp_path):
     """To machine code, which needs no GPU: tensor cores, wide accesses, two programs' memory."""
-    script = tmp_path / "build.py"
-    script.write_text(COMPILE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True,
-                          text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    compile_for_a_gpu(COMPILE, tmp_path)
 
 
 def test_tiles_are_small_where_there_are_few():

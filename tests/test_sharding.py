@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +18,6 @@ from .cases import CASES, first_of_each_class
 from .helpers import assert_same
 from .pool import RANKS, Pool
 
-pytestmark = pytest.mark.xdist_group("pool")
 CLASSES = first_of_each_class()
 FEW = [case.name for case in CLASSES] + [
     f"{case.name}-8bit" for case in CLASSES if case.option("state_bits") != 8]
@@ -33,6 +34,12 @@ def pool() -> Iterator[Pool]:
 def _quantize_small(monkeypatch):
     monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
     monkeypatch.setattr("lissom.optim.codec.SHORT", 0)
+
+
+@functools.cache
+def alone(name: str) -> dict[str, Any]:
+    """What one process makes of the row, with which several tests compare their ranks."""
+    return jobs.trained(None, name)
 
 
 def assert_close(one: dict[str, Any], outs: list[dict[str, Any]], exact: bool,
@@ -70,7 +77,7 @@ def exact(name: str) -> bool:
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_three_ranks_equal_one(pool, name):
-    one = jobs.trained(None, name)
+    one = alone(name)
     outs = pool.run(jobs.trained, 3, name=name)
     assert_close(one, outs, exact(name))
     assert_bytes(outs, 3)
@@ -79,7 +86,7 @@ def test_three_ranks_equal_one(pool, name):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", FEW)
 def test_any_number_of_ranks_equals_one(pool, name, ranks):
-    one = jobs.trained(None, name)
+    one = alone(name)
     outs = pool.run(jobs.trained, ranks, name=name)
     assert_close(one, outs, exact(name) or ranks == 1)
     assert_bytes(outs, ranks)
@@ -87,7 +94,7 @@ def test_any_number_of_ranks_equals_one(pool, name, ranks):
 
 @pytest.mark.parametrize("name", FEW)
 def test_whole_shards_are_exact(pool, name):
-    one = jobs.trained(None, name)
+    one = alone(name)
     assert_close(one, pool.run(jobs.trained, 3, name=name, shards="whole"), True)
 
 
@@ -212,29 +219,38 @@ def test_mixed_precision(pool, name):
 # ---- checkpoints
 
 
+@pytest.fixture(scope="module")
+def straight(pool, tmp_path_factory) -> Any:
+    """What a row gives on some ranks without a break, which no way of saving changes."""
+    @functools.cache
+    def run(name: str, ranks: int) -> list[dict[str, Any]]:
+        folder = str(tmp_path_factory.mktemp("straight"))
+        return pool.run(jobs.saved, ranks, name=name, folder=folder, steps=range(6), resume=False)
+    return run
+
+
 @pytest.mark.parametrize("way", ["dcp", "full"])
 @pytest.mark.parametrize("name", FEW)
-def test_saved_on_three_ranks_continues_on_two(pool, name, way, tmp_path):
-    given = {"name": name, "folder": str(tmp_path), "way": way}
-    straight = pool.run(jobs.saved, 2, **given, steps=range(6), resume=False)
-    pool.run(jobs.saved, 3, **given, steps=range(3), resume=False)
-    outs = pool.run(jobs.saved, 2, **given, steps=range(3, 6), resume=True)
-    assert_close(straight[0], outs, False, 1e-5)
-    again = pool.run(jobs.saved, 3, **given, steps=range(6), resume=False)
-    pool.run(jobs.saved, 3, **given, steps=range(3), resume=False)
-    same = pool.run(jobs.saved, 3, **given, steps=range(3, 6), resume=True)
+def test_saved_on_three_ranks_continues_on_two(pool, straight, name, way, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    given = {"name": name, "way": way}
+    pool.run(jobs.saved, 3, **given, folder=str(first), steps=range(3), resume=False)
+    shutil.copytree(first, second)  # each continuation overwrites the checkpoint it came from
+    given |= {"steps": range(3, 6), "resume": True}
+    outs = pool.run(jobs.saved, 2, **given, folder=str(first))
+    assert_close(straight(name, 2)[0], outs, False, 1e-5)
+    again, same = straight(name, 3), pool.run(jobs.saved, 3, **given, folder=str(second))
     assert_same([x["weights"] for x in again], [x["weights"] for x in same])
     assert_same([x["state"] for x in again], [x["state"] for x in same])
 
 
-def test_a_killed_rank_costs_the_steps_since_the_checkpoint(pool, tmp_path):
+def test_a_killed_rank_costs_the_steps_since_the_checkpoint(pool, straight, tmp_path):
     given = {"name": "galoreadamw-8bit", "folder": str(tmp_path)}
-    straight = pool.run(jobs.saved, 2, **given, steps=range(6), resume=False)[0]["losses"]
-    for file in tmp_path.iterdir():
-        file.unlink()
     doomed = Pool()
-    with pytest.raises(AssertionError, match="died"):
+    with pytest.raises(AssertionError, match="died, exit code 1"):
         doomed.run(jobs.saved, RANKS, **given, steps=range(6), resume=False, die_at=3)
     doomed.close()
     losses = pool.run(jobs.saved, 2, **given, steps=range(3, 6), resume=True)[0]["losses"]
-    torch.testing.assert_close(losses, straight[3:], rtol=1e-4, atol=0)
+    expected = straight(given["name"], 2)[0]["losses"][3:]
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
