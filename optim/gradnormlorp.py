@@ -155,10 +155,10 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         # |V'_j|^2 / c_j^2 = 1 - 2 lr f <W_j, (L R)_j> / c_j^2 + (lr f)^2 |(L R)_j|^2 / c_j^2
         left, right, step = codec.wide(u.left), codec.wide(u.right), o["lr"] * u.factor
         if columns:
-            along = (codec.wide(u.left.mT @ w) * right).sum(dim, keepdim=True)
+            along = (codec.wide(u.left.mT @ w.to(u.left.dtype)) * right).sum(dim, keepdim=True)
             square = (right * (left.mT @ left @ right)).sum(dim, keepdim=True)
         else:
-            along = (left * codec.wide(w @ u.right.mT)).sum(dim, keepdim=True)
+            along = (left * codec.wide(w.to(u.right.dtype) @ u.right.mT)).sum(dim, keepdim=True)
             square = (left * (left @ (right @ right.mT))).sum(dim, keepdim=True)
         scaled = step * inverse
         length = (1 - 2 * scaled * inverse * along + scaled.square() * square).clamp_min_(
