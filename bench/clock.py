@@ -18,7 +18,7 @@ import torch
 from ..kernels import _triton
 from . import names
 
-__all__ = ["Deadline", "about", "copy_bandwidth", "medians", "processor", "product_peak", "save",
+__all__ = ["Deadline", "about", "busy", "copy_bandwidth", "medians", "processor", "product_peak", "save",
            "times", "version"]
 
 
@@ -114,6 +114,32 @@ def medians(contestants: Mapping[str, Callable[[], Any]], repeats: int, device: 
     """Median milliseconds of each, the host ahead; see :func:`times`."""
     return {k: statistics.median(v)
             for k, v in times(contestants, repeats, device, ahead=True).items()}
+
+
+def busy(call: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
+    """Milliseconds of the host to issue a call to CUDA, and of the device where that is ahead.
+
+    A training step issues its optimizer's while the device is still at the backward pass: what
+    counts then is the device, and what is seen alone is the larger of both.
+    """
+    other = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    fill = medians({"fill": other.zero_}, 5)["fill"]
+    host, device = [], []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        host.append(1e3 * (time.perf_counter() - start))
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(2 + int(statistics.median(host) / fill)):
+            other.zero_()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        device.append(begin.elapsed_time(end))
+    return statistics.median(host), statistics.median(device)
 
 
 def copy_bandwidth(device: str, repeats: int = 20) -> float:

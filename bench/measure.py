@@ -57,15 +57,19 @@ def _resident() -> int:
 
 
 def fill(model: nn.Module) -> None:
-    """Small random weights, always the same; one-dimensional ones at 1, as norms have them."""
-    generator = torch.Generator().manual_seed(0)
+    """Small random weights, the same on devices of a kind; one-dimensional ones at 1, as of norms.
+
+    They are drawn where they are: billions of them would take a minute on a CPU.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
     for p in model.parameters():
         with torch.no_grad():
             if p.ndim < 2:
                 p.fill_(1.0)
             else:
                 for row in p.split(max(1, (1 << 20) // p[0].numel())):
-                    row.copy_(torch.randn(row.shape, generator=generator) * 0.02)
+                    row.copy_(torch.randn(row.shape, generator=generator, device=device) * 0.02)
 
 
 def rival(name: str, model: nn.Module) -> torch.optim.Optimizer:

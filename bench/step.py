@@ -416,7 +416,9 @@ def _one_by_one(chosen: dict[str, Contestant], bench: _Bench, steps: int, deadli
             made.step()
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() - before
-            note(_measure(name, found, made, taken[2:] or taken, first, peak, bench))
+            row = _measure(name, found, made, taken[2:] or taken, first, peak, bench)
+            row["host_ms"], row["device_ms"] = clock.busy(made.step)
+            note(row)
         except Exception as error:  # of any package's own code, and OutOfMemoryError
             note(_missing(name, found, error))
         finally:
@@ -496,12 +498,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 row["roofline_ms"] = 1e3 * max(row["bytes"] / peaks["bandwidth"],
                                                row["operations"] / peaks["peak"])
                 row["of_roofline"] = row["step_ms"] / row["roofline_ms"]
+                row["device_of_roofline"] = row["device_ms"] / row["roofline_ms"]
         rows.append({**row, **common})
         clock.save(args.json, rows)
         print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}"
                         for k, v in row.items() if k in (
                             "optimizer", "step_ms", "worst_of_median", "first_ms", "ratio", "pairs",
-                            "first_ratio", "peak_of_largest", "of_roofline", "state_bytes",
+                            "first_ratio", "peak_of_largest", "host_ms", "device_ms", "of_roofline",
+                            "device_of_roofline", "state_bytes",
                             "missing", "failed", "skipped")), flush=True)
 
     if cuda:

@@ -177,7 +177,10 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
             x = nearest_bf16(x)
         tl.store(target_ptr + offset, x.to(target_ptr.dtype.element_ty), mask=mask)
     else:
-        tl.store(target_ptr + offset, tl.div_rn(m, denominator) * factor, mask=mask)
+        x = tl.div_rn(m, denominator) * factor
+        if target_ptr.dtype.element_ty == tl.bfloat16:
+            x = nearest_bf16(x)
+        tl.store(target_ptr + offset, x.to(target_ptr.dtype.element_ty), mask=mask)
 
     if BITS < 16:
         codes, scale = block_codes(m, m_lines_ptr, m_ends_ptr, BITS, True)
@@ -233,8 +236,8 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
                            maximize=maximize, key=words, stochastic=stochastic, start=start)
             start += p_.numel()
         return
-    # Without scales rows mean nothing.
-    columns = g.shape[-1] if bits < 16 else g.numel()
+    # Without scales rows mean nothing; in a row places are counted in int32.
+    columns = g.shape[-1] if bits < 16 or g.numel() >= 2**31 else g.numel()
     rows, (height, width) = g.numel() // columns, tile(columns)
     tables: tuple[Tensor | None, ...] = _tables(bits, g.device) if bits < 16 else _NO_TABLES
     factor = 1 / (1 - beta1**t)
@@ -301,11 +304,12 @@ def adam8(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
         t: 1-based count of this update; at 16 bits also the random streams' step.
         key: (seed, parameter) of the random bits, needed at 16 bits.
         start: index in the whole parameter of g's first element.
-        out: where N goes, fp32 of g's shape, such as g itself; None for a new tensor.
+        out: where N goes, of g's shape, such as g itself, rounded to nearest in 16 bits; None for a
+            new fp32 tensor.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
     Returns:
-        N, fp32 of g's shape.
+        N, of g's shape.
 
     Raises:
         TypeError: a dtype is another one.
@@ -316,7 +320,7 @@ def adam8(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
     if out is None:
         out = torch.empty_like(g, dtype=torch.float32)
     else:
-        check("out", out, shape=tuple(g.shape), dtypes=(torch.float32,), device=g.device)
+        check("out", out, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
     _op(out, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t, None, 0.0, False,
         key or (0, 0), False, start, use_triton(backend, g.device))
     return out

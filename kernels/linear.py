@@ -51,7 +51,9 @@ def quantize_linear_ref(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     levels = _LEVELS[bits]
     blocks = functional.pad(x.float(), (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
     # absmax / levels is what one step is worth; a denormal step would lose the largest entry.
-    scale = blocks.abs().amax(-1) / levels
+    # CUDA multiplies by the inverse of a number, and divides by a tensor.
+    scale = blocks.abs().amax(-1)
+    scale = scale / torch.full_like(scale, levels)
     step = scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
     codes = (blocks / step).round().nan_to_num(0.0).clamp(-levels, levels)
     codes = codes.flatten(-2)[..., :columns].to(torch.int8)

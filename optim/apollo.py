@@ -26,16 +26,13 @@ class _Scaling(Residual):
 
     needs_low = True
     needs_gradient = True
-    needs_norms = True
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return limiter_slot(shape, p, o)
 
     def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
                 ) -> Tensor | None:
-        if o["scale_type"] == "tensor" or space.norms is None:
-            return norms(g, "full" if o["scale_type"] == "tensor" else side)
-        return space.norms
+        return norms(g, "full" if o["scale_type"] == "tensor" else side)
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:

@@ -197,8 +197,8 @@ def _in_one_pass(x: Tensor, r: int, kind: int, dim: int, norm: int, old: Tensor 
     q = rows(n, kind, x.dtype, x.device)
     largest = _largest(x, cut).float() if norm == 2 else None
     left = dim == -2
-    full, _, scores = product(x.mT if left else x, q.mT, dtype=x.dtype, scores=norm,
-                              largest=largest, transposed=left)
+    full, scores = product(x.mT if left else x, q.mT, dtype=x.dtype, scores=norm,
+                           largest=largest, transposed=left)
     assert scores is not None
     if cut is not None:
         scores = cut.sum(scores.double()).float()

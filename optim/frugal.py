@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from typing_extensions import Unpack
 
 from . import project
@@ -34,7 +33,9 @@ def _coordinates(n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], s
     """The columns of the identity that belong to r of n coordinates, drawn anew: (..., n, r)."""
     drawn = torch.rand((*batch, n), generator=project.generator(key, stream))
     index = drawn.topk(r).indices.sort().values
-    return functional.one_hot(index.to(like.device), n).mT.to(like)
+    # functional.one_hot would wait for a GPU, to check the indices.
+    numbers = torch.arange(n, device=like.device).unsqueeze(-1)
+    return (index.to(like.device).unsqueeze(-2) == numbers).to(like)
 
 
 class FRUGALOptions(LowRankOptions, total=False):

@@ -120,7 +120,7 @@ class Rule(NamedTuple):
 def _adamw(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
     fused = s.stored_pair(r, o) if isinstance(s, codec.Decoded) else None
     if fused is not None and use_triton(None, r.device) and not torch.compiler.is_compiling():
-        return adam8(r, **fused, t=t, out=r if consume and r.dtype == torch.float32 else None), 1.0
+        return adam8(r, **fused, t=t, out=r if consume else None), 1.0
     wide = codec.wide(r)
     m, denominator, factor = adam(wide, s, o, t, consume=consume or wide is not r)
     return torch.div(m, denominator, out=denominator), factor

@@ -60,7 +60,6 @@ class Projected(NamedTuple):
         writes: where they are new, what is stored of them, by slot.
         more: what else a rule takes of the gradient, linear in it, by slot of
             :meth:`LowRankOptimizer.buffers`.
-        norms: of the gradient along the projected dimensions, where they came with R.
     """
 
     bases: Bases
@@ -68,7 +67,6 @@ class Projected(NamedTuple):
     turns: tuple[Turn | None, Turn | None] | None = None
     writes: Mapping[str, Tensor] = {}
     more: Mapping[str, Tensor] = {}
-    norms: Tensor | None = None
 
 
 class LowRankOptimizer(MatrixOptimizer):
@@ -303,9 +301,6 @@ class LowRankOptimizer(MatrixOptimizer):
         old = Bases(None, None) if due and cosines and o["keep_energy"] is None else (
             self.bases(g, s, o, born))
         if not due:
-            if self.residual(o).needs_norms:
-                low, size = old.measured(g)
-                return Projected(old, low, norms=size)
             return Projected(old, old.down(g))
         if born and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
             low = old.down(g)

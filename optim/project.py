@@ -12,10 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels._triton import use_triton
-from ..kernels.project import project
 from . import codec
-from .norms import norms
 
 __all__ = ["FINDERS", "Bases", "Turn", "find", "gaussian", "gaussian_basis", "generator",
            "random_basis", "shift", "side_of", "turn"]
@@ -42,20 +39,6 @@ class Bases(NamedTuple):
         if self.left is not None:
             g = self.left.mT @ g
         return g if self.right is None else g @ self.right
-
-    def measured(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """R, and the norms of g along the projected dimensions: on a GPU from one pass."""
-        if self.left is not None and self.right is not None:
-            return self.down(g), norms(g, "full")
-        side = "right" if self.left is None else "left"
-        if g.element_size() != 2 or not use_triton(None, g.device):
-            return self.down(g), norms(g, side)
-        left = self.left is not None
-        basis = self.left if left else self.right
-        assert basis is not None
-        low, size, _ = project(g.mT if left else g, basis, norms=True, transposed=left)
-        assert size is not None
-        return (low.mT, size.unsqueeze(-2)) if left else (low, size.unsqueeze(-1))
 
     def factors(self, n: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors whose product is P N Q^T."""

@@ -36,8 +36,6 @@ class Residual:
     #: Whether G itself is read: if not, :meth:`measure` and :meth:`combine` look at its shape,
     #: dtype and device alone.
     needs_gradient = False
-    #: Whether :meth:`measure` takes norms of G along the projected dimensions.
-    needs_norms = False
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         """State for a parameter that the rule sees in this shape."""
@@ -81,7 +79,6 @@ class Fira(Residual):
 
     needs_low = True
     needs_gradient = True
-    needs_norms = True
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return limiter_slot(shape, p, o)
@@ -92,7 +89,7 @@ class Fira(Residual):
         leak = 1 - o["scale"] if o["residual_scale"] == "released" else 0.0
         if leak == 0 and low.shape == g.shape:
             return None
-        return norms(g, side) if space.norms is None else space.norms
+        return norms(g, side)
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:

@@ -40,10 +40,8 @@ def arithmetic(optimizer, o, slots, p, g, kept, bases, lr, t):
     s["weight"] = p
     if bases is not None:
         # what _subspace decides on the host where no refresh is due
-        needs = optimizer.residual(o).needs_norms
         a = optimizer.residual(o).gradient(g, s, o)
-        low, size = bases.measured(a) if needs else (bases.down(a), None)
-        u = optimizer.lift(a, Projected(bases, low, norms=size), s, o, t)
+        u = optimizer.lift(a, Projected(bases, bases.down(a)), s, o, t)
     else:
         u = optimizer.update(g, s, o, t)
     _apply(p, u, kept, o, t)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from lissom.kernels import _triton
+from lissom.optim import project
 
 from .cases import CASES, first_of_each_class
 from .helpers import run
@@ -22,11 +25,25 @@ def trained(case, device, kind, steps=6):
     return optimizer, ps
 
 
+def options(case):
+    """No refresh in the steps that count, and no polar factor that looks at its numbers."""
+    given = {"rank": 256, "update_proj_gap": 1000, "polar": "polar-express"}
+    return {k: x for k, x in given.items() if k in case.make.table()}
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.option("projection") != "random"],
                          ids=lambda c: c.name)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_a_gpu_trains_as_the_cpu(case, kind):
-    """Random bits are the same; sums have another order, and codes at an edge another value."""
+def test_a_gpu_trains_as_the_cpu(case, kind, monkeypatch):
+    """Random bits are the same; sums have another order, and codes at an edge another value.
+
+    Starts of range finders are drawn on the device: here on the CPU, so that both have the same.
+    """
+    def drawn(shape, key, stream, like):
+        x = torch.randn(shape, generator=project.generator(key, stream))
+        return x.to(like.device)
+
+    monkeypatch.setattr(project, "gaussian", drawn)
     _, here = trained(case, "cpu", kind)
     _, there = trained(case, "cuda", kind)
     for a, b in zip(here, there, strict=True):
@@ -38,7 +55,8 @@ def test_a_gpu_trains_as_the_cpu(case, kind):
 @pytest.mark.parametrize("case", first_of_each_class(), ids=lambda c: c.name)
 def test_resumes_on_a_gpu(case):
     optimizer, ps = trained(case, "cuda", torch.bfloat16)
-    kept, weights = optimizer.state_dict(), [p.detach().clone() for p in ps]
+    kept = copy.deepcopy(optimizer.state_dict())
+    weights = [p.detach().clone() for p in ps]
     run(optimizer, ps, range(6, 9))
     twins = [torch.nn.Parameter(w, p.requires_grad) for w, p in zip(weights, ps, strict=True)]
     other = case(twins, lr=1e-2)
@@ -50,17 +68,21 @@ def test_resumes_on_a_gpu(case):
 @pytest.mark.parametrize("case", [c for c in first_of_each_class() if not c.roles],
                          ids=lambda c: c.name)
 def test_a_step_is_frugal(case):
-    """Temporaries of a step without a refresh, in bf16, of the largest matrix in fp32."""
+    """Temporaries of a step without a refresh, of the largest matrix in fp32.
+
+    Rules of whole matrices work on a batch of them, and in more than one copy.
+    """
     ps = [torch.nn.Parameter(torch.randn(x, device="cuda").bfloat16())
           for x in [(2048, 2048), (2048, 4096), (4096, 2048), (2048,)]]
-    optimizer = case(ps, lr=1e-3, **({"rank": 256} if "rank" in case.make.table() else {}))
+    optimizer = case(ps, lr=1e-3, **options(case))
     run(optimizer, ps, range(2))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     optimizer.step()
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before <= 3.5 * 4 * 2048 * 4096
+    times = 8 if optimizer.waits else 4
+    assert torch.cuda.max_memory_allocated() - before <= times * 4 * 2048 * 4096
 
 
 @pytest.mark.parametrize("case", [c for c in first_of_each_class() if not c.roles],
@@ -68,8 +90,7 @@ def test_a_step_is_frugal(case):
 def test_a_step_between_refreshes_waits_for_nothing(case):
     ps = [torch.nn.Parameter(torch.randn(256, 128, device="cuda").bfloat16()),
           torch.nn.Parameter(torch.randn(128, device="cuda").bfloat16())]
-    gap = {"update_proj_gap": 1000} if "update_proj_gap" in case.make.table() else {}
-    optimizer = case(ps, lr=1e-3, **gap)
+    optimizer = case(ps, lr=1e-3, **{k: x for k, x in options(case).items() if k != "rank"})
     run(optimizer, ps, range(2))
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -104,7 +104,9 @@ def assert_stores_close(ours, theirs, bits):
         elif bits == 16:
             apart = (ours[i].view(torch.int16).int() - theirs[i].view(torch.int16).int()).abs()
             assert int(apart.count_nonzero()) <= 1 + apart.numel() // 200
-            assert not apart.numel() or apart.max() <= 1
+            # What remains of two terms that cancel has no digit in common.
+            far = (ours[i].float() - theirs[i].float()).abs() > 1e-8
+            assert not ((apart > 1) & far).any()
         else:
             count, most = codes_apart(ours[i], theirs[i], bits)
             assert count <= 1 + ours[i].numel() // 200
@@ -124,6 +126,7 @@ def test_frozen_bits():
 
 @_triton.jit
 def bits_kernel(rows_ptr, any_ptr, start, seed, parameter, step, stream, N: tl.constexpr):
+    start = tl.cast(start, tl.int64)
     block = start // 8 + tl.arange(0, N // 8)
     i = tl.arange(0, N)
     tl.store(rows_ptr + i, random16_rows(block, seed, parameter, step, stream))

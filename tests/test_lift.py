@@ -69,60 +69,37 @@ def test_product_and_sums_of_integers_are_exact(size, dtype, backend, device):
     a, b = whole((*batch, m, k), dtype, device), whole((*batch, k, n), dtype, device)
     exact = a.double() @ b.double()
     for order, sums in ((1, exact.abs().sum(-2)), (2, exact.square().sum(-2) / 16)):
-        c, norms, scores = project(a, b, norms=True, scores=order, backend=backend,
-                                   largest=torch.tensor(4.0, device=device))
+        c, scores = project(a, b, scores=order, backend=backend,
+                            largest=torch.tensor(4.0, device=device))
         assert c.dtype == scores.dtype == torch.float32
         assert torch.equal(c.double(), exact)
         torch.testing.assert_close(scores.double(), sums, rtol=1e-6, atol=0)
-    torch.testing.assert_close(norms, a.double().norm(dim=-1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_strides_are_followed_and_a_basis_serves_a_batch(dtype, transposed, device):
     g, q = whole((3, 40, 70), dtype, device), whole((12, 40), dtype, device).mT
-    c, norms, scores = project(g.mT, q, norms=True, scores=1, transposed=transposed,
-                               dtype=dtype, backend="triton")
+    c, scores = project(g.mT, q, scores=1, transposed=transposed, dtype=dtype, backend="triton")
     exact = g.mT.double() @ q.double()
     assert c.dtype == dtype
     assert torch.equal(c, exact.to(dtype))
     assert (c.mT if transposed else c).is_contiguous()
-    torch.testing.assert_close(norms, g.double().norm(dim=-2), rtol=1e-6, atol=0)
     torch.testing.assert_close(scores.double(), exact.abs().sum(-2), rtol=1e-6, atol=0)
-
-
-def test_norms_of_hard_rows(device):
-    """Rows of 1e30 and of 1e-30, of zeros, with an infinity, with a NaN."""
-    a = drawn((6, 200), torch.float32, device)
-    a[0] *= 1e30
-    a[1] *= 1e-30
-    a[2] = 0
-    a[3, 100] = torch.inf
-    a[4, 190] = torch.nan
-    a[5] *= torch.logspace(-30, 30, 200, device=device)
-    for order in (a, a.flip(1)):
-        c, norms, _ = project(order, drawn((200, 70), torch.float32, device), norms=True,
-                              backend="triton")
-        expected = order.double().norm(dim=-1)
-        torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0, equal_nan=True)
-        assert c[3:5].isfinite().logical_not().all()
-        assert c[:3].isfinite().all()
 
 
 def test_scores_do_not_depend_on_the_run(device):
     a, b = drawn((300, 80), torch.bfloat16, device), drawn((80, 130), torch.bfloat16, device)
-    first, again = (project(a, b, norms=True, scores=2, backend="triton") for _ in range(2))
+    first, again = (project(a, b, scores=2, backend="triton") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
 def test_nothing_is_asked_and_nothing_is_there(device):
     a, b = drawn((0, 5), torch.float32, device), drawn((5, 3), torch.float32, device)
-    c, norms, scores = project(a, b, norms=True, scores=1, backend="triton")
+    c, scores = project(a, b, scores=1, backend="triton")
     assert c.shape == (0, 3)
-    assert norms.shape == (0,)
     assert torch.equal(scores, torch.zeros(3, device=device))
-    c, norms, scores = project(b, b.mT, backend="triton")
-    assert norms is None
+    c, scores = project(b, b.mT, backend="triton")
     assert scores is None
 
 
@@ -245,14 +222,13 @@ def test_operators_and_compile(device):
         keep.expand(20, 33)[None], 0.5, 1.0, 1.0, [1, 2], False, 1, 0))
     opcheck(torch.ops.lissom.lift.default, (
         p, left, right, dense, None, None, 0.5, 1.0, 1.0, [1, 2], False, 1, 0))
-    parts = torch.empty(1, 1, 20, dtype=torch.float64, device=device)
     sums = torch.empty(1, 1, 33, device=device)
     opcheck(torch.ops.lissom.project.default, (
-        left[None], right[None], torch.empty(1, 20, 33, device=device), parts, sums, None, 1))
+        left[None], right[None], torch.empty(1, 20, 33, device=device), sums, None, 1))
 
     def step(p, left, right):
-        c, norms, _ = project(left, right, norms=True, backend="triton")
-        lift(p, left, right, dense=c, gain=norms.float()[:, None], backend="triton")
+        c, scores = project(left, right, scores=1, backend="triton")
+        lift(p, left, right, dense=c, gain=scores[None], backend="triton")
 
     compiled = p.clone()
     step(p, left, right)
@@ -308,11 +284,11 @@ def build(kernel, constants, types, t, capability):
 for capability in (80, 90):
     dot = "wgmma" if capability == 90 else "mma.sync"
     for kind, t in (("*bf16", tiles.LARGE), ("*fp16", tiles.SMALL), ("*fp32", tiles.WIDE)):
-        types = {"a_ptr": kind, "b_ptr": kind, "c_ptr": "*fp32", "norms_ptr": "*fp64",
-                 "scores_ptr": "*fp32", "largest_ptr": "*fp32"}
+        types = {"a_ptr": kind, "b_ptr": kind, "c_ptr": "*fp32", "scores_ptr": "*fp32",
+                 "largest_ptr": "*fp32"}
         for left, scores in ((False, 1), (True, 2)):
             ptx = build(project._project_kernel, {
-                "NORMS": True, "SCORES": scores, "a_row" if left else "a_column": 1,
+                "SCORES": scores, "a_row" if left else "a_column": 1,
                 "b_column": 1, "c_row" if left else "c_column": 1}, types, t, capability)
             assert kind == "*fp32" or (dot in ptx and "cp.async.cg" in ptx)
     flat = {"left_ptr": None, "right_ptr": None}
@@ -366,9 +342,8 @@ def test_tiles_are_smaller_where_they_would_not_fit(monkeypatch):
 
 def test_reference_is_the_formula():
     a, b = drawn((9, 5), torch.float64, "cpu").float(), drawn((5, 4), torch.float64, "cpu").float()
-    c, norms, scores = project_ref(a, b, norms=True, scores=2)
+    c, scores = project_ref(a, b, scores=2)
     torch.testing.assert_close(c, a @ b)
-    torch.testing.assert_close(norms, a.double().square().sum(-1).sqrt())
     torch.testing.assert_close(scores, (a @ b).square().sum(0))
 
 
