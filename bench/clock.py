@@ -18,8 +18,8 @@ import torch
 from ..kernels import _triton
 from . import names
 
-__all__ = ["Deadline", "about", "busy", "copy_bandwidth", "medians", "processor", "product_peak", "save",
-           "times", "version"]
+__all__ = ["Deadline", "about", "busy", "copy_bandwidth", "medians", "processor", "product_peak",
+           "save", "times", "version"]
 
 
 class Deadline:
@@ -116,7 +116,7 @@ def medians(contestants: Mapping[str, Callable[[], Any]], repeats: int, device: 
             for k, v in times(contestants, repeats, device, ahead=True).items()}
 
 
-def busy(call: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
+def busy(call: Callable[[], Any], repeats: int = 7) -> tuple[float, float]:
     """Milliseconds of the host to issue a call to CUDA, and of the device where that is ahead.
 
     A training step issues its optimizer's while the device is still at the backward pass: what

@@ -63,8 +63,8 @@ _KINDS = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8, 4: torch.uint8}
 # Squares of larger numbers are infinite in fp32.
 _LIMIT = math.sqrt(torch.finfo(torch.float32).max)
 _NO_TABLES: tuple[Tensor | None, ...] = (None,) * 6
-# Elements that torch code works on at once.
-_PIECE = 1 << 17
+# Elements that torch code works on at once: on a CPU so many that they stay in its cache.
+_PIECE, _LARGE_PIECE = 1 << 17, 1 << 24
 
 
 def _decode_ref(x: Tensor, scale: Tensor | None, columns: int, bits: int, signed: bool) -> Tensor:
@@ -198,10 +198,10 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
 
 
 def _pieces(tensors: tuple[Tensor | None, ...], bits: int) -> Iterator[tuple[Any, ...]]:
-    """Views that hold the same rows of all tensors, so many that temporaries stay in the cache."""
+    """Views that hold the same rows of all tensors."""
     given = [x for x in tensors if x is not None]
     columns = given[0].shape[-1] if bits < 16 else 1
-    rows = max(1, _PIECE // columns)
+    rows = max(1, (_PIECE if given[0].device.type == "cpu" else _LARGE_PIECE) // columns)
     parts = iter(zip(*((x.view(-1, x.shape[-1]) if bits < 16 else x.view(-1)).split(rows)
                        for x in given), strict=True))
     for part in parts:

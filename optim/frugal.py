@@ -31,11 +31,13 @@ class _Free(Sign):
 def _coordinates(n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int,
                  like: Tensor) -> Tensor:
     """The columns of the identity that belong to r of n coordinates, drawn anew: (..., n, r)."""
-    drawn = torch.rand((*batch, n), generator=project.generator(key, stream))
+    # Where they are used, if that is CUDA, as project.gaussian does: nothing is waited for. (Nor by
+    # a comparison, where functional.one_hot would check the indices.)
+    place = like.device if like.device.type == "cuda" else torch.device("cpu")
+    drawn = torch.rand((*batch, n), generator=project.generator(key, stream, place), device=place)
     index = drawn.topk(r).indices.sort().values
-    # functional.one_hot would wait for a GPU, to check the indices.
-    numbers = torch.arange(n, device=like.device).unsqueeze(-1)
-    return (index.to(like.device).unsqueeze(-2) == numbers).to(like)
+    numbers = torch.arange(n, device=place).unsqueeze(-1)
+    return (index.unsqueeze(-2) == numbers).to(like)
 
 
 class FRUGALOptions(LowRankOptions, total=False):

@@ -337,11 +337,15 @@ def _add(p: Tensor, left: Tensor, right: Tensor, kept: Mapping[str, Tensor], o: 
          t: int, start: int) -> None:
     """P <- p + scaling * left @ right, rounded once, in blocks.
 
+    In float64: in fp32 the last bit of a product depends on how many rows it has, for which a CPU's
+    library takes other code, and shards would drift from the whole.
+
     ``start`` is the index in the whole weight of p's first element.
     """
+    left, right = left.double(), right.double()
     rows = max(1, _BLOCK // p.shape[1])
     for i in range(0, len(p), rows):
         part = p[i:i + rows]
-        x = codec.wide(part)
-        x.addmm_(left[i:i + rows], right, alpha=o["scaling"])
+        x = part.double().addmm_(left[i:i + rows], right, alpha=o["scaling"])
+        x = x if p.dtype == torch.float64 else x.float()
         codec.write_weight(part, x, kept, o, t, start + i * p.shape[1])

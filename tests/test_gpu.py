@@ -81,7 +81,7 @@ def test_a_step_is_frugal(case):
     before = torch.cuda.memory_allocated()
     optimizer.step()
     torch.cuda.synchronize()
-    times = 8 if optimizer.waits else 4
+    times = 8 if optimizer.waits else 5
     assert torch.cuda.max_memory_allocated() - before <= times * 4 * 2048 * 4096
 
 

@@ -374,3 +374,37 @@ def test_trion_dense_part_has_its_own_rate():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.plan()
+
+
+@pytest.mark.parametrize("shape", [(40, 8), (3, 40, 8), (12, 9)])
+def test_bases_by_cholesky_are_orthonormal_and_span_the_same(shape):
+    y = tensors([shape], 5)[0] * torch.logspace(0, -20, shape[-1])
+    q = project._by_cholesky(y)
+    torch.testing.assert_close(q.mT @ q, torch.eye(shape[-1]).expand_as(q.mT @ q), atol=1e-6,
+                               rtol=0)
+    # Householder's columns, up to their signs
+    other = torch.linalg.qr(y.double()).Q
+    other = other * (other * q).sum(-2, keepdim=True).sign()
+    torch.testing.assert_close(q.double(), other, atol=1e-6, rtol=0)
+
+
+def test_bases_of_dependent_columns_are_not_by_cholesky():
+    y = tensors([(40, 8)], 5)[0]
+    nan = torch.full((40,), torch.nan)
+    for column in (torch.zeros(40), y[:, 0], y[:, 0] + 1e-7 * y[:, 1], nan):
+        z = y.clone()
+        z[:, 5] = column
+        assert project._by_cholesky(z) is None
+        assert project._by_cholesky(torch.stack([y, z])) is None
+
+
+def test_a_gpu_finds_the_bases_of_a_cpu(monkeypatch):
+    g = tensors([(60, 40)], 6)[0]
+    found = [project.find(g, 8, "right", "subspace", None, (1, 2), 3)]
+    old = found[0]
+    found.append(project.find(g, 8, "right", "subspace", old, (1, 2), 3))
+    monkeypatch.setattr(project, "_orthonormal", project._by_cholesky)
+    for start, expected in zip((None, old), found, strict=True):
+        q = project.find(g, 8, "right", "subspace", start, (1, 2), 3)
+        q = q * (q * expected).sum(-2, keepdim=True).sign()
+        torch.testing.assert_close(q, expected, atol=1e-4, rtol=0)

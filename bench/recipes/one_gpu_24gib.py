@@ -2,8 +2,9 @@
 
 ``python -m lissom.bench.memory --model llama-7b --budget 24GiB`` found this: 12.55 GiB of weights
 in bf16, 4.45 of state, 0.24 of gradients, 1.59 of activations at 1 x 256 tokens, in all 19.84 GiB
-with 1 GiB in reserve (bench/results/memory-7b-24gib.json). That is an estimate: the script has not
-run on a GPU yet. Without one it trains ``--size tiny``, which shows that it works and no more
+with 1 GiB in reserve (bench/results/memory-7b-24gib.json). On an H100 ``lissom.bench.fit`` trained
+4 x 256 tokens so, in 22.53 GiB (bench/results/fit-7b-24gib-h100.json); this script has not run on a
+GPU yet. Without one it trains ``--size tiny``, which shows that it works and no more
 (bench/results/recipe-one-gpu-24gib.json: 20 steps on the CPU).
 
     python -m lissom.bench.recipes.one_gpu_24gib --steps 100
