@@ -204,7 +204,7 @@ def _in_one_pass(x: Tensor, r: int, kind: int, dim: int, norm: int, old: Tensor 
         scores = cut.sum(scores.double()).float()
     index = _best(scores, r, old)
     full = full.mT if left else full
-    return index.int(), codec.wide(_take(full.unsqueeze(-1), index, dim))
+    return index.int(), _take(full.unsqueeze(-1), index, dim)
 
 
 def _parts(x: Tensor, other: int, fast: bool) -> Sequence[Tensor]:

@@ -117,10 +117,22 @@ class Rule(NamedTuple):
     elementwise: bool = True
 
 
+def _decoded_pair(r: Tensor, s: State, o: Options) -> dict[str, Any] | None:
+    """Moments that a new basis has turned, in fp32, for the kernel; None where it does not fit."""
+    m, v = s["exp_avg"], s["exp_avg_sq"]
+    if o["amsgrad"] or r.dtype == torch.float64 or m.dtype != torch.float32 or not all(
+            x.is_contiguous() for x in (r, m, v)):
+        return None
+    beta1, beta2 = o["betas"]
+    return {"m": m, "v": v, "bits": 32, "beta1": beta1, "beta2": beta2, "eps": o["eps"]}
+
+
 def _adamw(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
-    fused = s.stored_pair(r, o) if isinstance(s, codec.Decoded) else None
-    if fused is not None and use_triton(None, r.device) and not torch.compiler.is_compiling():
-        return adam8(r, **fused, t=t, out=r if consume else None), 1.0
+    if use_triton(None, r.device) and not torch.compiler.is_compiling():
+        fused = s.stored_pair(r, o) if isinstance(s, codec.Decoded) else None
+        fused = fused or _decoded_pair(r, s, o)
+        if fused is not None:
+            return adam8(r, **fused, t=t, out=r if consume else None), 1.0
     wide = codec.wide(r)
     m, denominator, factor = adam(wide, s, o, t, consume=consume or wide is not r)
     return torch.div(m, denominator, out=denominator), factor

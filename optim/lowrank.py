@@ -279,14 +279,11 @@ class LowRankOptimizer(MatrixOptimizer):
         moments = _turned(rule, s, space, o)
         measured = residual.measure(g, low, space, side, o)
         # N = inner(R); state is written from here on
-        for name in moments:  # decoded, so that the turned ones are written to their store
-            s[name]
-        turned = {**s, **moments} if moments else s
-        n, factor = rule.direction(low, turned, o, t, not residual.needs_low)
+        for name, x in moments.items():
+            s[name] = x
+        n, factor = rule.direction(low, s, o, t, not residual.needs_low)
         if factor != 1.0:
             n.mul_(factor)
-        for name, x in moments.items():
-            s[name].copy_(x)
         for name, x in space.writes.items():
             codec.write(s, name, x)
         # u = scale * P N Q^T, and what the residual adds

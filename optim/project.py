@@ -116,7 +116,8 @@ def _by_cholesky(y: Tensor) -> Tensor | None:
         if bool(failed.any()) or not bool((sizes.amin(-1) > _DEPENDENT * sizes.amax(-1)).all()):
             return None
         q = torch.linalg.solve_triangular(factor, q, upper=True, left=False)
-    return q.to(y.dtype)
+    basis: Tensor = q.to(y.dtype)
+    return basis
 
 
 def _iterated(g: Tensor, q: Tensor) -> Tensor:
