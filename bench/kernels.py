@@ -21,6 +21,7 @@ from torch import Tensor
 from ..kernels import _triton
 from ..kernels.adam8 import adam8, adamw8
 from ..kernels.lift import lift
+from ..kernels.limit import limited_gains
 from ..kernels.linear import dequantize_linear, quantize_linear
 from ..kernels.norms import row_norms
 from ..kernels.philox import stochastic_round
@@ -137,6 +138,14 @@ def _norms(transposed: bool) -> Callable[[int, str, torch.dtype], Work]:
     return make
 
 
+def _limited(size: int, device: str, dtype: torch.dtype) -> Work:
+    """Fira's factors of the 4096 columns of as many matrices as have norms of this size."""
+    n, r, g = (_flat(size, 8, device, torch.float64).abs() for _ in range(3))
+    last = torch.ones(len(n), device=device)
+    return Work(lambda backend: limited_gains(n, r, g, last, more=4.0, eps=1e-8, leak=0.0,
+                                              limiter=1.01, backend=backend), 4 * n.nbytes)
+
+
 def _apply(size: int, device: str, dtype: torch.dtype) -> Work:
     """The lift without a product: decay, a scaled dense update, stochastic rounding."""
     p = _flat(size, dtype.itemsize, device, dtype)
@@ -213,6 +222,7 @@ CASES: dict[str, tuple[str, Callable[[int, str, torch.dtype], Work]]] = {
     "stochastic_round": ("memory", _round),
     "row_norms": ("memory", _norms(False)),
     "row_norms, transposed": ("memory", _norms(True)),
+    "limited_gains": ("memory", _limited),
     "lift, no product": ("memory", _apply),
     "project, right": ("product", _projection(False)),
     "project, left": ("product", _projection(True)),

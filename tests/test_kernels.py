@@ -32,6 +32,7 @@ from lissom.kernels.quant8 import (
     codebook,
     dequantize_dynamic,
     dequantize_dynamic_ref,
+    lines,
     quantize_dynamic,
     quantize_dynamic_ref,
 )
@@ -215,6 +216,24 @@ def test_ties_go_where_the_reference_has_them(device, signed, bits):
     x = torch.cat([torch.ones(len(x), 1), x], 1).to(device)  # a scale of 1 each
     assert_same(quantize_dynamic(x, bits, signed, backend="triton"),
                 quantize_dynamic_ref(x, bits, signed))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("signed", [True, False])
+def test_lines_count_all_ends_below_or_all_but_one(bits, signed):
+    """What one comparison then settles, for numbers dense in all of the range and beside ends."""
+    table, ends = lines(bits, signed, torch.device("cpu"))
+    slope, level = table.view(torch.float32).view(-1, 2).unbind(-1)
+    ends = ends[ends > 0][:-1]
+    start, end = (torch.tensor(x).view(torch.int32).item() for x in (2.0**-31, 1.0))
+    x = torch.cat([torch.arange(start, end + 2, 509, dtype=torch.int32).view(torch.float32), ends,
+                   ends.nextafter(torch.tensor(2.0)), ends.nextafter(torch.tensor(0.0)),
+                   torch.tensor([1.0, 1.0000001])])
+    line = (x.view(torch.int32) >> 20) - 768
+    assert line.min() == 0
+    count = (x * slope[line] + level[line]).int()
+    missing = torch.bucketize(x, ends) - count
+    assert missing.unique().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("signed", [True, False])
