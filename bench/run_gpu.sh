@@ -47,12 +47,13 @@ bench() { local name="$1" share="$2" module="$3"; shift 3
 
 if "$python" -c 'import pytest' 2>/dev/null; then
   files=(tests/test_gpu.py)
-  # Most of the tests' time is the compiler's: they share it, and bring its cache what is timed below.
+  # Most of the tests' time is the compiler's: they share it, as does what is timed below.
   share=()
   if [ "$device" = cuda ]; then
     files+=(tests/test_kernels.py tests/test_lift.py tests/test_symmul.py)
     "$python" -c 'import xdist' 2>/dev/null && share=(-n "$(( ($(nproc) + 1) / 2 ))")
-    "$python" -m lissom.bench.kernels --repeats 1 --no-compile --seconds 60 > /dev/null 2>&1 &
+    timeout $((seconds / 9)) "$python" -m lissom.bench.kernels --repeats 1 --no-compile \
+      > /dev/null 2>&1 &
   fi
   run gpu-tests 22 "$python" -m pytest -q --maxfail 20 -p no:cacheprovider "${share[@]}" "${files[@]}"
   wait

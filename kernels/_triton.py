@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = ["EXACT", "INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32", "tl",
@@ -123,10 +124,12 @@ def define(schema: str, run: Callable[..., None]) -> Callable[..., None]:
 
 
 def _observed(x: Tensor) -> bool:
-    """Whether a call on x may be differentiated, traced, counted or profiled, or x has no bytes."""
+    """Whether a call on x may be differentiated, traced, counted or profiled, x has no bytes, or
+    there is a default device, which an operator's code does not see.
+    """
     return (torch.is_grad_enabled() or type(x) not in _PLAIN
             or x.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling()
-            or _get_current_dispatch_mode() is not None
+            or _get_current_dispatch_mode() is not None or _get_current_function_mode() is not None
             or torch.autograd.profiler._is_profiler_enabled)
 
 

@@ -65,6 +65,8 @@ _LIMIT = math.sqrt(torch.finfo(torch.float32).max)
 _NO_TABLES: tuple[Tensor | None, ...] = (None,) * 6
 # Elements that torch code works on at once: on a CPU so many that they stay in its cache.
 _PIECE, _LARGE_PIECE = 1 << 17, 1 << 24
+# Elements that a kernel takes as one row, in which it counts in int32.
+_LONGEST = 1 << 30
 
 
 def _decode_ref(x: Tensor, scale: Tensor | None, columns: int, bits: int, signed: bool) -> Tensor:
@@ -236,8 +238,15 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
                            maximize=maximize, key=words, stochastic=stochastic, start=start)
             start += p_.numel()
         return
-    # Without scales rows mean nothing; in a row places are counted in int32.
-    columns = g.shape[-1] if bits < 16 or g.numel() >= 2**31 else g.numel()
+    if bits >= 16 and g.numel() > _LONGEST:
+        parts = (x.view(-1).split(_LONGEST) for x in (target, g, m, v))
+        for target_, g_, m_, v_ in zip(*parts, strict=True):
+            _adam8(target_, g_, m_, v_, None, None, bits, beta1, beta2, eps, t, lr, weight_decay,
+                   maximize, key, stochastic, start, triton)
+            start += len(g_)
+        return
+    # Without scales rows mean nothing.
+    columns = g.shape[-1] if bits < 16 else g.numel()
     rows, (height, width) = g.numel() // columns, tile(columns)
     tables: tuple[Tensor | None, ...] = _tables(bits, g.device) if bits < 16 else _NO_TABLES
     factor = 1 / (1 - beta1**t)

@@ -68,7 +68,13 @@ def store_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tu
 
 
 def tile(columns: int) -> tuple[int, int]:
-    """Rows and columns of what one program works on: parts of rows, each within a block."""
+    """Rows and columns of what one program works on: parts of rows, each within a block.
+
+    Raises:
+        ValueError: a row is longer than int32 counts.
+    """
+    if columns >= 2**31:
+        raise ValueError(f"expected rows of fewer than 2**31 elements, got {columns}")
     width = 8
     while width < min(columns, BLOCK):
         width *= 2

@@ -48,7 +48,7 @@ def _random_pieces(start: int, count: int, key: tuple[int, int], stream: tuple[i
     for at in range(first, last, piece):
         n = min(piece, last - at)
         c0, c1, c2, c3, p0, p1 = words[:, :n]
-        torch.arange(at, at + n, out=c1)
+        torch.arange(at, at + n, out=c1, device=c1.device)
         torch.bitwise_and(c1, _MASK, out=c0)
         c1.bitwise_right_shift_(32)
         c2.fill_(stream[0] & _MASK)

@@ -21,6 +21,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
 from .blocks import (
@@ -54,12 +55,13 @@ def codebook(bits: int, signed: bool, device: torch.device) -> Tensor:
         device: where it is used.
     """
     if bits == 4 and not signed:
-        return torch.linspace(0, 1, 17, dtype=torch.float32)[1:].to(device)
+        return torch.linspace(0, 1, 17, dtype=torch.float32, device="cpu")[1:].to(device)
     exponents = bits - 1
     values = [0.0, 1.0]
     for i in range(exponents):
         # The fractions between two powers of ten, as centres of equal intervals.
-        ends = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
+        ends = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32,
+                              device="cpu")
         fractions = (10 ** (i - exponents + 1) * (ends[:-1] + ends[1:]) / 2).tolist()
         values += fractions
         if signed:
@@ -94,8 +96,8 @@ def lines(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor
         after = positive[before + len(inside)] if inside and inside[-1] < positive[-1] else math.inf
         slope, level = _line(inside, after, high)
         both.append((slope, before + level))
-    ends = torch.cat([_ends(bits, signed), torch.tensor([torch.inf])])
-    return torch.tensor(both).view(torch.int64).view(-1).to(device), ends.to(device)
+    made = torch.tensor(both, dtype=torch.float32, device="cpu").view(torch.int64).view(-1)
+    return made.to(device), functional.pad(_ends(bits, signed), (0, 1), value=torch.inf).to(device)
 
 
 def _line(ends: list[float], after: float, high: float) -> tuple[float, float]:
@@ -128,8 +130,8 @@ def _carries(bits: int, signed: bool, device: torch.device) -> Tensor:
     smallest number with that upper half to its place, and to the lower half so much that what is
     above the end of that code's cell carries one into it.
     """
-    ends = torch.cat([_ends(bits, signed), torch.tensor([torch.inf])])
-    upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int64)
+    ends = functional.pad(_ends(bits, signed), (0, 1), value=torch.inf)
+    upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int64, device="cpu")
     # Of a negative number the smallest has all lower bits set.
     lowest = torch.where(upper < 0, (upper << 16) | 0xFFFF, upper << 16).int().view(torch.float32)
     code = torch.bucketize(lowest.nan_to_num(0.0), ends[:-1])

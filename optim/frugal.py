@@ -34,7 +34,8 @@ def _coordinates(n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], s
     # Where they are used, if that is CUDA, as project.gaussian does: nothing is waited for. (Nor by
     # a comparison, where functional.one_hot would check the indices.)
     place = like.device if like.device.type == "cuda" else torch.device("cpu")
-    drawn = torch.rand((*batch, n), generator=project.generator(key, stream, place), device=place)
+    drawn = torch.rand((*batch, n), generator=project.generator(key, stream, place), device=place,
+                       dtype=torch.float32)
     index = drawn.topk(r).indices.sort().values
     numbers = torch.arange(n, device=place).unsqueeze(-1)
     return (index.unsqueeze(-2) == numbers).to(like)

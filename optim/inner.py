@@ -104,8 +104,8 @@ class Rule(NamedTuple):
     Args:
         slots: (shape of R, parameter, options) to what is kept.
         direction: (R, state, options, t, consume) to (N, factor), the direction being
-            factor * N in fp32. R may have 16 bits. Moments in the state change in place. With
-            ``consume`` R may be overwritten.
+            factor * N in fp32, or in 16 bits where N takes the place of such an R. Moments in the
+            state change in place. With ``consume`` R may be overwritten.
         powers: for each moment, what a rotation of the basis does to it: 1 for Rot, 2 for
             Rot o Rot, which keeps a second moment positive.
         elementwise: an entry of N depends on the same entry of R alone.

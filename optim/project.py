@@ -74,11 +74,11 @@ def generator(key: tuple[int, int], stream: int, device: torch.device | str = "c
               ) -> torch.Generator:
     """Random numbers of a device that depend on (seed, parameter) and a stream alone.
 
-    On a GPU good until the next call.
+    On a GPU good until the next call, of any thread.
     """
     # Weyl steps with odd 64-bit constants spread neighbouring keys over the seed space.
     mixed = key[0] * 0x9E3779B97F4A7C15 + key[1] * 0xC2B2AE3D27D4EB4F + stream * 0x165667B19E3779F9
-    device = torch.device(device)
+    device = torch.empty(0, device=device).device  # with its index
     made = _generator(device) if device.type == "cuda" else torch.Generator(device)
     return made.manual_seed(mixed % 2**63)
 
@@ -90,7 +90,8 @@ def gaussian(shape: tuple[int, ...], key: tuple[int, int], stream: int, like: Te
     other kinds of devices, and GPUs of another model, draw others.
     """
     place = like.device if like.device.type == "cuda" else torch.device("cpu")
-    return torch.randn(shape, generator=generator(key, stream, place), device=place)
+    return torch.randn(shape, generator=generator(key, stream, place), device=place,
+                       dtype=torch.float32)
 
 
 def _orthonormal(y: Tensor) -> Tensor:
@@ -107,13 +108,13 @@ def _by_cholesky(y: Tensor) -> Tensor | None:
     With columns of length 1 the first Q is orthonormal to cond(Y)^2 2^-53, the second to rounding.
     Source: Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", 2015.
     """
-    q = y.double()
-    q = q / torch.linalg.vector_norm(q, dim=-2, keepdim=True)  # how long they are does not matter
-    for _ in range(2):
+    q = y.to(torch.float64, copy=True)
+    q /= torch.linalg.vector_norm(q, dim=-2, keepdim=True)  # how long they are does not matter
+    for least in (_DEPENDENT, 0.9):  # of an orthonormal first Q all are 1
         factor, failed = torch.linalg.cholesky_ex(q.mT @ q, upper=True)
         sizes = factor.diagonal(dim1=-2, dim2=-1)
         # NaN is not above anything.
-        if bool(failed.any()) or not bool((sizes.amin(-1) > _DEPENDENT * sizes.amax(-1)).all()):
+        if bool(failed.any()) or not bool((sizes.amin(-1) > least * sizes.amax(-1)).all()):
             return None
         q = torch.linalg.solve_triangular(factor, q, upper=True, left=False)
     basis: Tensor = q.to(y.dtype)
@@ -228,7 +229,8 @@ def random_basis(
     n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int, like: Tensor
 ) -> Tensor:
     """A uniformly distributed orthonormal (..., n, r), the same at every call with the same key."""
-    q = _orthonormal(gaussian((*batch, n, r), key, stream, like))
+    # Not by Cholesky, which waits for a GPU.
+    q: Tensor = torch.linalg.qr(gaussian((*batch, n, r), key, stream, like)).Q
     return q.to(device=like.device, dtype=like.dtype)
 
 

@@ -287,7 +287,8 @@ def _pool_size(o: Mapping[str, Any], base: Tensor) -> int:
 def _draw_pool(s: dict[str, Tensor], o: Mapping[str, Any], bound: float) -> None:
     """Uniform candidates; vector i is in the place of candidate i."""
     pool = s["candidates"]
-    drawn = torch.rand(pool.shape, generator=project.generator(codec.key_of(s, o), _POOL))
+    drawn = torch.rand(pool.shape, generator=project.generator(codec.key_of(s, o), _POOL),
+                       device="cpu", dtype=torch.float32)
     pool.copy_(drawn.mul_(2).sub_(1).mul_(bound))
     s["active"].copy_(torch.arange(len(s["active"])))
     s["pool_step"].copy_(s["step"] + 1)
@@ -338,7 +339,7 @@ def _add(p: Tensor, left: Tensor, right: Tensor, kept: Mapping[str, Tensor], o: 
     """P <- p + scaling * left @ right, rounded once, in blocks.
 
     In float64: in fp32 the last bit of a product depends on how many rows it has, for which a CPU's
-    library takes other code, and shards would drift from the whole.
+    library takes other code, and shards of an fp32 or 16-bit weight would drift from the whole.
 
     ``start`` is the index in the whole weight of p's first element.
     """

@@ -347,6 +347,12 @@ def lines_of_a_gpu() -> Iterator[str]:
             label, *(f"{x:.2f}" for x in (*times, row["device_of_roofline"])),
             f"{row['worst_of_median']:.1f}", f"{row['state_bytes'] / 1e9:.2f}"])
     fits = rows_of("fit-7b-24gib-h100")[0]
+    low = {row["optimizer"]: row for row in rows_of("step-7b-rank256-h100")}
+    base = low["torch.optim.AdamW fused"]["device_ms"]
+    dct, galore = (low[name] for name in ("DCTAdamW, gap 200, 8 bits", "GaLoreAdamW, 8 bits"))
+    yield (f"`DCTAdamW` takes {dct['device_ms'] / base:.2f} and `GaLoreAdamW` "
+           f"{galore['device_ms'] / base:.2f}")
+    yield f"{dct['ratio']:.1f} and {galore['ratio']:.1f} times its step"
     yield f"batches of {fits['batch']} x 256"
     yield f"{fits['tokens_per_s']:.0f} tokens/s"
     yield f"peak of {fits['peak_bytes'] / 2**30:.2f} GiB"

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 import torch
-from lissom.kernels import _triton
+from lissom.kernels import _triton, blocks, quant8
+from lissom.kernels import adam8 as kernels_adam8
 from lissom.kernels.adam8 import STREAMS, adam8, adam8_ref, adamw8, adamw8_ref
 from lissom.kernels.blocks import linear_shapes
 from lissom.kernels.linear import (
@@ -36,7 +37,7 @@ from lissom.kernels.quant8 import (
     quantize_dynamic,
     quantize_dynamic_ref,
 )
-from lissom.optim import codec, inner
+from lissom.optim import AdamW, codec, inner
 from torch.library import opcheck
 
 from .aot import compile_for_a_gpu
@@ -234,6 +235,64 @@ def test_lines_count_all_ends_below_or_all_but_one(bits, signed):
     count = (x * slope[line] + level[line]).int()
     missing = torch.bucketize(x, ends) - count
     assert missing.unique().tolist() == [0, 1]
+
+
+@pytest.fixture
+def fresh_tables():
+    """No table from before, and none of this test left."""
+    made = (codebook, lines, quant8._carries, quant8._twos, kernels_adam8._tables)
+    for table in made:
+        table.cache_clear()
+    yield
+    for table in made:
+        table.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
+def test_tables_do_not_depend_on_the_default_dtype(kind, fresh_tables):
+    x = tensors([(3, 300)], 3)[0]
+    backends = ["torch", *(["triton"] if _triton.INTERPRETED else [])]
+    default = torch.get_default_dtype()
+    results = []
+    for dtype in (kind, default):
+        torch.set_default_dtype(dtype)
+        try:
+            results.append([quantize_dynamic(x, bits, True, backend=backend)
+                            for bits in (8, 4) for backend in backends])
+        finally:
+            torch.set_default_dtype(default)
+        for table in (codebook, lines, quant8._carries):
+            table.cache_clear()
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_steps_do_not_depend_on_the_default_device(bits, fresh_tables):
+    results = []
+    for device in ("meta", "cpu"):
+        ps = [torch.nn.Parameter(x) for x in tensors([(8, 300), (300,)], 1)]
+        optimizer = AdamW(ps, lr=1e-2, state_bits=bits)
+        for i in range(2):
+            for p, g in zip(ps, tensors([(8, 300), (300,)], 5 + i), strict=True):
+                p.grad = g
+            with torch.device(device):
+                optimizer.step()
+        results.append(ps)
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("bits", [32, 16])
+def test_long_tensors_are_taken_in_parts(device, bits, monkeypatch):
+    """In a row a kernel counts in int32."""
+    shape, options = (7, 300), {"bits": bits, "t": 3, "key": KEY, "start": 8, **BETAS}
+    g = tensors([shape], 4)[0].to(device)
+    whole, parts = store(shape, bits, device, 6), store(shape, bits, device, 6)
+    n = adam8(g, *whole, backend="triton", **options)
+    monkeypatch.setattr(kernels_adam8, "_LONGEST", 512)
+    assert_same(adam8(g, *parts, backend="triton", **options), n)
+    assert_same(parts, whole)
+    with pytest.raises(ValueError, match=r"rows of fewer than 2\*\*31 elements, got 2147483648"):
+        blocks.tile(2**31)
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -396,6 +396,9 @@ def test_bases_of_dependent_columns_are_not_by_cholesky():
         z[:, 5] = column
         assert project._by_cholesky(z) is None
         assert project._by_cholesky(torch.stack([y, z])) is None
+    # No pivot tells how dependent these are, but what the first pass leaves of them does.
+    q = torch.linalg.qr(tensors([(200, 80)], 5)[0].double()).Q
+    assert project._by_cholesky(q @ (torch.eye(80) - torch.ones(80, 80).triu(1)).double()) is None
 
 
 def test_a_gpu_finds_the_bases_of_a_cpu(monkeypatch):
