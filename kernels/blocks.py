@@ -13,8 +13,7 @@ from torch.nn import functional
 from ._triton import check, jit, tl
 
 __all__ = ["BLOCK", "WARPS", "block_place", "check_store", "code_bytes", "linear_shapes",
-           "load_codes", "pack4", "store_codes", "store_shapes", "tile",
-           "unpack4"]
+           "load_codes", "pack4", "store_codes", "store_shapes", "tile", "unpack4"]
 
 #: Elements that share a scale.
 BLOCK = 256

@@ -181,7 +181,6 @@ def lift(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
     gains = gain.expand(p.shape) if isinstance(gain, Tensor) and dense is not None else None
     keeps = keep.expand(p.shape) if isinstance(keep, Tensor) else None
     _op(batched(p), batched(left), batched(right), batched(dense), batched(gains), batched(keeps),
-        alpha,
-        beta if isinstance(gain, Tensor) else beta * gain,
+        alpha, beta if isinstance(gain, Tensor) else beta * gain,
         1.0 if isinstance(keep, Tensor) else keep,
         key or (0, 0), key is not None and p.dtype != torch.float32, t, start)

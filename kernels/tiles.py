@@ -13,6 +13,7 @@ from ._triton import INTERPRETED, cdiv, jit, tl
 __all__ = ["LARGE", "MEDIUM", "SMALL", "WIDE", "Tiles", "dot_tile", "fits", "place_tile",
            "precision", "stacked", "tiles_for", "widened"]
 
+
 class Tiles(NamedTuple):
     """A product is cut into tiles of ``rows`` x ``columns``, with ``depth`` terms at once.
 

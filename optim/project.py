@@ -66,7 +66,7 @@ def side_of(m: int, n: int, proj_type: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _generator(device: torch.device) -> torch.Generator:
-    """One to be seeded anew at each use: to make one of a GPU takes as long as a small step."""
+    """One of a GPU, to be seeded anew at each use instead of made for each matrix and step."""
     return torch.Generator(device=device)
 
 

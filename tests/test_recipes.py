@@ -114,8 +114,13 @@ def test_one_gpu(text, capsys):
     assert "state: 0.00 GiB" in capsys.readouterr().out
 
 
-def test_two_ranks_train_as_one(text, tmp_path):
-    """With a new model after the first step, which goes on from what was saved."""
+def test_two_ranks_train_as_one(tmp_path):
+    """With a new model after the first step, which goes on from what was saved.
+
+    The text is this project's own code: gradients of one sentence over and over have few
+    directions, and what fills a basis beside them is rounding, which Adam brings to full size.
+    """
+    text = str(RESULTS.parents[1] / "optim/base.py")
     rows = []
     for ranks in (1, 2):
         file = tmp_path / f"{ranks}.json"
@@ -128,10 +133,7 @@ def test_two_ranks_train_as_one(text, tmp_path):
         rows += json.loads(file.read_text())
     one, two = rows
     falls(two["losses"], math.log(256), by=0.1)  # which a new model would not
-    assert two["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6)
-    # Gradients of one sentence have few directions. What fills a basis beside them is rounding,
-    # which Adam brings to full size: 1.5e-4 on a Xeon, less on an EPYC.
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert 0.5 < two["state_bytes_of_a_rank"] / one["state_bytes_of_a_rank"] < 0.8
     assert two["command"].startswith("torchrun --nproc-per-node 2 -m lissom.bench.recipes.fsdp2 ")
 
