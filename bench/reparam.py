@@ -1,5 +1,5 @@
-"""How much of the gap between LoRA and full rank does switching close? And does 8-bit
-GradNormLoRP hold the loss at a tenth of AdamW's state? Tiny LLaMA, one budget for all.
+"""How much of the gap between LoRA and full rank does switching close, and what does it cost? And
+does 8-bit GradNormLoRP hold the loss at a tenth of AdamW's state? Tiny LLaMA, one budget for all.
 
 Embeddings, head and norms get the same rate in every run (``names.REST``), and the matrices, or the
 pairs beside them, a rate that is tuned for each method alike: on a ladder of half decades, from two
@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from ..optim import codec
+from ..optim import SwitchLoRAAdamW, codec, switchlora
+from ..optim.base import Update
+from ..optim.codec import State
 from . import curves, names, text, train
 from .shapes import LLAMA
 
@@ -33,6 +36,29 @@ __all__ = ["METHODS", "climb", "main"]
 
 #: Peak rates of the matrices: half decades.
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+
+
+class NoRest(SwitchLoRAAdamW):
+    """Switches alone: the counterpart keeps its moments and its count, and is not frozen."""
+
+    def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update:
+        s["frozen"].zero_()
+        return super().update(g, s, o, t)
+
+
+class RestAlone(SwitchLoRAAdamW):
+    """Rests alone: counterparts restart and are frozen as ever, but no vector is exchanged."""
+
+    def _switch(self, pair: Any, o: Mapping[str, Any]) -> bool:
+        a, b = (self.state[p] for p in (pair.a, pair.b))
+        for mine, other in ((a, b), (b, a)):
+            rows, _ = switchlora.chosen(mine, other, o)
+            other["frozen"][rows] = o["freeze_steps"]
+        return False
+
+
+#: What tells apart the two things that a switch costs.
+_APART = {"switchlora-no-rest": NoRest, "switchlora-rest-alone": RestAlone}
 
 
 class Method(NamedTuple):
@@ -60,6 +86,8 @@ METHODS: dict[str, Method] = {
     "SwitchLoRA, no switches": Method("switchlora", {"interval": 1e9}, of="SwitchLoRA"),
     "SwitchLoRA, three times the switches": Method("switchlora", {"decay_steps": 200},
                                                    of="SwitchLoRA"),
+    "SwitchLoRA, no rests": Method("switchlora-no-rest", of="SwitchLoRA"),
+    "SwitchLoRA, rests alone": Method("switchlora-rest-alone", of="SwitchLoRA"),
     # Ranks of 512 and 640 on LLaMA-7B, where both save nine tenths of bf16 AdamW's state.
     "GradNormLoRP, 8 bits": Method(
         "gradnormlorp", {"state_bits": 8, "basis_bits": 8, "update_proj_gap": 50}, 1 / 8, True),
@@ -111,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16, help="sequences in a batch (default 16)")
     parser.add_argument("--length", type=int, default=128, help="bytes in one (default 128)")
     parser.add_argument("--seeds", type=int, default=2, help="runs at the best rate (default 2)")
+    parser.add_argument("--rates", metavar="FILE",
+                        help="no tuning: the best rates of these rows (say, of shorter runs)")
     parser.add_argument("--json", metavar="FILE", required=True, help="rows, read and written")
     parser.add_argument("--plot", metavar="FILE.png", help="curves at the best rates")
     args = parser.parse_args(argv)
@@ -119,9 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in METHODS:
             parser.error(f"--methods {name!r} must be of {', '.join(map(repr, METHODS))}")
     torch.set_num_threads(1)
+    for name, cls in _APART.items():
+        names.OPTIMIZERS[name] = names.OPTIMIZERS["switchlora"]._replace(make=cls)
     file = Path(args.json)
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
     data = text.load(args.data)
+    known: list[dict[str, Any]] = json.loads(Path(args.rates).read_text())["rows"] if (
+        args.rates) else []
 
     def run(name: str, lr: float, seed: int) -> float:
         """Validation loss."""
@@ -131,7 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (row["method"], row["lr"], row["seed"], row["rank"]) == (name, lr, seed, rank):
                 return float(row["valid_loss"])
         one = train.Run(args.size, False, args.steps, args.steps, args.batch, args.length, seed,
-                        "cpu", "fp32", rank, lr, {"lr_adamw": names.REST, **method.options})
+                        "cpu", "fp32", rank, lr, {
+                            "lr_adamw": names.REST,
+                            # as the paper, a tenth of its runs
+                            "decay_steps": max(1, args.steps // 10), **method.options})
         limits = codec.SMALL, codec.SHORT
         codec.SMALL, codec.SHORT = (1, 0) if method.small else limits
         try:
@@ -142,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append({"method": name, **row, "options": dict(method.options),
                      "commit": names.commit()})
         head = {"command": "python -m lissom.bench.reparam --data FILE --rank "
-                           f"{args.rank} --steps {args.steps} --seeds {args.seeds} --json FILE",
+                           f"{args.rank} --steps {args.steps} --seeds {args.seeds} --json FILE"
+                           + (f" --rates {args.rates}" if args.rates else ""),
                 "device": f"1 thread of {platform.machine()}", "torch": torch.__version__,
                 "batch": args.batch, "length": args.length, "rest_lr": names.REST}
         lines = ",\n".join(json.dumps(row) for row in rows)  # one each: curves are long
@@ -154,8 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     best: dict[str, float] = {}
     for name in chosen:
         base = METHODS[name].of
-        best[name] = best[base] if base in best else climb(
-            lambda lr, name=name: run(name, lr, 0), LADDER, LADDER.index(3e-3))
+        if base in best:
+            best[name] = best[base]
+        elif tuned := [row for row in known if row["method"] == (base or name)]:
+            best[name] = float(min(tuned, key=lambda row: row["valid_loss"])["lr"])
+        else:
+            best[name] = climb(lambda lr, name=name: run(name, lr, 0), LADDER, LADDER.index(3e-3))
     means = {}
     for seed in range(args.seeds):
         for name in chosen:

@@ -218,9 +218,9 @@ class SwitchLoRAAdamW(MatrixOptimizer):
             if not int(s["pool_step"]):
                 _draw_pool(s, o, bound)
         # A first: it freezes columns of B, which then are not switched.
-        i, to_a = _chosen(sa, sb, o)
+        i, to_a = chosen(sa, sb, o)
         sb["frozen"][i] = o["freeze_steps"]
-        j, to_b = _chosen(sb, sa, o)
+        j, to_b = chosen(sb, sa, o)
         sa["frozen"][j] = o["freeze_steps"]
         if not len(i) and not len(j):
             return False
@@ -294,7 +294,7 @@ def _draw_pool(s: dict[str, Tensor], o: Mapping[str, Any], bound: float) -> None
     s["pool_step"].copy_(s["step"] + 1)
 
 
-def _chosen(s: Mapping[str, Tensor], partner: Mapping[str, Tensor], o: Mapping[str, Any]
+def chosen(s: Mapping[str, Tensor], partner: Mapping[str, Tensor], o: Mapping[str, Any]
             ) -> tuple[Tensor, Tensor]:
     """Which vectors of a factor are switched at this step, and the candidates they go to.
 

@@ -40,30 +40,32 @@ def arithmetic(optimizer, o, slots, p, g, kept, bases, lr, t):
     s["weight"] = p
     if bases is not None:
         # what _subspace decides on the host where no refresh is due
-        a = optimizer.residual(o).gradient(g, s, o)
-        u = optimizer.lift(a, Projected(bases, bases.down(a)), s, o, t)
-    else:
-        u = optimizer.update(g, s, o, t)
+        optimizer._subspace = lambda g, s, o, t: Projected(bases, bases.down(g))
+    u = optimizer.update(g, s, o, t)
+    if optimizer.waits:
+        request = next(u)
+        # The function of the whole matrix runs apart from the rest, and is tested so below.
+        factors = tuple(1.5 * x - 0.5 * x @ x.mT @ x for x in request.matrices)
+        try:
+            u.send(factors)
+        except StopIteration as end:
+            u = end.args[0]  # its value, which dynamo does not know by that name
     _apply(p, u, kept, o, t)
     codec.encode(s, kept, slots, o, t)
 
 
-def chosen(case):
-    """Rows of rules for one matrix that do not wait for a function of a whole one."""
-    if case.roles or case.make.waits or case.option("matricize") == "batch":
-        return False
-    return not case.option("keep_energy") and "gradnormlorp" not in case.name
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if chosen(c)], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_one_graph_for_any_rate_and_step(case):
     """Two shapes and a vector; equal to eager but for the order of sums."""
-    ps = case.parameters(SHAPES)
+    ps = case.parameters([*SHAPES, (3, 4, 5)] if case.option("matricize") == "batch" else SHAPES)
     optimizer = case(ps, lr=1e-2)
     feed(ps, 1, 1.0)
     optimizer.step()
-    o = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    options = {p: group for group in optimizer.param_groups for p in group["params"]}
     for i, p in enumerate(ps):
+        if not p.requires_grad:  # the base of a pair
+            continue
+        o = {k: v for k, v in options[p].items() if k != "params"}
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")
         compiled = torch.compile(arithmetic, fullgraph=True, dynamic=True, backend=counter)
@@ -83,7 +85,7 @@ def test_one_graph_for_any_rate_and_step(case):
                 results.append((weight, kept))
             (a, kept_a), (b, kept_b) = results
             assert not torch.equal(a, p)
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-7)
+            torch.testing.assert_close(a, b, rtol=2e-7, atol=2e-7)
             for name, x in kept_a.items():
                 apart = (x.double() - kept_b[name].double()).abs()
                 # a code or a random bit at the edge may be the neighbour's

@@ -1,0 +1,147 @@
+"""Stochastic roundings that fall otherwise on several ranks than in one process, in real training.
+
+LLaMA in bf16 on real text under FSDP2, with gloo. Before each step one process gets weights and
+state of the ranks, and both take the step: the ranks with a part of the batch each, the one process
+with the same parts one after the other. Then weights that differ are counted, and by how many units
+in the last place.
+
+    python -m lissom.bench.flips --data FILE --ranks 2 4 --json bench/results/flips-tiny-cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import functional
+
+from . import names, text
+from .llama import Llama
+from .parallel import Ranks
+from .shapes import LLAMA, PAPER_RANK
+
+__all__ = ["main", "units_apart"]
+
+_WHOLE = StateDictOptions(full_state_dict=True)
+
+
+def units_apart(a: Tensor, b: Tensor) -> Tensor:
+    """How many bf16 numbers further b is than a, element by element: 0 where they are equal."""
+    def place(x: Tensor) -> Tensor:
+        bits = x.view(torch.int16).int()
+        return torch.where(bits < 0, -32768 - bits, bits)  # both zeros are one place
+    return (place(a) - place(b)).abs()
+
+
+def _backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    functional.cross_entropy(model(x).flatten(0, 1).float(), y.flatten()).backward()
+
+
+def _worker(rank: int, args: argparse.Namespace, count: int, name: str, folder: str) -> None:
+    """One rank; rank 0 is the one process too, and leaves a row per step in the folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                            world_size=count)
+    ranks = Ranks("fsdp2", rank, count)
+    r, lr = args.rank or PAPER_RANK[args.size], names.OPTIMIZERS[name].lr
+    models, optimizers = [], []
+    for kind in (ranks, Ranks())[:1 + (rank == 0)]:
+        model = Llama(replace(LLAMA[args.size], vocabulary=256))
+        model.initialize(torch.Generator().manual_seed(0))
+        model.to(torch.bfloat16)
+        models.append(kind.wrapped(model))
+        optimizers.append(names.build(name, model, r, lr, state_bits=args.state_bits))
+    data, _ = text.load(args.data)
+    rows = []
+    for step in range(args.steps):
+        weights = get_model_state_dict(models[0], options=_WHOLE)
+        state = get_optimizer_state_dict(models[0], optimizers[0], options=_WHOLE)
+        x, y = text.batch(data, args.batch, args.length, step)
+        if rank == 0:
+            models[1].load_state_dict(weights)
+            set_optimizer_state_dict(models[1], optimizers[1], state, options=_WHOLE)
+            for part in zip(x.chunk(count), y.chunk(count), strict=True):
+                _backward(models[1], *part)
+            for p in models[1].parameters():
+                assert p.grad is not None
+                p.grad /= count
+        _backward(models[0], ranks.part(x), ranks.part(y))
+        grads = [p.grad.full_tensor() for p in models[0].parameters()]  # type: ignore[union-attr]
+        for optimizer in optimizers:
+            optimizer.step()
+        all_ = [p.full_tensor() for p in models[0].parameters()]  # type: ignore[attr-defined]
+        if rank == 0:
+            ones = list(models[1].parameters())
+            apart = [units_apart(a, b.detach()) for a, b in zip(all_, ones, strict=True)]
+            other = [a != b.grad for a, b in zip(grads, ones, strict=True)]
+            rows.append({"step": step, "elements": sum(x.numel() for x in apart),
+                         "flipped": sum(int((x > 0).sum()) for x in apart),
+                         "units": max(int(x.max()) for x in apart),
+                         "gradients_apart": sum(int(x.sum()) for x in other)})
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    if rank == 0:
+        Path(folder, "rows.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--optimizers", default="adamw,galore,fira,dct-adamw,muon,trion")
+    parser.add_argument("--size", choices=[*LLAMA], default="tiny")
+    parser.add_argument("--rank", type=int, help="of projections; default: the paper's")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="processes")
+    parser.add_argument("--state-bits", type=int, default=32, choices=[32, 16, 8, 4])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=16, help="sequences that all ranks share")
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--data", metavar="FILE", help="plain or .xz text")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args(argv)
+    out: list[dict[str, Any]] = []
+    for name in args.optimizers.split(","):
+        for count in args.ranks:
+            with tempfile.TemporaryDirectory() as folder:
+                mp.start_processes(  # type: ignore[attr-defined, no-untyped-call]
+                    _worker, (args, count, name, folder), nprocs=count)
+                rows = json.loads(Path(folder, "rows.json").read_text())
+            total = sum(row["elements"] for row in rows)
+            out.append({
+                "optimizer": name, "ranks": count, "state_bits": args.state_bits,
+                "steps": len(rows), "elements": total,
+                "flipped": sum(row["flipped"] for row in rows),
+                "worst_share": max(row["flipped"] / row["elements"] for row in rows),
+                "units": max(row["units"] for row in rows),
+                "gradients_apart": sum(row["gradients_apart"] for row in rows), "rows": rows,
+                "command": names.command("flips", argv), "device": "cpu",
+                "machine": platform.machine(), "torch": torch.__version__,
+                "commit": names.commit()})
+            row = out[-1]
+            print(f"{name:10} {count} ranks: {row['flipped']} of {total} roundings fell otherwise "
+                  f"({row['flipped'] / total:.1e}, worst step {row['worst_share']:.1e}), by at most "
+                  f"{row['units']} units; {row['gradients_apart']} gradients differed", flush=True)
+            if args.json:
+                Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
