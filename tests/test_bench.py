@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lissom.bench import memory, names, polargrad, projections, reparam, step, text, train
+from lissom.bench import flips, memory, names, polargrad, projections, reparam, step, text, train
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import LLAMA, PAPER_RANK, Shape
 from torch import nn
@@ -296,3 +296,27 @@ def test_parallel_is_refused(given, said, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main(["--device", "cpu", "--parallel", "ddp", "--data", __file__, *given])
     assert said in capsys.readouterr().err
+
+
+def test_flipped_roundings_are_counted(tmp_path, capsys):
+    file = tmp_path / "flips.json"
+    assert flips.main(["--optimizers", "galore,muon", "--ranks", "2", "--steps", "2", "--batch", "4",
+                       "--length", "16", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    for row in json.loads(file.read_text()):
+        weights = row["elements"] // row["steps"]
+        assert row["rows"][0]["elements"] == weights > 10**5
+        # one process adds up the gradients of the same two parts
+        assert row["gradients_apart"] == 0
+        assert row["flipped"] <= 1e-4 * row["elements"]
+        assert row["units"] <= 1
+        assert f"{row['flipped']} of {row['elements']} roundings" in out
+
+
+def test_units_apart():
+    a = torch.tensor([1.0, -1.0, 0.0, 3.0, -2**-130], dtype=torch.bfloat16)
+    bits = a.view(torch.int16)
+    b = torch.stack([bits[0] + 1, bits[1] + 2, torch.tensor(-32768), bits[3] - 3, bits[4]])
+    assert flips.units_apart(a, b.to(torch.int16).view(torch.bfloat16)).tolist() == [1, 2, 0, 3, 0]
+    assert flips.units_apart(torch.tensor([2.0**-133], dtype=torch.bfloat16),
+                             torch.tensor([-(2.0**-133)], dtype=torch.bfloat16)).tolist() == [2]
