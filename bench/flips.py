@@ -2,8 +2,9 @@
 
 LLaMA in bf16 on real text under FSDP2, with gloo. Before each step one process gets weights and
 state of the ranks, and both take the step: the ranks with a part of the batch each, the one process
-with the same parts one after the other. Then weights that differ are counted, and by how many units
-in the last place.
+with the same parts one after the other. Gradients are added up in fp32, or with ``--reduce bf16``
+in bf16, and are bf16 then. Weights that differ after the step are counted, and those that are more
+than one unit in the last place apart.
 
     python -m lissom.bench.flips --data FILE --ranks 2 4 --json bench/results/flips-tiny-cpu.json
 """
@@ -29,15 +30,17 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
 
 from . import names, text
 from .llama import Llama
-from .parallel import Ranks
 from .shapes import LLAMA, PAPER_RANK
 
 __all__ = ["main", "units_apart"]
 
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _WHOLE = StateDictOptions(full_state_dict=True)
 
 
@@ -58,14 +61,18 @@ def _worker(rank: int, args: argparse.Namespace, count: int, name: str, folder: 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=count)
-    ranks = Ranks("fsdp2", rank, count)
     r, lr = args.rank or PAPER_RANK[args.size], names.OPTIMIZERS[name].lr
     models, optimizers = [], []
-    for kind in (ranks, Ranks())[:1 + (rank == 0)]:
+    kind = getattr(torch, _DTYPES[args.reduce])
+    for sharded in (True, False)[:1 + (rank == 0)]:
         model = Llama(replace(LLAMA[args.size], vocabulary=256))
         model.initialize(torch.Generator().manual_seed(0))
         model.to(torch.bfloat16)
-        models.append(kind.wrapped(model))
+        if sharded:
+            for part in (*model.layers, model):
+                fully_shard(part, mesh=init_device_mesh("cpu", (count,)),
+                            mp_policy=MixedPrecisionPolicy(reduce_dtype=kind))
+        models.append(model)
         optimizers.append(names.build(name, model, r, lr, state_bits=args.state_bits))
     data, _ = text.load(args.data)
     rows = []
@@ -76,12 +83,16 @@ def _worker(rank: int, args: argparse.Namespace, count: int, name: str, folder: 
         if rank == 0:
             models[1].load_state_dict(weights)
             set_optimizer_state_dict(models[1], optimizers[1], state, options=_WHOLE)
+            sums = [torch.zeros_like(p, dtype=kind) for p in models[1].parameters()]
             for part in zip(x.chunk(count), y.chunk(count), strict=True):
                 _backward(models[1], *part)
-            for p in models[1].parameters():
-                assert p.grad is not None
-                p.grad /= count
-        _backward(models[0], ranks.part(x), ranks.part(y))
+                for p, total in zip(models[1].parameters(), sums, strict=True):
+                    assert p.grad is not None
+                    total += p.grad
+                    p.grad = None
+            for p, total in zip(models[1].parameters(), sums, strict=True):
+                p.grad = (total / count).to(p.dtype)
+        _backward(models[0], x.chunk(count)[rank], y.chunk(count)[rank])
         grads = [p.grad.full_tensor() for p in models[0].parameters()]  # type: ignore[union-attr]
         for optimizer in optimizers:
             optimizer.step()
@@ -92,7 +103,7 @@ def _worker(rank: int, args: argparse.Namespace, count: int, name: str, folder: 
             other = [a != b.grad for a, b in zip(grads, ones, strict=True)]
             rows.append({"step": step, "elements": sum(x.numel() for x in apart),
                          "flipped": sum(int((x > 0).sum()) for x in apart),
-                         "units": max(int(x.max()) for x in apart),
+                         "beyond_one": sum(int((x > 1).sum()) for x in apart),
                          "gradients_apart": sum(int(x.sum()) for x in other)})
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -110,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, help="of projections; default: the paper's")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="processes")
     parser.add_argument("--state-bits", type=int, default=32, choices=[32, 16, 8, 4])
+    parser.add_argument("--reduce", default="fp32", choices=[*_DTYPES],
+                        help="what gradients are added up in")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16, help="sequences that all ranks share")
     parser.add_argument("--length", type=int, default=128)
@@ -129,15 +142,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "steps": len(rows), "elements": total,
                 "flipped": sum(row["flipped"] for row in rows),
                 "worst_share": max(row["flipped"] / row["elements"] for row in rows),
-                "units": max(row["units"] for row in rows),
+                "beyond_one": sum(row["beyond_one"] for row in rows), "reduce": args.reduce,
                 "gradients_apart": sum(row["gradients_apart"] for row in rows), "rows": rows,
                 "command": names.command("flips", argv), "device": "cpu",
                 "machine": platform.machine(), "torch": torch.__version__,
                 "commit": names.commit()})
             row = out[-1]
             print(f"{name:10} {count} ranks: {row['flipped']} of {total} roundings fell otherwise "
-                  f"({row['flipped'] / total:.1e}, worst step {row['worst_share']:.1e}), by at most "
-                  f"{row['units']} units; {row['gradients_apart']} gradients differed", flush=True)
+                  f"({row['flipped'] / total:.1e}, worst step {row['worst_share']:.1e}), "
+                  f"{row['beyond_one']} by more than a unit; {row['gradients_apart']} gradients "
+                  "differed", flush=True)
             if args.json:
                 Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
     return 0
