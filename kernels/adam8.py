@@ -58,6 +58,7 @@ STREAMS = (0, 1, 64)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SCALE = (torch.float32,)
+_RATES = (torch.float32, torch.float64)
 # What a moment is stored in, by bits.
 _KINDS = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8, 4: torch.uint8}
 # Squares of larger numbers are infinite in fp32.
@@ -74,7 +75,7 @@ def _decode_ref(x: Tensor, scale: Tensor | None, columns: int, bits: int, signed
 
 
 def _encode_ref(x: Tensor, stored: Tensor, scale: Tensor | None, bits: int, stream: int, start: int,
-                key: tuple[int, int], t: int) -> None:
+                key: tuple[int, int], t: int | Tensor) -> None:
     if scale is not None:
         codes, step = quantize_dynamic_ref(x, bits, stream == STREAMS[0])
         stored.copy_(codes)
@@ -83,9 +84,23 @@ def _encode_ref(x: Tensor, stored: Tensor, scale: Tensor | None, bits: int, stre
         stored.copy_(stochastic_bf16_ref(x, start, key, (t, stream)))
 
 
+def _numbers(lr: float | Tensor, weight_decay: float, beta1: float, beta2: float, t: int | Tensor
+             ) -> tuple[Any, Any, Any]:
+    """sqrt(1 - b2^t), 1 - lr weight_decay and -lr / (1 - b1^t).
+
+    Of the host, or with a t on a device 0-d tensors there, in float64 too.
+    """
+    if isinstance(t, Tensor):
+        t = t.double()
+        lr = torch.full_like(t, lr) if isinstance(lr, float) else lr.double()
+        return (1 - beta2**t).sqrt_(), 1 - lr * weight_decay, -lr * (1 / (1 - beta1**t))
+    return math.sqrt(1 - beta2**t), 1 - lr * weight_decay, -lr * (1 / (1 - beta1**t))
+
+
 def _moments_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
-                 bits: int, beta1: float, beta2: float, eps: float, t: int, key: tuple[int, int],
-                 start: int) -> tuple[Tensor, Tensor]:
+                 bits: int, beta1: float, beta2: float, eps: float, t: int | Tensor,
+                 correction: float | Tensor, key: tuple[int, int], start: int
+                 ) -> tuple[Tensor, Tensor]:
     """Update the stored moments; M and sqrt(V / (1 - b2^t)) + eps in fp32."""
     g = g.float()
     if not bounded(g, _LIMIT):
@@ -95,7 +110,7 @@ def _moments_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scal
     wide_v = _decode_ref(v, v_scale, columns, bits, False)
     wide_m.lerp_(g, 1 - beta1)
     wide_v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = torch.sqrt(wide_v).div_(math.sqrt(1 - beta2**t)).add_(eps)
+    denominator = torch.sqrt(wide_v).div_(correction).add_(eps)
     _encode_ref(wide_m, m, m_scale, bits, STREAMS[0], start, key, t)
     _encode_ref(wide_v, v, v_scale, bits, STREAMS[1], start, key, t)
     return wide_m, denominator
@@ -106,19 +121,24 @@ def adam8_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
               t: int, key: tuple[int, int] = (0, 0), start: int = 0) -> Tensor:
     """Define :func:`adam8`."""
     numerator, denominator = _moments_ref(g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t,
-                                          key, start)
+                                          math.sqrt(1 - beta2**t), key, start)
     return torch.div(numerator, denominator, out=denominator).mul_(1 / (1 - beta1**t))
 
 
 def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
-               v_scale: Tensor | None = None, *, bits: int, lr: float, weight_decay: float,
-               beta1: float, beta2: float, eps: float, t: int, maximize: bool = False,
-               key: tuple[int, int] = (0, 0), stochastic: bool = False, start: int = 0) -> None:
+               v_scale: Tensor | None = None, *, bits: int, lr: float | Tensor,
+               weight_decay: float, beta1: float, beta2: float, eps: float, t: int | Tensor,
+               maximize: bool = False, key: tuple[int, int] = (0, 0), stochastic: bool = False,
+               start: int = 0) -> None:
     """Define :func:`adamw8`."""
+    correction, keep, factor = _numbers(lr, weight_decay, beta1, beta2, t)
     numerator, denominator = _moments_ref(-g if maximize else g, m, v, m_scale, v_scale, bits,
-                                          beta1, beta2, eps, t, key, start)
-    x = p.float().mul_(1 - lr * weight_decay)
-    x.addcdiv_(numerator, denominator, value=-lr * (1 / (1 - beta1**t)))
+                                          beta1, beta2, eps, t, correction, key, start)
+    x = p.float().mul_(keep)
+    if isinstance(factor, Tensor):  # addcdiv would read it
+        x += (numerator * factor).div_(denominator)
+    else:
+        x.addcdiv_(numerator, denominator, value=factor)
     if stochastic and p.dtype != torch.float32:
         rounding = stochastic_bf16_ref if p.dtype == torch.bfloat16 else stochastic_fp16_ref
         x = rounding(x, start, key, (t, STREAMS[2]))
@@ -135,7 +155,13 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
                  weight1: tl.tensor, beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor,
                  correction: tl.tensor, keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr,
                  WEIGHT: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
-                 ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
+                 HELD: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr
+                 ) -> None:
+    if HELD:  # what changes from step to step is read, not given
+        keep = tl.load(correction + 1)
+        factor = tl.load(correction + 2)
+        correction = tl.load(correction)
+        step = tl.load(step).to(tl.int32)
     row, first, block, inside = block_place(rows, columns, R, W)
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)  # [R, W], as all that follows
@@ -221,20 +247,25 @@ def _tables(bits: int, device: torch.device) -> tuple[Tensor, ...]:
 def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None,
            v_scale: Tensor | None, bits: int, beta1: float, beta2: float, eps: float, t: int,
            lr: float | None, weight_decay: float, maximize: bool, key: list[int], stochastic: bool,
-           start: int, triton: bool) -> None:
-    """Both operations: with ``lr`` the target is the weight, else the direction's place."""
+           start: int, triton: bool, held_lr: Tensor | None, held_t: Tensor | None) -> None:
+    """Both operations: with ``lr`` the target is the weight, else the direction's place.
+
+    Where ``held_t`` is given it is t, and ``held_lr``, if given, lr.
+    """
     if not g.numel():
         return
+    t_ = t if held_t is None else held_t
+    lr_ = lr if held_lr is None else held_lr
     if not triton:
         words = (key[0], key[1])
         for p_, g_, m_, v_, m_scale_, v_scale_ in _pieces((target, g, m, v, m_scale, v_scale),
                                                           bits):
-            if lr is None:
+            if lr_ is None:
                 p_.copy_(adam8_ref(g_, m_, v_, m_scale_, v_scale_, bits=bits, beta1=beta1,
                                    beta2=beta2, eps=eps, t=t, key=words, start=start))
             else:
-                adamw8_ref(p_, g_, m_, v_, m_scale_, v_scale_, bits=bits, lr=lr,
-                           weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps, t=t,
+                adamw8_ref(p_, g_, m_, v_, m_scale_, v_scale_, bits=bits, lr=lr_,
+                           weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps, t=t_,
                            maximize=maximize, key=words, stochastic=stochastic, start=start)
             start += p_.numel()
         return
@@ -242,20 +273,28 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
         parts = (x.view(-1).split(_LONGEST) for x in (target, g, m, v))
         for target_, g_, m_, v_ in zip(*parts, strict=True):
             _adam8(target_, g_, m_, v_, None, None, bits, beta1, beta2, eps, t, lr, weight_decay,
-                   maximize, key, stochastic, start, triton)
+                   maximize, key, stochastic, start, triton, held_lr, held_t)
             start += len(g_)
         return
     # Without scales rows mean nothing.
     columns = g.shape[-1] if bits < 16 else g.numel()
     rows, (height, width) = g.numel() // columns, tile(columns)
     tables: tuple[Tensor | None, ...] = _tables(bits, g.device) if bits < 16 else _NO_TABLES
-    factor = 1 / (1 - beta1**t)
+    step: int | Tensor = signed32(t)
+    if held_t is not None:
+        assert lr_ is not None
+        step = held_t
+        numbers: Any = (torch.stack(_numbers(lr_, weight_decay, beta1, beta2, t_)).float(), 0.0,
+                        0.0)
+    elif lr is None:
+        numbers = (math.sqrt(1 - beta2**t), 1.0, 1 / (1 - beta1**t))
+    else:
+        numbers = _numbers(lr, weight_decay, beta1, beta2, t)
     launch(_adam_kernel, cdiv(rows * cdiv(columns, width), height), g.device, target, g, m, v,
            m_scale, v_scale, *tables, rows, columns, code_bytes(columns, bits), start,
-           *map(signed32, (*key, t)), 1 - beta1,
-           beta2, 1 - beta2, eps, math.sqrt(1 - beta2**t), 1 - (lr or 0.0) * weight_decay,
-           factor if lr is None else -lr * factor, BITS=bits, WEIGHT=lr is not None,
-           MAXIMIZE=maximize, STOCHASTIC=stochastic and target.dtype != torch.float32,
+           *map(signed32, key), step, 1 - beta1, beta2, 1 - beta2, eps, *numbers, BITS=bits,
+           WEIGHT=lr_ is not None, MAXIMIZE=maximize,
+           STOCHASTIC=stochastic and target.dtype != torch.float32, HELD=held_t is not None,
            ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width,
            num_warps=WARPS)
     torch.autograd.graph.increment_version(
@@ -265,8 +304,8 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
 _op = define(
     "adam8(Tensor(a!) target, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_scale, "
     "Tensor(e!)? v_scale, int bits, float beta1, float beta2, float eps, int t, float? lr, "
-    "float weight_decay, bool maximize, int[] key, bool stochastic, int start, bool triton) -> ()",
-    _adam8)
+    "float weight_decay, bool maximize, int[] key, bool stochastic, int start, bool triton, "
+    "Tensor? held_lr, Tensor? held_t) -> ()", _adam8)
 
 
 def _check(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
@@ -331,13 +370,13 @@ def adam8(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
     else:
         check("out", out, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
     _op(out, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t, None, 0.0, False,
-        key or (0, 0), False, start, use_triton(backend, g.device))
+        key or (0, 0), False, start, use_triton(backend, g.device), None, None)
     return out
 
 
 def adamw8(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
-           v_scale: Tensor | None = None, *, bits: int, lr: float, weight_decay: float,
-           beta1: float, beta2: float, eps: float, t: int, maximize: bool = False,
+           v_scale: Tensor | None = None, *, bits: int, lr: float | Tensor, weight_decay: float,
+           beta1: float, beta2: float, eps: float, t: int | Tensor, maximize: bool = False,
            key: tuple[int, int] | None = None, stochastic: bool = False, start: int = 0,
            backend: str | None = None) -> None:
     """AdamW on a weight, as the module says; weight and moments change in place.
@@ -352,12 +391,13 @@ def adamw8(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = 
         m_scale: as for :func:`adam8`.
         v_scale: as for :func:`adam8`.
         bits: of a stored moment: 32, 16, 8 or 4.
-        lr: learning rate.
+        lr: learning rate, with a t on the device a number or a 0-d tensor there.
         weight_decay: decoupled decay, multiplied by lr.
         beta1: decay of M.
         beta2: decay of V.
         eps: added to the root of V.
-        t: 1-based count of this update, and the random streams' step.
+        t: 1-based count of this update, and the random streams' step: a number, or a 0-d int64
+            tensor on the device, which a CUDA graph reads when it is replayed.
         maximize: go up the gradient.
         key: (seed, parameter) of the random bits, needed at 16 bits and with ``stochastic``.
         stochastic: round a bf16 or fp16 weight at random instead of to nearest.
@@ -369,7 +409,15 @@ def adamw8(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = 
         ValueError: a shape, layout or option is wrong.
         RuntimeError: "triton" was asked for and cannot run there.
     """
-    _check(g, m, v, m_scale, v_scale, bits, t, bits == 16 or stochastic, key)
+    held_t, held_lr = (x if isinstance(x, Tensor) else None for x in (t, lr))
+    if held_t is not None:
+        check("t", held_t, shape=(), dtypes=(torch.int64,), device=g.device)
+    if held_lr is not None:
+        check("lr", held_lr, shape=(), dtypes=_RATES, device=g.device)
+    if held_lr is not None and held_t is None:
+        raise ValueError("lr: expected a number with a number for t, got a tensor")
+    count, rate = 1 if isinstance(t, Tensor) else t, 0.0 if isinstance(lr, Tensor) else lr
+    _check(g, m, v, m_scale, v_scale, bits, count, bits == 16 or stochastic, key)
     check("p", p, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
-    _op(p, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t, lr, weight_decay, maximize,
-        key or (0, 0), stochastic, start, use_triton(backend, g.device))
+    _op(p, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, count, rate, weight_decay, maximize,
+        key or (0, 0), stochastic, start, use_triton(backend, g.device), held_lr, held_t)

@@ -31,7 +31,7 @@ _FLAT = Tiles(16, 256, 16, 8, 4, 1)
 def lift_ref(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
              alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Tensor | None = None,
              gain: Tensor | float = 1.0, beta: float = 1.0, key: tuple[int, int] | None = None,
-             t: int = 1, start: int = 0) -> None:
+             t: int | Tensor = 1, start: int = 0) -> None:
     """Define :func:`lift`."""
     x = p.float() * keep
     if left is not None and right is not None:
@@ -55,8 +55,10 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
                  seed: tl.tensor, parameter: tl.tensor, step: tl.tensor, tiles_m: tl.tensor,
                  tiles_n: tl.tensor, PRODUCT: tl.constexpr, DENSE: tl.constexpr,
                  GAIN: tl.constexpr, KEEP: tl.constexpr, STOCHASTIC: tl.constexpr,
-                 ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                 HELD: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                  GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> None:
+    if HELD:
+        step = tl.load(step).to(tl.int32)
     batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
     tile_m, tile_n = place_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
     row = tile_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
@@ -100,8 +102,11 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
 
 def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | None,
           gains: Tensor | None, keeps: Tensor | None, alpha: float, beta: float, keep: float,
-          key: list[int], stochastic: bool, t: int, start: int) -> None:
-    """All tensors are (m, n) or batches (b, m, n), of those that are not p any strides."""
+          key: list[int], stochastic: bool, t: int, start: int, held_t: Tensor | None) -> None:
+    """All tensors are (m, n) or batches (b, m, n), of those that are not p any strides.
+
+    Where ``held_t`` is given it is t.
+    """
     batch, (m, n) = len(p) if p.ndim == 3 else 1, p.shape[-2:]
     if not p.numel():
         return
@@ -112,24 +117,26 @@ def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | 
                for s in ((0, 0, 0) if x is None else x.stride() if x.ndim == 3 else
                          (0, *x.stride()))]
     launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, p, left, right, dense, gains, keeps,
-           m, n, k, *strides, alpha, beta, keep, start, *map(signed32, (*key, t)), tiles_m, tiles_n,
+           m, n, k, *strides, alpha, beta, keep, start, *map(signed32, key),
+           signed32(t) if held_t is None else held_t, tiles_m, tiles_n,
            PRODUCT=left is not None, DENSE=dense is not None, GAIN=gains is not None,
-           KEEP=keeps is not None, STOCHASTIC=stochastic, ALIGNED=start % 8 == 0 and n % 8 == 0,
-           BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, GROUP=tiles.group,
-           PRECISION=precision(), WIDEN=left is not None and widened(left),
-           num_warps=tiles.warps, num_stages=tiles.stages)
+           KEEP=keeps is not None, STOCHASTIC=stochastic, HELD=held_t is not None,
+           ALIGNED=start % 8 == 0 and n % 8 == 0, BM=tiles.rows, BN=tiles.columns, BK=tiles.depth,
+           GROUP=tiles.group, PRECISION=precision(),
+           WIDEN=left is not None and widened(left), num_warps=tiles.warps,
+           num_stages=tiles.stages)
     torch.autograd.graph.increment_version(p)
 
 
 _op = define("lift(Tensor(a!) p, Tensor? left, Tensor? right, Tensor? dense, Tensor? gains, "
              "Tensor? keeps, float alpha, float beta, float keep, int[] key, bool stochastic, "
-             "int t, int start) -> ()", _lift)
+             "int t, int start, Tensor? held_t) -> ()", _lift)
 
 
 def lift(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
          alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Tensor | None = None,
          gain: Tensor | float = 1.0, beta: float = 1.0, key: tuple[int, int] | None = None,
-         t: int = 1, start: int = 0, backend: str | None = None) -> None:
+         t: int | Tensor = 1, start: int = 0, backend: str | None = None) -> None:
     """P <- keep o P + alpha L R + beta gain o D in place, rounded once.
 
     Args:
@@ -143,7 +150,8 @@ def lift(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
         beta: multiplies that once more.
         key: (seed, parameter) of the random bits that round a bf16 or fp16 weight; None rounds to
             nearest.
-        t: the random stream's step.
+        t: the random stream's step: a number, or a 0-d int64 tensor on the device, which a CUDA
+            graph reads when it is replayed (as it does ``gain`` and ``keep``).
         start: index in the whole parameter of p's first element.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
@@ -183,4 +191,5 @@ def lift(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
     _op(batched(p), batched(left), batched(right), batched(dense), batched(gains), batched(keeps),
         alpha, beta if isinstance(gain, Tensor) else beta * gain,
         1.0 if isinstance(keep, Tensor) else keep,
-        key or (0, 0), key is not None and p.dtype != torch.float32, t, start)
+        key or (0, 0), key is not None and p.dtype != torch.float32,
+        1 if isinstance(t, Tensor) else t, start, t if isinstance(t, Tensor) else None)

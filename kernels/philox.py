@@ -29,7 +29,7 @@ _TILE = 1024
 _LARGEST = {kind: torch.finfo(kind).max for kind in (torch.bfloat16, torch.float16)}
 
 
-def _random_pieces(start: int, count: int, key: tuple[int, int], stream: tuple[int, int],
+def _random_pieces(start: int, count: int, key: tuple[int, int], stream: tuple[int | Tensor, int],
                    device: torch.device | str) -> Iterator[tuple[int, Tensor]]:
     """Random bits piece by piece: (offset from ``start``, uint16 in a buffer that is reused).
 
@@ -74,7 +74,7 @@ def _random_pieces(start: int, count: int, key: tuple[int, int], stream: tuple[i
 
 
 def random_bits16_ref(
-    start: int, count: int, key: tuple[int, int], stream: tuple[int, int],
+    start: int, count: int, key: tuple[int, int], stream: tuple[int | Tensor, int],
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Sixteen random bits for each of the elements ``start .. start + count - 1``.
@@ -85,7 +85,8 @@ def random_bits16_ref(
         start: global index of the first element.
         count: number of elements.
         key: two words, such as (seed, parameter).
-        stream: two more words of the counter, such as (step, slot).
+        stream: two more words of the counter, such as (step, slot); the first may be a 0-d int64
+            tensor on the device, for a CUDA graph that reads it when it is replayed.
         device: where the bits are made; the values are the same everywhere.
 
     Returns:
@@ -133,8 +134,8 @@ def _fp16_ref(x: Tensor, random: Tensor) -> Tensor:
     return torch.where(x.abs() <= largest, rounded.clamp_(-largest, largest), x)
 
 
-def _round_ref(x: Tensor, start: int, key: tuple[int, int], stream: tuple[int, int], out: Tensor
-               ) -> Tensor:
+def _round_ref(x: Tensor, start: int, key: tuple[int, int], stream: tuple[int | Tensor, int],
+               out: Tensor) -> Tensor:
     """Round x into out, piece by piece; both in row-major order."""
     rounding = _bf16_ref if out.dtype == torch.bfloat16 else _fp16_ref
     flat, target = x.contiguous().view(-1), out.view(-1)
@@ -145,7 +146,7 @@ def _round_ref(x: Tensor, start: int, key: tuple[int, int], stream: tuple[int, i
 
 
 def stochastic_bf16_ref(
-    x: Tensor, start: int, key: tuple[int, int], stream: tuple[int, int]
+    x: Tensor, start: int, key: tuple[int, int], stream: tuple[int | Tensor, int]
 ) -> Tensor:
     """fp32 to bf16, up or down with probabilities that make the mean exact.
 
@@ -163,7 +164,7 @@ def stochastic_bf16_ref(
 
 
 def stochastic_fp16_ref(
-    x: Tensor, start: int, key: tuple[int, int], stream: tuple[int, int]
+    x: Tensor, start: int, key: tuple[int, int], stream: tuple[int | Tensor, int]
 ) -> Tensor:
     """fp32 to fp16, up or down with probabilities that make the mean exact (to 2^-16 of a step).
 
@@ -258,7 +259,10 @@ def round_fp16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
 @jit
 def _stochastic_round_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, count: tl.tensor,
                              start: tl.tensor, seed: tl.tensor, parameter: tl.tensor,
-                             step: tl.tensor, stream: tl.tensor, TILE: tl.constexpr) -> None:
+                             step: tl.tensor, stream: tl.tensor, HELD: tl.constexpr,
+                             TILE: tl.constexpr) -> None:
+    if HELD:
+        step = tl.load(step).to(tl.int32)
     # Tiles begin where a Philox block does: [TILE] elements are [TILE / 8] blocks.
     first = tl.program_id(0).to(tl.int64) * (TILE // 8) + start // 8
     random = random16_rows(first + tl.arange(0, TILE // 8), seed, parameter, step, stream)
@@ -272,21 +276,24 @@ def _stochastic_round_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, count: tl.ten
 
 
 def _stochastic_round(x: Tensor, out: Tensor, start: int, key: list[int], stream: list[int],
-                      triton: bool) -> None:
+                      triton: bool, count: Tensor | None) -> None:
+    """``count``, where it is given, is the first word of the stream."""
     if not triton:
-        _round_ref(x, start, (key[0], key[1]), (stream[0], stream[1]), out)
+        _round_ref(x, start, (key[0], key[1]), (stream[0] if count is None else count, stream[1]),
+                   out)
     elif x.numel():
         tiles = cdiv(start % 8 + x.numel(), _TILE)
+        step = signed32(stream[0]) if count is None else count
         launch(_stochastic_round_kernel, tiles, x.device, x, out, x.numel(), start,
-               *map(signed32, (*key, *stream)), TILE=_TILE)
+               *map(signed32, key), step, signed32(stream[1]), HELD=count is not None, TILE=_TILE)
 
 
 _op = define("stochastic_round(Tensor x, Tensor(a!) out, SymInt start, int[] key, SymInt[] stream, "
-             "bool triton) -> ()", _stochastic_round)
+             "bool triton, Tensor? count) -> ()", _stochastic_round)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, start: int, key: tuple[int, int],
-                     stream: tuple[int, int], *, out: Tensor | None = None,
+                     stream: tuple[int | Tensor, int], *, out: Tensor | None = None,
                      backend: str | None = None) -> Tensor:
     """fp32 to bf16 or fp16, up or down with probabilities that make the mean exact.
 
@@ -298,7 +305,8 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, start: int, key: tuple[int, 
         dtype: torch.bfloat16 or torch.float16.
         start: global index of the first element.
         key: two words, such as (seed, parameter).
-        stream: two more words of the counter, such as (step, slot).
+        stream: two more words of the counter, such as (step, slot); as for
+            :func:`random_bits16_ref`.
         out: where the result goes, contiguous, of x's shape and the dtype; None for a new tensor.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
@@ -314,5 +322,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, start: int, key: tuple[int, 
     if out is None:
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
     check("out", out, shape=tuple(x.shape), dtypes=(dtype,), device=x.device)
-    _op(x, out, start, key, stream, use_triton(backend, x.device))
+    step, slot = stream
+    count, step = (step, 0) if isinstance(step, Tensor) else (None, step)
+    _op(x, out, start, key, (step, slot), use_triton(backend, x.device), count)
     return out

@@ -55,7 +55,7 @@ class InBackward:
             raise RuntimeError(f"{self.name}: this optimizer already has {optimizer._backward.name}"
                                "; call .remove() of that handle first")
         for name, p, o in optimizer._named():
-            self._check_ranks(name, p)
+            self._check_setting(name, p, o)
             self.check(name, p, o)
         optimizer._backward = self
         try:
@@ -99,7 +99,7 @@ class InBackward:
             self._hooks.pop(p).remove()
         self._groups = (None, 0)
         for name, p, o in self.optimizer._named():
-            self._check_ranks(name, p)
+            self._check_setting(name, p, o)
             self.check(name, p, o)
             if p.requires_grad and p not in self._hooks:
                 self._hooks[p] = p.register_post_accumulate_grad_hook(
@@ -123,8 +123,11 @@ class InBackward:
             optimizer._sync_state()
         return name, o
 
-    def _check_ranks(self, name: str, p: Tensor) -> None:
-        """Refuse a parameter whose gradient is not yet the mean over ranks in the hook."""
+    def _check_setting(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
+        """Refuse CUDA graphs, and gradients that are not yet the mean over ranks in the hook."""
+        if o["capturable"]:
+            raise ValueError(f"{self.name}: {name!r} has capturable=True, but it must be False: "
+                             "hooks count micro-batches on the host")
         dist = torch.distributed
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several and not sharding.is_sharded(p):

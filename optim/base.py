@@ -34,7 +34,13 @@ from ..kernels._triton import use_triton
 from ..kernels.adam8 import adamw8
 from ..kernels.lift import lift
 from . import codec, metrics, sharding
-from .checks import TORCH_ONLY, check_gradient, check_parameter, refuse_torch_only
+from .checks import (
+    TORCH_ONLY,
+    check_capturable,
+    check_gradient,
+    check_parameter,
+    refuse_torch_only,
+)
 from .codec import Slot, State
 from .inner import adam, adam_slots
 from .loading import FORMAT, REMEDY, checked_load, checked_state, overruled
@@ -74,6 +80,7 @@ COMMON: dict[str, Option] = {
     "seed": integer(0, 0, 2**63 - 1),
     "shards": choice("rows", "rows", "whole"),
     "metrics": boolean(False),
+    "capturable": boolean(False),
 }
 # Kept in the groups by this package, not given by users.
 _BOOKKEEPING = {"format": integer(FORMAT, 1), "skipped_steps": integer(0, 0)}
@@ -105,9 +112,9 @@ class CommonOptions(TypedDict, total=False):
     seed: int
     shards: str
     metrics: bool
+    capturable: bool
     foreach: bool | None
     fused: bool | None
-    capturable: bool
     differentiable: bool
 
 
@@ -166,6 +173,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     spellings: ClassVar[Mapping[str, str]] = {}
     #: Whether :meth:`update` yields, so that several parameters are worth running together.
     waits: ClassVar[bool] = False
+    #: Why a CUDA graph cannot hold a step, for a message; None if it can: the rule then takes a
+    #: tensor for t, and its update has no product.
+    uncapturable: ClassVar[str | None] = None
     #: What to do where no parameter gets the class's own rule, for a warning.
     remedy: ClassVar[str] = "Give it parameters of 2 or more dimensions."
     #: Who works in the backward pass for it: :mod:`lissom.optim.backward`.
@@ -188,6 +198,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"{where}: unexpected option {name!r}={known[name]!r}"
                                 f"{nearest(name, [*table, *_ADAMW_PART])}")
         values = checked(known, table, where)
+        if values.get("capturable") and isinstance(known.get("lr"), Tensor):
+            values["lr"] = known["lr"]  # a graph reads it
         self._adamw = {_ADAMW_PART[k]: table[_ADAMW_PART[k]].check(k, v, where)
                        for k, v in apart.items() if v is not None}
         defaults = {name: option.default for name, option in table.items()}
@@ -335,6 +347,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{where}: master_bits={full['master_bits']}, but it must be None for "
                              "fp16 weights: what they lack of fp32 has no fixed number of bits "
                              "(use bf16 weights)")
+        if full["capturable"]:
+            rate = group.get("lr", self.defaults.get("lr"))
+            if isinstance(rate, Tensor):  # which a graph reads when it is replayed
+                full["lr"] = rate if entering or not plain else rate.to(plain[0].device)
+            check_capturable(full, plain, self.uncapturable, where)
         self.check_combination({**full, "param_names": group.get("param_names")}, plain,
                                set(own) if entering else set(), where)
         return {**{k: v for k, v in group.items() if k in apart}, **full}
@@ -416,7 +433,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _logical(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         """The same with a quantized moment as one slot."""
-        slots = {"step": codec.counter(), "index": codec.counter(torch.int64),
+        slots = {"step": codec.counter(device=p.device if o["capturable"] else None),
+                 "index": codec.counter(torch.int64),
                  "key": codec.counter(torch.int64), **codec.master_slots(p, o)}
         if self._reason(p, o) is None:
             slots |= self.slots(p, o)
@@ -670,7 +688,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _step_one(self, p: Tensor, g: Tensor, o: dict[str, Any]) -> Waiting[None]:
         """From gradient to parameter, for one parameter; waits where its update does."""
         state, slots, rows = self.state[p], self._layouts[p], self._rows(p, o)
-        t = int(state["step"]) + 1
+        # On the host, or where it is captured a tensor.
+        t: Any = state["step"].long() + 1 if o["capturable"] else int(state["step"]) + 1
         x, stored, sharded = p, state, sharding.is_sharded(p)
         if sharded:
             gather = sharding.whole if rows is None else sharding.local
@@ -707,7 +726,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _step_adamw(p: Tensor, g: Tensor, stored: dict[str, Tensor], slots: Mapping[str, Slot],
-                    o: dict[str, Any], t: int, rows: Rows | None = None) -> None:
+                    o: dict[str, Any], t: int | Tensor, rows: Rows | None = None) -> None:
         """AdamW in one operation, or on row blocks: no temporary is larger than a block.
 
         Source: Loshchilov and Hutter, arXiv 1711.05101; decay before the update, as in torch.
@@ -730,7 +749,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
             s = codec.Decoded(block, slots, p, rows)
             x = codec.read_weight(p_, block)
             u = adam(negated(codec.wide(g_), o), s, o, t)
-            x.mul_(keep).addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
+            x.mul_(keep)
+            if isinstance(u.factor, Tensor):  # addcdiv would read it
+                x += (u.numerator * (-lr * u.factor)).div_(u.denominator)
+            else:
+                x.addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
             codec.write_weight(p_, x, block, o, t, first + start)
             codec.encode(s, block, slots, o, t, start)
             start += p_.numel()
@@ -854,8 +877,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
 
 def _numbers(o: dict[str, Any]) -> dict[str, Any]:
-    """The group, with numbers where a scheduler has put tensors."""
-    held = {k: v.item() for k, v in o.items() if isinstance(v, Tensor) and v.numel() == 1}
+    """The group, with numbers where a scheduler has put tensors; a rate that is captured stays."""
+    held = {k: v.item() for k, v in o.items() if isinstance(v, Tensor) and v.numel() == 1
+            and not (o["capturable"] and k == "lr")}
     return {**o, **held} if held else o
 
 
@@ -914,11 +938,16 @@ def _in_one_pass(p: Tensor, u: Update, kept: Mapping[str, Tensor]) -> bool:
             and p.dtype != torch.float64 and "master" not in kept and p.is_contiguous())
 
 
-def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
-           start: int = 0) -> None:
+def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any],
+           t: int | Tensor, start: int = 0) -> None:
     """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is (m, n) or (b, m, n)."""
     lr = o["lr"]
     keep: Tensor | float = 1 - lr * o["weight_decay"] if u.keep is None else u.keep.expand(p.shape)
+    if isinstance(lr, Tensor):  # no number is read: lr is in keep and gain, and 1 elsewhere
+        kind = torch.float64 if p.dtype == torch.float64 else torch.float32
+        keep = (1 - lr.double() * o["weight_decay"]).to(kind).expand(p.shape)
+        u = u._replace(gain=(lr.double() * u.gain).to(kind))
+        lr, o = 1.0, {**o, "lr": 1.0}
     if _in_one_pass(p, u, kept):
         lift(p, u.left, u.right, alpha=-lr * u.factor, keep=keep, dense=u.dense, gain=u.gain,
              beta=-lr, key=codec.key_of(kept, o) if codec.random_rounding(p, o) else None, t=t,

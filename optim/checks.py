@@ -10,20 +10,18 @@ from torch import Tensor
 
 from .sharding import is_sharded
 
-__all__ = ["TORCH_ONLY", "check_gradient", "check_parameter", "refuse_torch_only"]
+__all__ = ["TORCH_ONLY", "check_capturable", "check_gradient", "check_parameter",
+           "refuse_torch_only"]
 
 #: Options of torch.optim.AdamW about how it runs, which change no result.
-TORCH_ONLY = {"foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
+TORCH_ONLY = {"foreach", "fused", "differentiable", "decoupled_weight_decay"}
 
 
 def refuse_torch_only(given: Mapping[str, Any], where: str) -> None:
     """Torch's switches about how a step runs are taken where they ask for nothing else."""
-    for name, reason in (
-            ("capturable", "step and lr are numbers of the host, which a CUDA graph would freeze; "
-             "capture forward and backward, and call step() outside the graph"),
-            ("differentiable", "this step is not differentiated through")):
-        if given.get(name):
-            raise ValueError(f"{where}: {name}={given[name]!r}, but it must be False: {reason}")
+    if given.get("differentiable"):
+        raise ValueError(f"{where}: differentiable={given['differentiable']!r}, but it must be "
+                         "False: this step is not differentiated through")
     if not given.get("decoupled_weight_decay", True):
         raise ValueError(f"{where}: decoupled_weight_decay=False, but it must be True: "
                          "decay is decoupled")
@@ -65,3 +63,30 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, torch.Size) else value
 
 
+def check_capturable(o: Mapping[str, Any], params: list[Tensor], able: str | None, where: str
+                     ) -> None:
+    """What a step in a CUDA graph needs: nothing of it is decided or counted on the host.
+
+    Args:
+        o: all options of a group with ``capturable=True``.
+        params: its parameters.
+        able: why the class cannot, or None.
+        where: beginning of a message.
+
+    Raises:
+        ValueError: what the group has that a graph would freeze.
+    """
+    reason = able
+    if reason is None and o["nonfinite"] != "propagate":
+        reason = f"nonfinite={o['nonfinite']!r} looks at the gradients on the host"
+    if reason is None and any(is_sharded(p) for p in params):
+        reason = "a parameter is sharded, and what its ranks exchange is decided on the host"
+    if reason is not None:
+        raise ValueError(f"{where}: capturable=True, but it must be False: {reason}; capture "
+                         "forward and backward, and call step() outside the graph")
+    lr = o["lr"]
+    if isinstance(lr, Tensor) and not (
+            lr.shape == () and lr.dtype in (torch.float32, torch.float64)
+            and all(p.device == lr.device for p in params)):
+        raise ValueError(f"{where}: lr={lr!r}, but as a tensor it must be 0-d, fp32 or float64 and "
+                         "on the device of the parameters")

@@ -217,9 +217,9 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def counter(dtype: torch.dtype = torch.float32) -> Slot:
-    """A number kept on the host, where reading it waits for no device."""
-    return Slot((), dtype, torch.device("cpu"))
+def counter(dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Slot:
+    """A number kept on the host, where reading it waits for no device, or on one."""
+    return Slot((), dtype, device or torch.device("cpu"))
 
 
 # Put into names by what wraps a module; DDP's is at the beginning alone.
@@ -342,7 +342,7 @@ def row_sum(x: Tensor, s: Mapping[str, Tensor]) -> Tensor:
 
 def encode(
     s: Decoded, kept: Mapping[str, Tensor], slots: Mapping[str, Slot], o: Mapping[str, Any],
-    step: int, start: int = 0,
+    step: int | Tensor, start: int = 0,
 ) -> None:
     """Write decoded moments back to their store.
 
@@ -426,8 +426,8 @@ def random_rounding(p: Tensor, o: Mapping[str, Any]) -> bool:
             and not (o["master_bits"] == 16 and p.dtype == torch.bfloat16))
 
 
-def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any], step: int,
-                 start: int = 0) -> None:
+def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any],
+                 step: int | Tensor, start: int = 0) -> None:
     """Round fp32 results into a weight, once.
 
     Where the state keeps more of it (:func:`master_slots`) what is cut off goes there. The random

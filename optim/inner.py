@@ -30,7 +30,7 @@ class Quotient(NamedTuple):
 
     numerator: Tensor
     denominator: Tensor
-    factor: float
+    factor: Any  # a number, or a 0-d tensor where t is one
 
 
 def representable(g: Tensor, terms: int = 1) -> Tensor:
@@ -72,7 +72,7 @@ def averages(g: Tensor, s: State, o: Options) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-def adam(g: Tensor, s: State, o: Options, t: int, *, consume: bool = False) -> Quotient:
+def adam(g: Tensor, s: State, o: Options, t: int | Tensor, *, consume: bool = False) -> Quotient:
     """Adam's direction, with epsilon placed as in torch.optim.AdamW.
 
     M <- b1 M + (1 - b1) G;  V <- b2 V + (1 - b2) G o G;
@@ -85,16 +85,19 @@ def adam(g: Tensor, s: State, o: Options, t: int, *, consume: bool = False) -> Q
         g: gradient, fp32, any shape.
         s: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``) of g's shape, changed in place.
         o: options ``betas``, ``eps``, ``amsgrad``.
-        t: 1-based count of this update.
+        t: 1-based count of this update, a number or a 0-d tensor on g's device.
         consume: g is a temporary, and its place may hold the denominator.
     """
     beta1, beta2 = o["betas"]
+    t = t.double() if isinstance(t, Tensor) else t
     g = representable(g)
     # The last allocation: state is written from here on.
     denominator = g if consume else torch.empty_like(g)
     m, v = averages(g, s, o)
     torch.sqrt(v, out=denominator)
-    denominator.div_(math.sqrt(1 - beta2**t)).add_(o["eps"])
+    remaining = 1 - beta2**t
+    root = remaining.sqrt() if isinstance(remaining, Tensor) else math.sqrt(remaining)
+    denominator.div_(root).add_(o["eps"])
     return Quotient(m, denominator, 1 / (1 - beta1**t))
 
 

@@ -50,8 +50,12 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
     states: dict[Tensor, dict[str, Tensor]] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
         at = f"{where}, group {i}"
-        options = {k: v for k, v in group.items() if k != "params"}
+        # A rate that is captured is a tensor, which stays the saved one's.
+        options = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()
+                   if k != "params"}
         ours = "format" in options
+        if not ours:
+            options.pop("capturable", None)  # what it asks for here torch does not say
         if not ours and "nonfinite" in options:
             raise ValueError(f"{at}: has options of lissom's but no format")
         merged = optimizer.checked_group({**mine, **options, "params": mine["params"]}, at,

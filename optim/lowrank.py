@@ -145,6 +145,7 @@ class LowRankOptimizer(MatrixOptimizer):
         "similarity": choice("auto", "auto", "matmul", "fft"),
     }
     spellings: ClassVar[Mapping[str, str]] = {"alpha": "scale"}
+    uncapturable: ClassVar[str | None] = "whether a basis is refreshed is decided on the host"
     remedy: ClassVar[str] = (
         "Give rank= here or in a group of 2-d weights (lissom.optim.param_groups(model, rank=...) "
         "makes such groups; under FSDP1 and ZeRO weights are 1-d, use FSDP2).")

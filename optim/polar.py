@@ -33,7 +33,7 @@ from .norms import norms
 from .options import Option, above, choice, either, integer, optional, triple
 from .whole import Whole
 
-__all__ = ["METHODS", "OPTIONS", "QUINTIC", "Oracle", "input_dtype", "polar",
+__all__ = ["check_capturable", "METHODS", "OPTIONS", "QUINTIC", "Oracle", "input_dtype", "polar",
            "polar_express_schedule", "request"]
 
 Triple = tuple[float, float, float]
@@ -162,6 +162,14 @@ OPTIONS: dict[str, Option] = {
     "polar_dtype": choice("bfloat16", "bfloat16", "float16", "float32"),
     "lower_bound": optional(either(above(None, 0.0, 1.0), choice("eps", "eps"))),
 }
+
+
+def check_capturable(o: Mapping[str, Any], where: str) -> None:
+    """Refuse an oracle that looks at its numbers, in a group that is to be captured."""
+    if o["capturable"] and o["algorithm"] != "adamw" and o["polar"] not in _POLYNOMIAL:
+        raise ValueError(f"{where}: polar={o['polar']!r}, but it must be one of "
+                         f"{', '.join(map(repr, sorted(_POLYNOMIAL)))} with capturable=True: the "
+                         "others look at their numbers on the host")
 
 
 def request(o: Mapping[str, Any], *matrices: Tensor, steps: int | None = None,

@@ -94,6 +94,10 @@ class PolarGrad(MatrixOptimizer):
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay,
             "polar_first": polar_first, "lr_adamw": 3e-4, **options})
 
+    def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
+                          where: str) -> None:
+        polar.check_capturable(o, where)
+
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         if o["momentum"] is None:
             return {}

@@ -91,6 +91,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
     """
 
     algorithm: ClassVar[str] = "switchlora"
+    uncapturable: ClassVar[str | None] = "which vectors are switched is decided on the host"
     remedy: ClassVar[str] = ("There is no pair to switch: put pairs into the model "
                              "(lissom.optim.lora, or peft) and pass "
                              "lissom.optim.adapter_groups(model).")

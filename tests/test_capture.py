@@ -1,0 +1,302 @@
+"""Steps in CUDA graphs: on the CPU as a list of operations that is replayed, on a GPU in a graph."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lissom.kernels import adam8, philox
+from lissom.kernels.lift import lift
+from lissom.optim import (
+    AdamW,
+    AdamW8bit,
+    GaLoreAdamW,
+    Muon,
+    PolarGrad,
+    SwitchLoRAAdamW,
+    inner,
+    norms,
+    polar,
+    update_in_backward,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .helpers import assert_same, feed, parameters, tensors
+
+SHAPES = [(12, 70), (70, 12), (9,), (3, 4, 5)]
+CHOICES = {
+    "adamw": (AdamW, {}),
+    "amsgrad": (AdamW, {"amsgrad": True, "maximize": True}),
+    "16 bits": (AdamW, {"state_bits": 16}),
+    "8 bits": (AdamW8bit, {}),
+    "4 bits": (AdamW, {"state_bits": 4}),
+    "split": (AdamW, {"master_bits": 8}),
+    "muon": (Muon, {"polar_dtype": "float32"}),
+    "muon, 16 bits": (Muon, {"state_bits": 16, "matricize": "batch", "polar_dtype": "float32"}),
+    "polargrad": (PolarGrad, {"polar": "polar-express", "polar_steps": 5, "lr_adamw": None,
+                              "polar_dtype": "float32"}),
+}
+
+
+class Graph(TorchDispatchMode):
+    """What a CUDA graph is: operations on the memory that they had, numbers as they were.
+
+    Args:
+        host: tensors of the host, which may be read while it is recorded.
+    """
+
+    def __init__(self, host):
+        super().__init__()
+        self.calls = []
+        self.host = {x.data_ptr() for x in host}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            assert args[0].data_ptr() in self.host, "a number of the device is read"
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("aten", "lissom"):  # not the profiler's marks
+            self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            memory = {place(x) for x in tree_leaves(args)}
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                # neither a view of what it was given, nor that itself
+                if isinstance(old, torch.Tensor) and place(old) not in memory:
+                    old.copy_(new)
+
+
+def place(x):
+    return x.untyped_storage().data_ptr() if isinstance(x, torch.Tensor) else None
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    """Without the shortcuts that look at numbers on the host; small moments are quantized."""
+    monkeypatch.setattr(inner, "representable", lambda g, terms=1: g)
+    monkeypatch.setattr(polar, "norms", lambda x, side: torch.linalg.vector_norm(
+        x, dim=norms.ALONG[side], keepdim=True, dtype=torch.float64))
+    for module in (philox, adam8):
+        monkeypatch.setattr(module, "bounded", lambda x, largest: False)
+    monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
+
+
+def rates(optimizer, lr):
+    """AdamW's part of Muon has a rate of its own, which stays."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        elif not optimizer.defaults.get("capturable") and group["lr"] != 3e-4:
+            group["lr"] = lr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_replayed_steps_are_steps(choice, dtype):
+    """With other gradients, rates, counts and random bits than those that were recorded."""
+    make, options = CHOICES[choice]
+    ps, twins = parameters(SHAPES, dtype=dtype), parameters(SHAPES, dtype=dtype)
+    captured = make(ps, lr=torch.tensor(1e-2), capturable=True, **options)
+    plain = make(twins, lr=1e-2, **options)
+    for params, optimizer in ((ps, captured), (twins, plain)):
+        feed(params, 0)
+        optimizer.step()
+    host = [s[k] for s in captured.state.values() for k in ("index", "key")]
+    graph = Graph(host)
+    with torch.no_grad():
+        for p, g in zip(ps, tensors([p.shape for p in ps], 1), strict=True):
+            p.grad.copy_(g)
+    feed(twins, 1)
+    with graph:
+        captured.step()
+    plain.step()
+    for i in range(2, 6):
+        rates(captured, 1e-2 / i)
+        rates(plain, 1e-2 / i)
+        feed(twins, i)
+        with torch.no_grad():
+            for p, q in zip(ps, twins, strict=True):
+                p.grad.copy_(q.grad)
+        graph.replay()
+        plain.step()
+    apart = total = 0
+    for p, q in zip(ps, twins, strict=True):
+        assert captured.state[p]["step"] == plain.state[q]["step"] == 6
+        # a rate in fp32 moves a weight by a rounding, a bf16 one by a unit where it falls so
+        unit = 2**-7 if dtype == torch.bfloat16 else 2**-20
+        off = (p.detach().double() - q.detach().double()).abs()
+        assert (off <= unit * q.detach().abs().double().clamp(min=1e-2)).all()
+        apart, total = apart + int((off > 0).sum()), total + off.numel()
+        for name, x in captured.state[p].items():
+            if x.dtype not in (torch.uint8, torch.int8, torch.int16):
+                torch.testing.assert_close(x, plain.state[q][name], rtol=2**-6, atol=1e-6)
+    assert dtype == torch.float32 or apart <= 0.01 * total
+
+
+def test_what_is_not_a_tensor_is_frozen():
+    """A rate that is a number stays what it was when the graph was recorded, as in torch."""
+    (p,), (q,) = parameters([(6, 5)]), parameters([(6, 5)])
+    captured, plain = AdamW([p], lr=1e-2, capturable=True), AdamW([q], lr=1e-2)
+    for params, optimizer in (([p], captured), ([q], plain)):
+        feed(params, 0)
+        optimizer.step()
+    with Graph([captured.state[p]["key"]]) as graph:
+        captured.step()
+    plain.step()
+    captured.param_groups[0]["lr"] = 1.0
+    graph.replay()
+    plain.step()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_saved_and_resumed():
+    ps = parameters(SHAPES)
+    optimizer = AdamW(ps, lr=torch.tensor(1e-2), capturable=True)
+    feed(ps, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in ps]
+    again = AdamW(twins, lr=torch.tensor(0.5), capturable=True)
+    again.load_state_dict(saved)
+    rate = again.param_groups[0]["lr"]
+    assert rate == torch.tensor(1e-2)
+    assert rate is not saved["param_groups"][0]["lr"]
+    for params, one in ((ps, optimizer), (twins, again)):
+        feed(params, 1)
+        one.step()
+    assert_same(ps, twins)
+    # back to the host, and from it
+    plain = AdamW(twins, lr=1e-2)
+    plain.load_state_dict({**again.state_dict(), "param_groups": [
+        {**g, "capturable": False} for g in again.state_dict()["param_groups"]]})
+    for params, one in ((ps, optimizer), (twins, plain)):
+        feed(params, 2)
+        one.step()
+    torch.testing.assert_close(ps[0], twins[0], rtol=1e-6, atol=1e-7)
+    assert plain.param_groups[0]["lr"] == pytest.approx(1e-2)
+
+
+def test_schedulers_move_the_tensor():
+    ps = parameters([(6, 5)])
+    rate = torch.tensor(1e-2)
+    optimizer = AdamW(ps, lr=rate, capturable=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (1 + k))
+    feed(ps, 0)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize(("make", "options", "message"), [
+    (GaLoreAdamW, {"rank": 2}, "whether a basis is refreshed is decided on the host"),
+    (SwitchLoRAAdamW, {}, "which vectors are switched"),
+    (AdamW, {"nonfinite": "skip"}, "nonfinite='skip' looks at the gradients"),
+    (Muon, {"polar": "svd"}, "polar='svd', but it must be one of 'newton-schulz'"),
+    (PolarGrad, {}, "polar='qdwh', but it must be one of"),
+    (AdamW, {"lr": torch.tensor([1e-2])}, "as a tensor it must be 0-d"),
+    (AdamW, {"lr": torch.tensor(1e-2, dtype=torch.bfloat16)}, "fp32 or float64"),
+])
+def test_refusals(make, options, message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        make(parameters([(6, 5)]), capturable=True, **options)
+
+
+def test_hooks_are_refused():
+    with pytest.raises(ValueError, match="parameter 0' has capturable=True"):
+        update_in_backward(AdamW(parameters([(6, 5)]), capturable=True))
+
+
+# ---- kernels: numbers on the device
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_adamw8_reads_rate_and_count(bits, rate, backend):
+    if backend == "triton" and not philox._op:
+        pytest.skip("no Triton")
+    results = []
+    for held in (False, True):
+        p, g = tensors([(5, 300), (5, 300)], 3)
+        p = p.bfloat16()
+        kind = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8}[bits]
+        m, v = (torch.zeros(5, 300, dtype=kind) for _ in range(2))
+        scales = {}
+        if bits == 8:
+            m += 127  # the code of zero
+            scales = {k: torch.zeros(5, 2) for k in ("m_scale", "v_scale")}
+        t = 70000
+        adam8.adamw8(p, g, m, v, **scales, bits=bits, lr=rate if held else 0.01, weight_decay=0.1,
+                     beta1=0.9, beta2=0.999, eps=1e-8, t=torch.tensor(t) if held else t,
+                     key=(1, 2), stochastic=True, backend=backend)
+        results.append((p, m, v))
+    assert_same(*results)
+
+
+def test_adamw8_refuses_a_rate_without_a_count():
+    p, g, m, v = tensors([(4, 4)] * 4, 0)
+    given = {"bits": 32, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    with pytest.raises(ValueError, match="lr: expected a number with a number for t"):
+        adam8.adamw8(p, g, m, v, lr=torch.tensor(0.1), t=1, **given)
+    with pytest.raises(TypeError, match=r"t: expected torch\.int64"):
+        adam8.adamw8(p, g, m, v, lr=0.1, t=torch.tensor(1.0), **given)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_lift_and_rounding_read_the_count(backend):
+    (d,) = tensors([(6, 20)], 4)
+    results = []
+    for t in (2**32 - 1, torch.tensor(2**32 - 1)):
+        p = torch.ones(6, 20, dtype=torch.bfloat16)
+        lift(p, dense=d, beta=-0.01, key=(3, 4), t=t, backend=backend)
+        results.append((p, philox.stochastic_round(d, torch.float16, 5, (3, 4), (t, 1),
+                                                   backend=backend)))
+    assert_same(*results)
+    other = torch.ones(6, 20, dtype=torch.bfloat16)
+    lift(other, dense=d, beta=-0.01, key=(3, 4), t=torch.tensor(7), backend=backend)
+    assert not torch.equal(other, results[0][0])
+
+
+# ---- a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_cuda_graph_of_steps(choice):
+    make, options = CHOICES[choice]
+    ps, twins = ([torch.nn.Parameter(p.detach().cuda().bfloat16()) for p in parameters(SHAPES)]
+                 for _ in range(2))
+    captured = make(ps, lr=torch.tensor(1e-2, device="cuda"), capturable=True, **options)
+    plain = make(twins, lr=1e-2, **options)
+    grads = [[g.cuda().bfloat16() for g in tensors(SHAPES, i)] for i in range(6)]
+    for params in (ps, twins):
+        for p, g in zip(params, grads[0], strict=True):
+            p.grad = g.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()  # recorded, not taken
+    for i in range(1, 6):
+        rates(captured, 1e-2 / i)
+        rates(plain, 1e-2 / i)
+        for params in (ps, twins):
+            for p, g in zip(params, grads[i], strict=True):
+                p.grad.copy_(g)
+        graph.replay()
+        plain.step()
+    for p, q in zip(ps, twins, strict=True):
+        assert int(captured.state[p]["step"]) == int(plain.state[q]["step"]) == 6
+        off = (p.detach().double() - q.detach().double()).abs()
+        assert (off <= 2**-7 * q.detach().abs().double().clamp(min=1e-2)).all()
+        assert (off > 0).double().mean() <= 0.02
