@@ -48,8 +48,13 @@ class AdamW(MatrixOptimizer):
             number of ranks in any bit.
         algorithm: of a group, the rule of its matrices: ``"adamw"``, and in classes with a rule of
             their own that rule's name, which is their default.
-        foreach, fused, capturable, differentiable: torch's switches about how a step runs;
-            the first two are accepted and change nothing, the last two must be False.
+        capturable: keep the count of steps on the device, so that a CUDA graph can hold a step; a
+            ``lr`` that is a 0-d tensor there is read when the graph is replayed. Default False. Not
+            with ``nonfinite`` but ``"propagate"``, sharded parameters, or work in the backward
+            pass; ``Muon`` and ``PolarGrad`` take it with polar oracles that are products, no other
+            class does.
+        foreach, fused, differentiable: torch's switches about how a step runs; the first two are
+            accepted and change nothing, the last must be False.
 
     Raises:
         TypeError, ValueError: an option or parameter that breaks its rule, by name and value.

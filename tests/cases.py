@@ -144,6 +144,7 @@ COMMON_BAD = {
     "nonfinite": ["ignore", None],
     "seed": [-1, 1.5],
     "metrics": [1, "yes"],
+    "capturable": [1, None],
 }
 
 LOW_RANK_BAD = {

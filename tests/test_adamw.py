@@ -84,14 +84,9 @@ def test_reads_a_torch_checkpoint():
     assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
 
 
-@pytest.mark.parametrize(("switch", "reason"), [
-    ("capturable", r"a CUDA graph would freeze.* call step\(\) outside the graph"),
-    ("differentiable", "not differentiated through")])
-def test_switches_that_cannot_be_honoured_are_refused(switch, reason):
-    with pytest.raises(ValueError, match=f"{switch}=True, but it must be False"):
-        AdamW(parameters([(2,)]), **{switch: True})
-    with pytest.raises(ValueError, match=reason):
-        AdamW(parameters([(2,)]), **{switch: True})
+def test_switches_that_cannot_be_honoured_are_refused():
+    with pytest.raises(ValueError, match=r"differentiable=True, but it must be False: .*through"):
+        AdamW(parameters([(2,)]), differentiable=True)
     with pytest.raises(TypeError, match="fused='yes'"):
         AdamW(parameters([(2,)]), fused="yes")
 
@@ -134,6 +129,7 @@ def test_a_step_saved_as_an_int_is_read():
     optimizer = AdamW(ours)
     optimizer.load_state_dict(saved)
     assert int(optimizer.state[ours[0]]["step"]) == 2
+    assert optimizer.param_groups[0]["capturable"] is False
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

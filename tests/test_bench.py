@@ -300,8 +300,8 @@ def test_parallel_is_refused(given, said, monkeypatch, capsys):
 
 def test_flipped_roundings_are_counted(tmp_path, capsys):
     file = tmp_path / "flips.json"
-    assert flips.main(["--optimizers", "galore,muon", "--ranks", "2", "--steps", "2", "--batch", "4",
-                       "--length", "16", "--json", str(file)]) == 0
+    assert flips.main(["--optimizers", "galore,muon", "--ranks", "2", "--steps", "2",
+                       "--batch", "4", "--length", "16", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     for row in json.loads(file.read_text()):
         weights = row["elements"] // row["steps"]

@@ -1,4 +1,4 @@
-"""Steps in CUDA graphs: on the CPU as a list of operations that is replayed, on a GPU in a graph."""
+"""Steps in CUDA graphs: on the CPU a list of operations that is replayed, on a GPU a graph."""
 
 from __future__ import annotations
 
