@@ -247,7 +247,8 @@ def _tables(bits: int, device: torch.device) -> tuple[Tensor, ...]:
 def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None,
            v_scale: Tensor | None, bits: int, beta1: float, beta2: float, eps: float, t: int,
            lr: float | None, weight_decay: float, maximize: bool, key: list[int], stochastic: bool,
-           start: int, triton: bool, held_lr: Tensor | None, held_t: Tensor | None) -> None:
+           start: int, triton: bool, held_lr: Tensor | None = None, held_t: Tensor | None = None
+           ) -> None:
     """Both operations: with ``lr`` the target is the weight, else the direction's place.
 
     Where ``held_t`` is given it is t, and ``held_lr``, if given, lr.
@@ -305,7 +306,7 @@ _op = define(
     "adam8(Tensor(a!) target, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_scale, "
     "Tensor(e!)? v_scale, int bits, float beta1, float beta2, float eps, int t, float? lr, "
     "float weight_decay, bool maximize, int[] key, bool stochastic, int start, bool triton, "
-    "Tensor? held_lr, Tensor? held_t) -> ()", _adam8)
+    "Tensor? held_lr=None, Tensor? held_t=None) -> ()", _adam8)
 
 
 def _check(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,

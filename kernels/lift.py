@@ -55,8 +55,9 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
                  seed: tl.tensor, parameter: tl.tensor, step: tl.tensor, tiles_m: tl.tensor,
                  tiles_n: tl.tensor, PRODUCT: tl.constexpr, DENSE: tl.constexpr,
                  GAIN: tl.constexpr, KEEP: tl.constexpr, STOCHASTIC: tl.constexpr,
-                 HELD: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                 GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> None:
+                 HELD: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+                 WIDEN: tl.constexpr) -> None:
     if HELD:
         step = tl.load(step).to(tl.int32)
     batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
@@ -102,7 +103,8 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
 
 def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | None,
           gains: Tensor | None, keeps: Tensor | None, alpha: float, beta: float, keep: float,
-          key: list[int], stochastic: bool, t: int, start: int, held_t: Tensor | None) -> None:
+          key: list[int], stochastic: bool, t: int, start: int,
+          held_t: Tensor | None = None) -> None:
     """All tensors are (m, n) or batches (b, m, n), of those that are not p any strides.
 
     Where ``held_t`` is given it is t.
@@ -130,7 +132,7 @@ def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | 
 
 _op = define("lift(Tensor(a!) p, Tensor? left, Tensor? right, Tensor? dense, Tensor? gains, "
              "Tensor? keeps, float alpha, float beta, float keep, int[] key, bool stochastic, "
-             "int t, int start, Tensor? held_t) -> ()", _lift)
+             "int t, int start, Tensor? held_t=None) -> ()", _lift)
 
 
 def lift(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,

@@ -276,7 +276,7 @@ def _stochastic_round_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, count: tl.ten
 
 
 def _stochastic_round(x: Tensor, out: Tensor, start: int, key: list[int], stream: list[int],
-                      triton: bool, count: Tensor | None) -> None:
+                      triton: bool, count: Tensor | None = None) -> None:
     """``count``, where it is given, is the first word of the stream."""
     if not triton:
         _round_ref(x, start, (key[0], key[1]), (stream[0] if count is None else count, stream[1]),
@@ -289,7 +289,7 @@ def _stochastic_round(x: Tensor, out: Tensor, start: int, key: list[int], stream
 
 
 _op = define("stochastic_round(Tensor x, Tensor(a!) out, SymInt start, int[] key, SymInt[] stream, "
-             "bool triton, Tensor? count) -> ()", _stochastic_round)
+             "bool triton, Tensor? count=None) -> ()", _stochastic_round)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, start: int, key: tuple[int, int],

@@ -498,8 +498,9 @@ def build(kernel, constants, **types):
     assert len(kernel.asm["cubin"])
     return kernel.asm["ptx"]
 
-for kind in (H, "*fp16"):
-    build(philox._stochastic_round_kernel, {"TILE": 1024}, out_ptr=kind, start="i64")
+for kind, held in ((H, False), ("*fp16", False), (H, True)):
+    build(philox._stochastic_round_kernel, {"TILE": 1024, "HELD": held}, out_ptr=kind, start="i64",
+          step="*i64" if held else I)
 for bits, width in ((8, 256), (4, 8)):
     shape = {"BITS": bits, "R": 1024 // width, "W": width}
     for signed in (True, False):
@@ -508,17 +509,18 @@ for bits, width in ((8, 256), (4, 8)):
     codes = {"codes_ptr": "*i8" if bits == 8 else C}
     build(linear._quantize_linear_kernel, {**shape, "LEVELS": 127 if bits == 8 else 7}, **codes)
     build(linear._dequantize_linear_kernel, shape, out_ptr=H, **codes)
-    for weight in (True, False):
+    for weight, held in ((True, False), (False, False), (True, True)):
         flags = {"WEIGHT": weight, "MAXIMIZE": weight, "STOCHASTIC": weight, "ALIGNED": weight}
-        ptx = build(adam8._adam_kernel, {**shape, **flags}, m_ptr=C, v_ptr=C,
-                    target_ptr=H if weight else F)
+        numbers = {"step": "*i64", "correction": F} if held else {}
+        ptx = build(adam8._adam_kernel, {**shape, **flags, "HELD": held}, m_ptr=C, v_ptr=C,
+                    target_ptr=H if weight else F, **numbers)
         assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
         assert not any(x in ptx for x in ("fma.rn", ".ftz", ".approx", "div.full"))
 for bits, kind in ((32, F), (16, H)):
     none = {f"{x}_{y}_ptr": None for x in "mv" for y in ("scale", "book", "lines", "ends")}
     build(adam8._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
-          "STOCHASTIC": False, "ALIGNED": bits == 16, "R": 4, "W": 256}, m_ptr=kind, v_ptr=kind,
-          target_ptr=F)
+          "STOCHASTIC": False, "HELD": False, "ALIGNED": bits == 16, "R": 4, "W": 256},
+          m_ptr=kind, v_ptr=kind, target_ptr=F)
 """
 
 

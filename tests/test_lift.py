@@ -294,11 +294,12 @@ for capability in (80, 90):
     flat = {"left_ptr": None, "right_ptr": None}
     for kind, t, none in (("*bf16", lift._SHARED, {}), ("*fp16", tiles.SMALL, {}),
                           ("*fp32", lift._FLAT, flat)):
+        held = kind == "*fp16"
         types = {f"{x}_ptr": kind for x in ("p", "left", "right", "dense")}
         types |= {"gain_ptr": "*fp32", "keep_ptr": "*fp32", "alpha": "fp32", "beta": "fp32",
-                  "keep": "fp32"}
+                  "keep": "fp32", **({"step": "*i64"} if held else {})}
         ptx = build(lift._lift_kernel, {
-            **none, "PRODUCT": not none, "DENSE": True, "GAIN": True, "KEEP": True,
+            **none, "HELD": held, "PRODUCT": not none, "DENSE": True, "GAIN": True, "KEEP": True,
             "STOCHASTIC": kind != "*fp32", "ALIGNED": True, "left_column": 1, "right_column": 1,
             "dense_column": 1, "gain_row": 0, "gain_column": 1, "keep_row": 0, "keep_column": 1},
             types, t, capability)
