@@ -358,9 +358,25 @@ def lines_of_a_gpu() -> Iterator[str]:
     yield f"peak of {fits['peak_bytes'] / 2**30:.2f} GiB"
 
 
+def lines_of_flips() -> Iterator[str]:
+    rows = json.loads((ROOT / "bench/results/flips-tiny-cpu.json").read_text())["rows"]
+    exact = [row for row in rows if row["reduce"] == "fp32"]
+    assert {(row["optimizer"], row["ranks"]) for row in exact} == {
+        (name, ranks) for ranks in (2, 4) for name in
+        ("adamw", "adamw8bit", "galore", "fira", "dct-adamw", "muon", "trion")}
+    assert not any(row["flipped"] or row["gradients_apart"] for row in exact)
+    yield f"| none | none of {exact[0]['elements']} each |"
+    for row in rows:
+        if row["reduce"] == "bf16":
+            label = {"adamw": "AdamW", "galore": "GaLore"}[row["optimizer"]]
+            shares = [100 * row[key] / row["elements"] for key in ("gradients_apart", "flipped")]
+            yield (f"| bf16 | {row['ranks']} | {label} | {shares[0]:.2g} % | {shares[1]:.2g} % "
+                   f"({100 * row['worst_share']:.2g} % in the worst step) |")
+
+
 @pytest.mark.parametrize(("page", "lines"), [
-    ("memory.md", lines_of_ranks), ("results.md", lines_of_finetuning),
-    ("results.md", lines_of_projections), ("results.md", lines_of_a_gpu)], ids=name_of)
+    ("distributed.md", lines_of_flips), ("memory.md", lines_of_ranks),
+    ("results.md", lines_of_finetuning), ("results.md", lines_of_projections), ("results.md", lines_of_a_gpu)], ids=name_of)
 def test_tables_are_those_of_the_files(page, lines):
     text = (ROOT / "docs" / page).read_text()
     for line in lines():
