@@ -207,12 +207,12 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
         return _Old(moments, "adamw", stored=_same_codes(entry, p))
     values = {k: x for k, x in entry.items() if isinstance(x, Tensor)}
     if "step" in entry and not isinstance(entry["step"], Tensor):
-        values["step"] = torch.tensor(float(entry["step"]))
+        values["step"] = _count(entry["step"])
     if "index" not in entry:  # torch
         if "exp_avg_sq" in values:
             return _Old(values, "adamw")
         if set(values) == {"momentum_buffer"} and "dampening" not in group:  # SGD's is no average
-            return _Old({**values, "step": torch.tensor(1.0)}, "muon")
+            return _Old({**values, "step": _count(1)}, "muon")
         raise ValueError(f"{at}: saved state has {sorted(map(str, entry))}, which is of no "
                          "optimizer that is known here")
     table = optimizer.table()
@@ -246,6 +246,11 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
     return _Old(decoded, "adamw" if dense else rule, full, values)
 
 
+def _count(steps: float) -> Tensor:
+    """A count as states keep it, whatever torch's defaults are."""
+    return torch.tensor(float(steps), dtype=torch.float32, device="cpu")
+
+
 def _is_scale(name: str, slots: Mapping[str, Any]) -> bool:
     """Whether a slot is the scale of another, which is written with it."""
     return name.endswith(".scale") and name.removesuffix(".scale") in slots
@@ -260,7 +265,7 @@ def _columns(name: str, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, A
 def _bitsandbytes(entry: Mapping[str, Any], shape: tuple[int, ...], at: str
                   ) -> dict[str, Tensor]:
     """Both moments; 8-bit codes index a map, with a scale for each 256 of the flattened tensor."""
-    values = {"step": torch.tensor(float(entry["step"]))}
+    values = {"step": _count(entry["step"])}
     for name, i in (("exp_avg", "1"), ("exp_avg_sq", "2")):
         x = entry.get(f"state{i}")
         if not isinstance(x, Tensor) or x.numel() != torch.Size(shape).numel():
@@ -304,9 +309,9 @@ def _projected(entry: Mapping[str, Any], group: Mapping[str, Any], at: str) -> _
     gap = int(getattr(projector, "update_proj_gap", group.get("update_proj_gap", 200)))
     side = "right" if low.ndim == 2 and basis.shape[0] == low.shape[1] and (
         basis.shape[0] <= basis.shape[1]) else "left"
-    values = {"step": torch.tensor(float(step)), "exp_avg": low, "exp_avg_sq": entry["exp_avg_sq"],
+    values = {"step": _count(step), "exp_avg": low, "exp_avg_sq": entry["exp_avg_sq"],
               f"basis_{side}": basis.mT.contiguous() if side == "right" else basis,
-              "basis_step": torch.tensor(float(1 + (step - 1) // gap * gap))}
+              "basis_step": _count(1 + (step - 1) // gap * gap)}
     last = entry.get("scaling_grad")
     if isinstance(last, Tensor) and last.numel() == 1:
         values["limiter"] = last.float().view(1, 1)

@@ -307,9 +307,10 @@ class LowRankOptimizer(MatrixOptimizer):
         new = self._cosines(g, s, o, born) if cosines else self._found(g, old, s, o, t, born)
         if new is None:  # nothing to be learnt from this gradient: try again when due
             return Projected(old, old.down(g))
-        writes = {**new.writes, "basis_step": torch.tensor(float(t), dtype=torch.float32)}
+        host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        writes = {**new.writes, "basis_step": torch.tensor(float(t), **host)}
         if o["keep_energy"] is not None:
-            writes["basis_energy"] = torch.tensor(_energy(new.low, g), dtype=torch.float32)
+            writes["basis_energy"] = torch.tensor(_energy(new.low, g), **host)
         return new._replace(writes=writes, turns=new.turns if born else None)
 
     def due(self, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:

@@ -315,7 +315,9 @@ def lora(
             a, b = bounds(layer.weight, rank, scaling) if init == "switchlora" else (n**-0.5, 0.0)
             for factor, bound in ((layer.lora_A, a), (layer.lora_B, b)):
                 if bound:
-                    factor.copy_((2 * torch.rand(factor.shape, generator=generator) - 1) * bound)
+                    drawn = torch.rand(factor.shape, generator=generator, device="cpu",
+                                       dtype=torch.float32)
+                    factor.copy_((2 * drawn - 1) * bound)
             if preserve and b:
                 layer.weight.sub_((wide(layer.lora_B) @ wide(layer.lora_A)) * scaling)
             if isinstance(layer, NormalizedLinear):

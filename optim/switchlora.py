@@ -291,7 +291,7 @@ def _draw_pool(s: dict[str, Tensor], o: Mapping[str, Any], bound: float) -> None
     drawn = torch.rand(pool.shape, generator=project.generator(codec.key_of(s, o), _POOL),
                        device="cpu", dtype=torch.float32)
     pool.copy_(drawn.mul_(2).sub_(1).mul_(bound))
-    s["active"].copy_(torch.arange(len(s["active"])))
+    s["active"].copy_(torch.arange(len(s["active"]), device="cpu"))
     s["pool_step"].copy_(s["step"] + 1)
 
 
@@ -308,20 +308,22 @@ def chosen(s: Mapping[str, Tensor], partner: Mapping[str, Tensor], o: Mapping[st
     generator = project.generator(codec.key_of(s, o), k + 1)
     # count = r / interval(k), rounded stochastically
     mean = r * o["interval_decay"] ** ((k + 1) / o["decay_steps"]) / o["interval"]
-    draw = torch.rand((), generator=generator).item()
+    draw = torch.rand((), generator=generator, device="cpu", dtype=torch.float32).item()
     count = min(r, math.floor(mean) + (draw < mean % 1))
     if not count:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    order = (int(s["pointer"]) + torch.arange(count)) % r
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        return none, none
+    order = (int(s["pointer"]) + torch.arange(count, device="cpu")) % r
     busy = (s["frozen"][order] > 0) | (partner["frozen"][order] > 0)
     order = order[:int(busy.int().argmax()) if bool(busy.any()) else count]
     s["pointer"].add_(len(order)).remainder_(r)
     # Candidates that are in use are none, but for those that are given back now.
-    free = torch.ones(len(s["candidates"]), dtype=torch.bool)
+    free = torch.ones(len(s["candidates"]), dtype=torch.bool, device="cpu")
     free[s["active"].long()] = False
     free[s["active"][order].long()] = True
     places = free.nonzero().flatten()
-    return order, places[torch.randperm(len(places), generator=generator)[:len(order)]]
+    picked = torch.randperm(len(places), generator=generator, device="cpu")[:len(order)]
+    return order, places[picked]
 
 
 def _exchanged(vectors: Tensor, s: Mapping[str, Tensor], order: Tensor, places: Tensor) -> Tensor:

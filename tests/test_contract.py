@@ -93,6 +93,27 @@ def test_grad_scaler_skips_overflow(case):
     assert not torch.equal(before["weights"][0], ps[0])
 
 
+def test_torchs_defaults_change_nothing(case):
+    """Neither its default dtype nor its default device, where nothing has a value."""
+    results = []
+    for kind, place in ((torch.float32, "cpu"), (torch.bfloat16, "meta"), (torch.float64, "meta")):
+        ps = case.parameters([(6, 4), (4,), (5, 7)])
+        grads = [tensors([p.shape for p in ps], i) for i in range(3)]
+        torch.set_default_dtype(kind)
+        try:
+            with torch.device(place):
+                optimizer = case(ps, lr=1e-2)
+                for step in grads:
+                    for p, g in zip(ps, step, strict=True):
+                        p.grad = g if p.requires_grad else None
+                    optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append(snapshot(optimizer))
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
 def test_deepcopy_and_pickle_continue_alike(case):
     ps = case.parameters([(6, 4), (4,)])
     optimizer = case(ps, lr=1e-2)
