@@ -43,7 +43,7 @@ from .checks import (
 )
 from .codec import Slot, State
 from .inner import adam, adam_slots
-from .loading import FORMAT, REMEDY, checked_load, checked_state, overruled
+from .loading import FORMAT, REMEDY, agreed_load, checked_state, overruled
 from .options import (
     Option,
     boolean,
@@ -796,7 +796,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         self._sync_state()
-        groups, states = checked_load(self, state_dict)
+        groups, states = agreed_load(self, state_dict)
         if replaced := overruled(self, groups):
             warnings.warn(f"{type(self).__name__}.load_state_dict: the saved options go on: "
                           f"{replaced}. {REMEDY}.", stacklevel=2)

@@ -13,7 +13,7 @@ from . import sharding
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
 
-__all__ = ["FORMAT", "UPGRADES", "REMEDY", "checked_load", "checked_state", "overruled",
+__all__ = ["FORMAT", "UPGRADES", "REMEDY", "agreed_load", "checked_load", "checked_state", "overruled",
            "saved_groups"]
 
 #: Version of the state dict, kept in every group.
@@ -76,6 +76,24 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
             elif ours and p.requires_grad and p in optimizer.state:
                 raise ValueError(f"{at}, {name!r}: its state is missing")
     return groups, states
+
+
+def agreed_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
+                ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Tensor]]]:
+    """:func:`checked_load`, whose error is one on every rank that shares a parameter."""
+    failure, loaded = None, None
+    try:
+        loaded = checked_load(optimizer, state_dict)
+    except (TypeError, ValueError) as error:
+        failure = error
+    refused = torch.tensor([int(failure is not None)], dtype=torch.int64, device="cpu")
+    refused = sharding.agreed(refused, [p for g in optimizer.param_groups for p in g["params"]])
+    if failure is not None:
+        raise failure
+    if loaded is None or int(refused):
+        raise ValueError(f"{type(optimizer).__name__}.load_state_dict: another rank refuses its "
+                         "part of the state, and says why; nothing was loaded on any")
+    return loaded
 
 
 def saved_groups(state_dict: Any, where: str) -> dict[str, Any]:

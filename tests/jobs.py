@@ -244,6 +244,29 @@ def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, **
     return result
 
 
+def damaged(mesh: DeviceMesh, name: str) -> tuple[str, bool]:
+    """What loading says of a state that is damaged on rank 1, and whether it changed nothing."""
+    model = sharded(mesh)
+    optimizer = optimizer_of(model, name)
+    take(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    entry = max(state["state"].values(), key=lambda s: s["exp_avg_sq"].numel())
+    entry["exp_avg_sq"] = entry["exp_avg_sq"].clone()
+    if mesh.get_rank() == 1:
+        entry["exp_avg_sq"].to_local().sub_(1.0)
+    take(model, optimizer, range(2, 3))
+    before = outcome(optimizer, list(model.parameters()))
+    message = ""
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        message = str(error)
+    after = outcome(optimizer, list(model.parameters()))
+    same = all(torch.equal(a[k], b[k]) for a, b in zip(before["state"], after["state"], strict=True)
+               for k in a)
+    return message, same
+
+
 def in_backward_refused(mesh: DeviceMesh) -> list[str]:
     """What project_in_backward says of FSDP2, and what both say of DDP."""
     messages = []
