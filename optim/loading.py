@@ -13,8 +13,8 @@ from . import sharding
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
 
-__all__ = ["FORMAT", "UPGRADES", "REMEDY", "agreed_load", "checked_load", "checked_state", "overruled",
-           "saved_groups"]
+__all__ = ["FORMAT", "UPGRADES", "REMEDY", "agreed_load", "checked_load", "checked_state",
+           "overruled", "saved_groups"]
 
 #: Version of the state dict, kept in every group.
 FORMAT = 1

@@ -376,7 +376,8 @@ def lines_of_flips() -> Iterator[str]:
 
 @pytest.mark.parametrize(("page", "lines"), [
     ("distributed.md", lines_of_flips), ("memory.md", lines_of_ranks),
-    ("results.md", lines_of_finetuning), ("results.md", lines_of_projections), ("results.md", lines_of_a_gpu)], ids=name_of)
+    ("results.md", lines_of_finetuning), ("results.md", lines_of_projections),
+    ("results.md", lines_of_a_gpu)], ids=name_of)
 def test_tables_are_those_of_the_files(page, lines):
     text = (ROOT / "docs" / page).read_text()
     for line in lines():
