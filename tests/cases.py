@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from lissom.optim import (
     APOLLO,
@@ -325,6 +326,12 @@ def first_of_each_class() -> list[Case]:
     for row in ROWS:
         seen.setdefault((row.make, row.roles), row)
     return list(seen.values())
+
+
+def all_slow_but(few: Iterable[Any], rows: Iterable[Any]) -> list[Any]:
+    """Rows for a parametrization, of which only these few run without ``-m slow``."""
+    few = list(few)
+    return [row if row in few else pytest.param(row, marks=pytest.mark.slow) for row in rows]
 
 
 #: Storage of state is a column: every class meets it.

@@ -15,7 +15,7 @@ from lissom.optim.base import _apply
 from lissom.optim.lowrank import Projected
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from .cases import CASES, first_of_each_class
+from .cases import CASES, all_slow_but, first_of_each_class
 from .helpers import feed, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -54,7 +54,7 @@ def arithmetic(optimizer, o, slots, p, g, kept, bases, lr, t):
     codec.encode(s, kept, slots, o, t)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", all_slow_but(first_of_each_class(), CASES), ids=lambda c: c.name)
 def test_one_graph_for_any_rate_and_step(case):
     """Two shapes and a vector; equal to eager but for the order of sums."""
     ps = case.parameters([*SHAPES, (3, 4, 5)] if case.option("matricize") == "batch" else SHAPES)

@@ -14,7 +14,7 @@ from lissom.optim import GradNormLoRPAdamW, SwitchLoRAAdamW
 from torch.distributed.tensor import Replicate, Shard
 
 from . import jobs
-from .cases import CASES, first_of_each_class
+from .cases import CASES, all_slow_but, first_of_each_class
 from .helpers import assert_same
 from .pool import RANKS, Pool
 
@@ -75,7 +75,7 @@ def exact(name: str) -> bool:
 # ---- sharded by hand: the same gradients
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES])
+@pytest.mark.parametrize("name", all_slow_but(FEW, [case.name for case in CASES]))
 def test_three_ranks_equal_one(pool, name):
     steps = 20 if name in FEW else 8  # each class for long, its variants over two refreshes
     one = alone(name, steps)
@@ -85,7 +85,7 @@ def test_three_ranks_equal_one(pool, name):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", all_slow_but([case.name for case in CLASSES], FEW))
 def test_any_number_of_ranks_equals_one(pool, name, ranks):
     one = alone(name)
     outs = pool.run(jobs.trained, ranks, name=name)
@@ -111,7 +111,7 @@ def test_stochastic_rounding_does_not_see_shards(pool, name):
     assert flipped <= max(1, 1e-4 * total) * (not exact(name))
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", all_slow_but([case.name for case in CLASSES], FEW))
 @pytest.mark.parametrize("places", [[Replicate(), Shard(0)], [Shard(0), Shard(1)],
                                     [Replicate(), Shard(1)], [Shard(0), Shard(0)]], ids=str)
 def test_two_dimensional_meshes(pool, name, places):
@@ -230,7 +230,7 @@ def straight(pool, tmp_path_factory) -> Any:
     return run
 
 
-@pytest.mark.parametrize("way", ["dcp", "full"])
+@pytest.mark.parametrize("way", all_slow_but(["dcp"], ["dcp", "full"]))
 @pytest.mark.parametrize("name", FEW)
 def test_saved_on_three_ranks_continues_on_two(pool, straight, name, way, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
