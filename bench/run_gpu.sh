@@ -46,7 +46,7 @@ bench() { local name="$1" share="$2" module="$3"; shift 3
 }
 
 if "$python" -c 'import pytest' 2>/dev/null; then
-  files=(tests/test_gpu.py)
+  files=(tests/test_gpu.py tests/test_capture.py)
   # Most of the tests' time is the compiler's: they share it, as does what is timed below.
   share=()
   if [ "$device" = cuda ]; then
