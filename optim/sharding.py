@@ -79,7 +79,9 @@ def local(x: Tensor) -> Tensor:
 
 def whole(x: Tensor) -> Tensor:
     """All of x, gathered if it is sharded; a collective operation."""
-    return _dtensor(x).full_tensor() if is_sharded(x) else x
+    # Of columns that are cut unevenly torch 2.9 returns a view that skips the padding, and codes
+    # must be contiguous.
+    return _dtensor(x).full_tensor().contiguous() if is_sharded(x) else x
 
 
 def keep(x: Tensor, value: Tensor) -> None:
