@@ -11,6 +11,7 @@ import json
 import pkgutil
 import re
 import shlex
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -358,6 +359,26 @@ def lines_of_a_gpu() -> Iterator[str]:
     yield f"peak of {fits['peak_bytes'] / 2**30:.2f} GiB"
 
 
+def lines_of_bits() -> Iterator[str]:
+    file = ROOT / "bench/results/train-tiny-state-cpu.json"
+    rows = {(row["optimizer"], row["state_bits"], row["dtype"]): row
+            for row in json.loads(file.read_text())["rows"]}
+    for name, label in (("adamw", "AdamW"), ("galore", "GaLoreAdamW"), ("fira", "FiraAdamW"),
+                        ("dct-adamw", "DCTAdamW")):
+        plain = rows[name, 32, "fp32"]
+        cells = [f"{statistics.fmean(plain['valid_loss']):.3f}, "
+                 f"{plain['state_bytes'] / 2**20:.2f} MiB"]
+        for row in (rows[name, 8, "fp32"], rows[name, 4, "fp32"], rows[name, 32, "bf16"]):
+            base = row.get("fp32_there", plain["valid_loss"])
+            apart = [a - b for a, b in zip(row["valid_loss"], base, strict=True)]
+            assert abs(row["mean_difference"] - statistics.fmean(apart)) < 1e-4
+            low, high = row["spread"]
+            assert abs(low - min(apart)) + abs(high - max(apart)) < 2e-4
+            size = f", {row['state_bytes'] / 2**20:.2f} MiB" if row["dtype"] == "fp32" else ""
+            cells.append(f"{row['mean_difference']:.3f} ({low:.3f} to {high:.3f}){size}")
+        yield f"| `{label}` | " + " | ".join(cells) + " |"
+
+
 def lines_of_flips() -> Iterator[str]:
     rows = json.loads((ROOT / "bench/results/flips-tiny-cpu.json").read_text())["rows"]
     exact = [row for row in rows if row["reduce"] == "fp32"]
@@ -376,8 +397,8 @@ def lines_of_flips() -> Iterator[str]:
 
 @pytest.mark.parametrize(("page", "lines"), [
     ("distributed.md", lines_of_flips), ("memory.md", lines_of_ranks),
-    ("results.md", lines_of_finetuning), ("results.md", lines_of_projections),
-    ("results.md", lines_of_a_gpu)], ids=name_of)
+    ("results.md", lines_of_bits), ("results.md", lines_of_finetuning),
+    ("results.md", lines_of_projections), ("results.md", lines_of_a_gpu)], ids=name_of)
 def test_tables_are_those_of_the_files(page, lines):
     text = (ROOT / "docs" / page).read_text()
     for line in lines():
