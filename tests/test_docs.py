@@ -371,9 +371,9 @@ def lines_of_bits() -> Iterator[str]:
         for row in (rows[name, 8, "fp32"], rows[name, 4, "fp32"], rows[name, 32, "bf16"]):
             base = row.get("fp32_there", plain["valid_loss"])
             apart = [a - b for a, b in zip(row["valid_loss"], base, strict=True)]
-            assert abs(row["mean_difference"] - statistics.fmean(apart)) < 1e-4
+            assert abs(row["mean_difference"] - statistics.fmean(apart)) < 2e-4  # of four digits
             low, high = row["spread"]
-            assert abs(low - min(apart)) + abs(high - max(apart)) < 2e-4
+            assert abs(low - min(apart)) + abs(high - max(apart)) < 4e-4
             size = f", {row['state_bytes'] / 2**20:.2f} MiB" if row["dtype"] == "fp32" else ""
             cells.append(f"{row['mean_difference']:.3f} ({low:.3f} to {high:.3f}){size}")
         yield f"| `{label}` | " + " | ".join(cells) + " |"
