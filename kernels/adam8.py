@@ -92,7 +92,7 @@ def _numbers(lr: float | Tensor, weight_decay: float, beta1: float, beta2: float
     """
     if isinstance(t, Tensor):
         t = t.double()
-        lr = torch.full_like(t, lr) if isinstance(lr, float) else lr.double()
+        lr = lr.double() if isinstance(lr, Tensor) else torch.full_like(t, float(lr))
         return (1 - beta2**t).sqrt_(), 1 - lr * weight_decay, -lr * (1 / (1 - beta1**t))
     return math.sqrt(1 - beta2**t), 1 - lr * weight_decay, -lr * (1 / (1 - beta1**t))
 

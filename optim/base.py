@@ -37,6 +37,7 @@ from . import codec, metrics, sharding
 from .checks import (
     TORCH_ONLY,
     check_capturable,
+    check_capture,
     check_gradient,
     check_parameter,
     refuse_torch_only,
@@ -180,6 +181,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     remedy: ClassVar[str] = "Give it parameters of 2 or more dimensions."
     #: Who works in the backward pass for it: :mod:`lissom.optim.backward`.
     _backward: InBackward | None = None
+    _rates: Mapping[str, Tensor] = {}
 
     def __init__(self, params: Any, given: Mapping[str, Any]) -> None:
         """Check every option that was given, then add the groups.
@@ -198,8 +200,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"{where}: unexpected option {name!r}={known[name]!r}"
                                 f"{nearest(name, [*table, *_ADAMW_PART])}")
         values = checked(known, table, where)
-        if values.get("capturable") and isinstance(known.get("lr"), Tensor):
-            values["lr"] = known["lr"]  # a graph reads it
+        # Rates that were given as tensors, which CUDA graphs read: of the groups, of AdamW's part.
+        self._rates = {k: v for k, v in given.items() if k in ("lr", "lr_adamw")
+                       and isinstance(v, Tensor)}
         self._adamw = {_ADAMW_PART[k]: table[_ADAMW_PART[k]].check(k, v, where)
                        for k, v in apart.items() if v is not None}
         defaults = {name: option.default for name, option in table.items()}
@@ -348,10 +351,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                              "fp16 weights: what they lack of fp32 has no fixed number of bits "
                              "(use bf16 weights)")
         if full["capturable"]:
-            rate = group.get("lr", self.defaults.get("lr"))
-            if isinstance(rate, Tensor):  # which a graph reads when it is replayed
-                full["lr"] = rate if entering or not plain else rate.to(plain[0].device)
-            check_capturable(full, plain, self.uncapturable, where)
+            rate = group.get("lr", self._rates.get("lr") if entering else None)
+            if isinstance(rate, Tensor):  # schedulers and graphs want one of its own in each group
+                full["lr"] = rate.detach().clone() if entering else rate
+            check_capturable({**full, "param_names": group.get("param_names")}, plain,
+                             self.uncapturable, where)
         self.check_combination({**full, "param_names": group.get("param_names")}, plain,
                                set(own) if entering else set(), where)
         return {**{k: v for k, v in group.items() if k in apart}, **full}
@@ -414,6 +418,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if halves[0]:
             yield {**group, "params": halves[0]}
         if halves[1]:
+            rate = group["lr"] if "lr" not in apart else self._rates.get("lr_adamw")
+            if group["capturable"] and isinstance(rate, Tensor):
+                apart["lr"] = rate.detach().clone()
             yield {**group, **apart, "params": halves[1]}
 
     # ---------------------------------------------------------------- state
@@ -487,7 +494,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._create_state(p, group, name)
             elif last != form:
                 shape = p.shape if last is None else last[0]
-                if shape != p.shape and int(self.state[p]["step"]):
+                if shape != p.shape and _count(self.state[p]):
                     raise ValueError(f"{name!r} has changed its shape from {tuple(shape)} to "
                                      f"{tuple(p.shape)} since its state was made")
                 self.state[p] = self._followed(p, self.state[p], group, name)
@@ -528,7 +535,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 (*state[k].shape, state[k].dtype, state[k].device) == (*x.shape, x.dtype, x.device)
                 for k, x in slots.items()):
             return state
-        if not int(state["step"]):
+        if not _count(state):
             fresh = {k: sharding.new(x, p) for k, x in slots.items()}
             for number in ("index", "key"):
                 fresh[number].copy_(state[number])
@@ -573,6 +580,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 written. ``FloatingPointError``: a NaN or Inf with ``nonfinite="raise"``.
             PartialStepError: a failure after some parameters had moved.
         """
+        check_capture(self.param_groups, f"{type(self).__name__}.step()")
         if self._backward is not None and not self._backward.begin(closure):
             return None
         loss = None
@@ -741,7 +749,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             adamw8(p, g, **fused, lr=o["lr"], weight_decay=o["weight_decay"], t=t,
                    maximize=o["maximize"], stochastic=codec.random_rounding(p, o))
             return
-        keep, lr = 1 - o["lr"] * o["weight_decay"], o["lr"]
+        lr = o["lr"].double() if isinstance(o["lr"], Tensor) else o["lr"]
+        keep = 1 - lr * o["weight_decay"]
         names = [k for k in stored if k.partition(".")[0] in codec.MOMENTS or k == "master"]
         start = 0
         for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
@@ -800,6 +809,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if replaced := overruled(self, groups):
             warnings.warn(f"{type(self).__name__}.load_state_dict: the saved options go on: "
                           f"{replaced}. {REMEDY}.", stacklevel=2)
+        for mine, group in zip(self.param_groups, groups, strict=True):
+            if isinstance(mine["lr"], Tensor):  # which stays the tensor that others hold
+                group["lr"] = mine["lr"].copy_(group["lr"])
         self.__setstate__({"state": self.state, "param_groups": groups})
         self.state.clear()
         self.state.update(states)
@@ -883,6 +895,11 @@ def _numbers(o: dict[str, Any]) -> dict[str, Any]:
     return {**o, **held} if held else o
 
 
+def _count(state: Mapping[str, Tensor]) -> int:
+    """Updates so far; none where nothing has a value yet."""
+    return 0 if state["step"].is_meta else int(state["step"])
+
+
 def _given(p: Tensor) -> Tensor | None:
     return p.grad
 
@@ -892,7 +909,8 @@ def spoilt(work: Sequence[Work]) -> bool:
     work = [w for w in work if w.o["nonfinite"] != "propagate"]
     if not work:
         return False
-    bad = torch.tensor([_nonfinite(sharding.local(w.g)) for w in work], dtype=torch.int64)
+    bad = torch.tensor([_nonfinite(sharding.local(w.g)) for w in work], dtype=torch.int64,
+                       device="cpu")
     bad = sharding.agreed(bad, [w.p for w in work])
     for w, flag in zip(work, bad.tolist(), strict=True):
         if flag and w.o["nonfinite"] == "raise":
@@ -944,6 +962,8 @@ def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any
     lr = o["lr"]
     keep: Tensor | float = 1 - lr * o["weight_decay"] if u.keep is None else u.keep.expand(p.shape)
     if isinstance(lr, Tensor):  # no number is read: lr is in keep and gain, and 1 elsewhere
+        assert u.keep is None
+        assert u.left is None
         kind = torch.float64 if p.dtype == torch.float64 else torch.float32
         keep = (1 - lr.double() * o["weight_decay"]).to(kind).expand(p.shape)
         u = u._replace(gain=(lr.double() * u.gain).to(kind))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .sharding import is_sharded
 
-__all__ = ["TORCH_ONLY", "check_capturable", "check_gradient", "check_parameter",
+__all__ = ["TORCH_ONLY", "check_capturable", "check_capture", "check_gradient", "check_parameter",
            "refuse_torch_only"]
 
 #: Options of torch.optim.AdamW about how it runs, which change no result.
@@ -68,7 +68,7 @@ def check_capturable(o: Mapping[str, Any], params: list[Tensor], able: str | Non
     """What a step in a CUDA graph needs: nothing of it is decided or counted on the host.
 
     Args:
-        o: all options of a group with ``capturable=True``.
+        o: all options of a group with ``capturable=True``, and its ``param_names`` or None.
         params: its parameters.
         able: why the class cannot, or None.
         where: beginning of a message.
@@ -76,17 +76,42 @@ def check_capturable(o: Mapping[str, Any], params: list[Tensor], able: str | Non
     Raises:
         ValueError: what the group has that a graph would freeze.
     """
+    names = o["param_names"] or [f"parameter {i}" for i in range(len(params))]
+    sharded = [name for name, p in zip(names, params, strict=False) if is_sharded(p)]
     reason = able
     if reason is None and o["nonfinite"] != "propagate":
         reason = f"nonfinite={o['nonfinite']!r} looks at the gradients on the host"
-    if reason is None and any(is_sharded(p) for p in params):
-        reason = "a parameter is sharded, and what its ranks exchange is decided on the host"
+    if reason is None and sharded:
+        reason = f"{sharded[0]} is sharded, and what its ranks exchange is decided on the host"
     if reason is not None:
         raise ValueError(f"{where}: capturable=True, but it must be False: {reason}; capture "
                          "forward and backward, and call step() outside the graph")
     lr = o["lr"]
-    if isinstance(lr, Tensor) and not (
-            lr.shape == () and lr.dtype in (torch.float32, torch.float64)
-            and all(p.device == lr.device for p in params)):
-        raise ValueError(f"{where}: lr={lr!r}, but as a tensor it must be 0-d, fp32 or float64 and "
-                         "on the device of the parameters")
+    if not isinstance(lr, Tensor):
+        return
+    elsewhere = [f"{name} on {p.device}" for name, p in zip(names, params, strict=False)
+                 if p.device != lr.device]
+    if lr.shape != () or lr.dtype not in (torch.float32, torch.float64) or elsewhere:
+        beside = f", beside {elsewhere[0]}" if elsewhere else ""
+        raise ValueError(f"{where}: lr is a tensor of shape {tuple(lr.shape)}, {lr.dtype}, on "
+                         f"{lr.device}{beside}, but it must be 0-d, fp32 or float64 and on the "
+                         "device of the parameters")
+
+
+def check_capture(groups: list[dict[str, Any]], where: str) -> None:
+    """Refuse to be recorded in a CUDA graph that would freeze what changes from step to step.
+
+    Args:
+        groups: of the optimizer.
+        where: beginning of a message.
+
+    Raises:
+        RuntimeError: a group without ``capturable=True`` in a graph.
+    """
+    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        return
+    for i, group in enumerate(groups):
+        if group["params"] and not group["capturable"]:
+            raise RuntimeError(f"{where}: group {i} has capturable=False, but it must be True in "
+                               "a CUDA graph, which would freeze the rate, the count of steps and "
+                               "the random bits")

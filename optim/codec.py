@@ -407,7 +407,7 @@ def _split_weight(p: Tensor, x: Tensor, master: Tensor, random: Tensor | None) -
     Source: the split of master weights as in FlashOptim (databricks/flashoptim).
     """
     # above it the nearest bf16 number, or what 8 bits round to, would be infinite
-    top = torch.tensor(0x7F7F7E00, dtype=torch.int32, device=x.device).view(torch.float32)
+    top = torch.full((), 0x7F7F7E00, dtype=torch.int32, device=x.device).view(torch.float32)
     bits = torch.where(x.isfinite(), torch.minimum(torch.maximum(x, -top), top), x
                        ).contiguous().view(torch.int32)
     eight = master.dtype == torch.int8

@@ -37,10 +37,11 @@ _PIECE = 1 << 17
 @functools.lru_cache(maxsize=64)
 def rows(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Q^T for one kind, n x n: row k is the k-th basis vector. Cached; not to be written to."""
-    i = torch.arange(n, dtype=torch.int64)
+    i = torch.arange(n, dtype=torch.int64, device="cpu")
     # The phase pi i (2 j + 1) / (2 n), reduced in integers: no accuracy is lost at large n.
     phase = torch.outer(i, 2 * i + 1) % (4 * n)
-    d = torch.cos(torch.arange(4 * n, dtype=torch.float64) * (math.pi / (2 * n)))[phase]
+    steps = torch.arange(4 * n, dtype=torch.float64, device="cpu")
+    d = torch.cos(steps * (math.pi / (2 * n)))[phase]
     d *= math.sqrt(2 / n)
     d[0] *= math.sqrt(0.5)
     return (d if kind == 2 else d.mT).to(device=device, dtype=dtype).contiguous()
@@ -62,8 +63,9 @@ def columns(index: Tensor, n: int, kind: int, like: Tensor) -> Tensor:
 def _twiddles(n: int, kind: int, dtype: torch.dtype, device: torch.device
               ) -> tuple[Tensor, Tensor]:
     """Order in which the algorithm reads its input, and its complex factors (Makhoul)."""
-    k = torch.arange(n // 2 + 1, dtype=torch.float64)
-    order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
+    k = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu")
+    index = torch.arange(n, device="cpu")
+    order = torch.cat([index[::2], index[1::2].flip(0)])
     scale = torch.full_like(k, math.sqrt(2 / n))
     scale[0] = math.sqrt(1 / n)
     phase = math.pi * k / (2 * n)
@@ -76,7 +78,7 @@ def _twiddles(n: int, kind: int, dtype: torch.dtype, device: torch.device
 @functools.lru_cache(maxsize=64)
 def _packing(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where coefficient k stands in what the FFT left, and the sign that it has there."""
-    k = torch.arange(n)
+    k = torch.arange(n, device="cpu")
     if kind == 3:
         order, _ = _twiddles(n, kind, dtype, torch.device("cpu"))
         return order.argsort().to(device), torch.ones(n, dtype=dtype, device=device)

@@ -50,12 +50,15 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
     states: dict[Tensor, dict[str, Tensor]] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
         at = f"{where}, group {i}"
-        # A rate that is captured is a tensor, which stays the saved one's.
-        options = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()
-                   if k != "params"}
+        options = {k: v for k, v in group.items() if k != "params"}
         ours = "format" in options
-        if not ours:
-            options.pop("capturable", None)  # what it asks for here torch does not say
+        # How a step runs is this optimizer's to say, not what it computes: a rate is read where
+        # this one has it, in a tensor or not.
+        options.pop("capturable", None)
+        if isinstance(mine["lr"], Tensor) and isinstance(options.get("lr"), (int, float, Tensor)):
+            options["lr"] = torch.full_like(mine["lr"], float(options["lr"]))
+        elif isinstance(options.get("lr"), Tensor) and options["lr"].numel() == 1:
+            options["lr"] = options["lr"].item()
         if not ours and "nonfinite" in options:
             raise ValueError(f"{at}: has options of lissom's but no format")
         merged = optimizer.checked_group({**mine, **options, "params": mine["params"]}, at,
@@ -84,7 +87,7 @@ def agreed_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
     failure, loaded = None, None
     try:
         loaded = checked_load(optimizer, state_dict)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the others wait to hear of it
         failure = error
     refused = torch.tensor([int(failure is not None)], dtype=torch.int64, device="cpu")
     refused = sharding.agreed(refused, [p for g in optimizer.param_groups for p in g["params"]])
@@ -194,7 +197,7 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
     for name, slot in slots.items():
         value = entry[name]
         if slot.shape == () and isinstance(value, (int, float)):
-            value = torch.tensor(value, dtype=slot.dtype)
+            value = torch.tensor(value, dtype=slot.dtype, device="cpu")
         if not isinstance(value, Tensor) or tuple(value.shape) != tuple(slot.shape):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{at}: {name} saved as {got}, expected {tuple(slot.shape)} "

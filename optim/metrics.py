@@ -81,7 +81,7 @@ def metrics_of(optimizer: MatrixOptimizer) -> list[dict[str, Tensor]]:
                    for name in ("update_ratio", "energy", "limiter")}
         columns["last_refresh"] = _column(s.get("basis_step") for s in states)
         row = {name: x for name, x in columns.items() if x is not None}
-        row["skipped_steps"] = torch.tensor(group["skipped_steps"])
+        row["skipped_steps"] = torch.tensor(group["skipped_steps"], device="cpu")
         out.append(row)
     return out
 

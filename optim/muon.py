@@ -147,7 +147,7 @@ class Muon(MatrixOptimizer):
         scale = ADJUST_LR[o["adjust_lr_fn"] or "original"]
         if len(parts) == 1:
             return Update(dense=factors[0], gain=scale(*codec.whole_shape(g, s)[-2:]))
-        gains = [scale(*x.shape[-2:]) for x in parts]
-        rows = [by for by, x in zip(gains, parts, strict=True) for _ in range(x.shape[-2])]
-        gain = torch.tensor(rows, dtype=codec.wide(g[:0]).dtype, device=g.device).unsqueeze(-1)
+        kind = codec.wide(g[:0]).dtype
+        gain = torch.cat([torch.full((x.shape[-2], 1), scale(*x.shape[-2:]), dtype=kind,
+                                     device=g.device) for x in parts])
         return Update(dense=torch.cat(factors, -2), gain=gain)

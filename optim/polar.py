@@ -57,6 +57,10 @@ _FLOATS = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "
            torch.float16: "float16"}
 
 
+# Of numbers of the host, whatever torch's defaults are.
+_HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+
+
 @dataclass(frozen=True)
 class Oracle:
     """Which polar factor: hashable, so that equal requests are answered together.
@@ -331,10 +335,10 @@ def _best_quintic(low: float, high: float) -> Triple:
     inner, outer = (3 * low + high) / 4, (low + 3 * high) / 4
     error = math.inf
     while True:
-        points = torch.tensor([low, inner, outer, high], dtype=torch.float64)
-        rows = torch.stack([points, points**3, points**5,
-                            torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)], -1)
-        a, b, c, new = torch.linalg.solve(rows, torch.ones(4, dtype=torch.float64)).tolist()
+        points = torch.tensor([low, inner, outer, high], **_HOST)
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0], **_HOST)
+        rows = torch.stack([points, points**3, points**5, signs], -1)
+        a, b, c, new = torch.linalg.solve(rows, torch.ones_like(points)).tolist()
         # where the derivative a + 3 b x^2 + 5 c x^4 vanishes
         square = 9 * b * b - 20 * a * c
         if square < 0:  # so narrow an interval that the system is rounding

@@ -197,7 +197,7 @@ def agreed(flags: Tensor, params: Sequence[Tensor]) -> Tensor:
             group = mesh.get_group(i)
             if group not in done:
                 done.add(group)
-                there = flags.to(local(p).device)
+                there = flags.to(mesh.device_type)  # parameters may be elsewhere, offloaded
                 torch.distributed.all_reduce(there, torch.distributed.ReduceOp.MAX, group=group)
                 flags = there.to(flags.device)
     return flags

@@ -34,6 +34,7 @@ CHOICES = {
     "4 bits": (AdamW, {"state_bits": 4}),
     "split": (AdamW, {"master_bits": 8}),
     "muon": (Muon, {"polar_dtype": "float32"}),
+    "muon, fused matrices": (Muon, {"split_sizes": (3, 9), "polar_dtype": "float32"}),
     "muon, 16 bits": (Muon, {"state_bits": 16, "matricize": "batch", "polar_dtype": "float32"}),
     "polargrad": (PolarGrad, {"polar": "polar-express", "polar_steps": 5, "lr_adamw": None,
                               "polar_dtype": "float32"}),
@@ -55,6 +56,8 @@ class Graph(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             assert args[0].data_ptr() in self.host, "a number of the device is read"
+        # torch.tensor(number, device=...): a copy from the host, which CUDA refuses to record
+        assert func is not torch.ops.aten.lift_fresh.default
         out = func(*args, **(kwargs or {}))
         if func.namespace in ("aten", "lissom"):  # not the profiler's marks
             self.calls.append((func, args, kwargs or {}, out))
@@ -86,6 +89,11 @@ def _as_on_a_gpu(monkeypatch):
     monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
 
 
+def shapes_of(options):
+    """With a split of rows all matrices have as many."""
+    return [(12, 70), (12, 5), (9,)] if "split_sizes" in options else SHAPES
+
+
 def rates(optimizer, lr):
     """AdamW's part of Muon has a rate of its own, which stays."""
     for group in optimizer.param_groups:
@@ -100,7 +108,7 @@ def rates(optimizer, lr):
 def test_replayed_steps_are_steps(choice, dtype):
     """With other gradients, rates, counts and random bits than those that were recorded."""
     make, options = CHOICES[choice]
-    ps, twins = parameters(SHAPES, dtype=dtype), parameters(SHAPES, dtype=dtype)
+    ps, twins = (parameters(shapes_of(options), dtype=dtype) for _ in range(2))
     captured = make(ps, lr=torch.tensor(1e-2), capturable=True, **options)
     plain = make(twins, lr=1e-2, **options)
     for params, optimizer in ((ps, captured), (twins, plain)):
@@ -162,35 +170,86 @@ def test_saved_and_resumed():
     saved = copy.deepcopy(optimizer.state_dict())
     twins = [torch.nn.Parameter(p.detach().clone()) for p in ps]
     again = AdamW(twins, lr=torch.tensor(0.5), capturable=True)
+    held = again.param_groups[0]["lr"]
     again.load_state_dict(saved)
     rate = again.param_groups[0]["lr"]
     assert rate == torch.tensor(1e-2)
     assert rate is not saved["param_groups"][0]["lr"]
+    assert rate is held  # a graph, or whoever else has it, goes on with it
     for params, one in ((ps, optimizer), (twins, again)):
         feed(params, 1)
         one.step()
     assert_same(ps, twins)
-    # back to the host, and from it
-    plain = AdamW(twins, lr=1e-2)
-    plain.load_state_dict({**again.state_dict(), "param_groups": [
-        {**g, "capturable": False} for g in again.state_dict()["param_groups"]]})
-    for params, one in ((ps, optimizer), (twins, plain)):
-        feed(params, 2)
-        one.step()
-    torch.testing.assert_close(ps[0], twins[0], rtol=1e-6, atol=1e-7)
+    # back to the host, and from it: how a step runs is the optimizer's own
+    plain = AdamW(twins, lr=0.7)
+    plain.load_state_dict(again.state_dict())
     assert plain.param_groups[0]["lr"] == pytest.approx(1e-2)
+    assert plain.param_groups[0]["capturable"] is False
+    third = AdamW(twins, lr=torch.tensor(0.5), capturable=True)
+    third.load_state_dict(plain.state_dict())
+    assert third.param_groups[0]["lr"] == torch.tensor(1e-2)
+    weights = [p.detach().clone() for p in twins]
+    for one in (plain, third):
+        for p, w in zip(twins, weights, strict=True):
+            p.data.copy_(w)
+        feed(ps, 2)
+        feed(twins, 2)
+        one.step()
+        if one is plain:
+            optimizer.step()
+        assert int(one.state[twins[0]]["step"]) == 3
+        torch.testing.assert_close(ps[0], twins[0], rtol=1e-6, atol=1e-7)
 
 
-def test_schedulers_move_the_tensor():
-    ps = parameters([(6, 5)])
-    rate = torch.tensor(1e-2)
-    optimizer = AdamW(ps, lr=rate, capturable=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (1 + k))
+def test_schedulers_move_the_tensors():
+    """Each group has one of its own, which stays the same."""
+    ps = parameters([(6, 5), (5, 6), (4,)])
+    groups = [{"params": [ps[0]]}, {"params": [ps[1]]}]
+    optimizer = AdamW(groups, lr=torch.tensor(1e-2), capturable=True)
+    held = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, [lambda k: 1 / (1 + k), lambda k: 1 / (1 + 3 * k)])
     feed(ps, 0)
     optimizer.step()
     schedule.step()
-    assert optimizer.param_groups[0]["lr"] is rate
-    assert float(rate) == pytest.approx(5e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == held
+    assert [float(x) for x in held] == pytest.approx([5e-3, 2.5e-3])
+    optimizer.add_param_group({"params": [ps[2]]})
+    assert float(optimizer.param_groups[2]["lr"]) == pytest.approx(1e-2)
+
+
+def test_rates_of_groups_and_of_the_other_part():
+    ps = parameters([(6, 5), (4,)])
+    muon = Muon(ps, lr=torch.tensor(1e-2), lr_adamw=torch.tensor(3e-3), capturable=True)
+    assert [group["lr"] for group in muon.param_groups] == [torch.tensor(1e-2), torch.tensor(3e-3)]
+    muon = Muon(ps, lr=torch.tensor(1e-2), lr_adamw=None, weight_decay_adamw=0.0, capturable=True)
+    first, second = (group["lr"] for group in muon.param_groups)
+    assert torch.is_tensor(first)
+    assert torch.equal(first, second)
+    assert first is not second
+    optimizer = AdamW([{"params": [ps[0]], "capturable": True}, {"params": [ps[1]]}],
+                      lr=torch.tensor(1e-2))
+    assert torch.is_tensor(optimizer.param_groups[0]["lr"])
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(1e-2)
+    feed(ps, 0)
+    optimizer.param_groups[0]["lr"] = 0  # an int, as people write it
+    before = ps[0].detach().clone()
+    optimizer.step()
+    assert torch.equal(before, ps[0])
+
+
+def test_a_graph_without_capturable_is_refused(monkeypatch):
+    ps = parameters([(6, 5), (4,)])
+    optimizer = AdamW([{"params": [ps[0]], "capturable": True}, {"params": [ps[1]]}])
+    feed(ps, 0)
+    before = [p.detach().clone() for p in ps]
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with pytest.raises(RuntimeError, match="group 1 has capturable=False, but it must be True"):
+        optimizer.step()
+    assert_same(before, [p.detach() for p in ps])
+    optimizer.param_groups[1]["capturable"] = True
+    optimizer.step()
 
 
 @pytest.mark.parametrize(("make", "options", "message"), [
@@ -199,8 +258,8 @@ def test_schedulers_move_the_tensor():
     (AdamW, {"nonfinite": "skip"}, "nonfinite='skip' looks at the gradients"),
     (Muon, {"polar": "svd"}, "polar='svd', but it must be one of 'newton-schulz'"),
     (PolarGrad, {}, "polar='qdwh', but it must be one of"),
-    (AdamW, {"lr": torch.tensor([1e-2])}, "as a tensor it must be 0-d"),
-    (AdamW, {"lr": torch.tensor(1e-2, dtype=torch.bfloat16)}, "fp32 or float64"),
+    (AdamW, {"lr": torch.tensor([1e-2])}, r"lr is a tensor of shape \(1,\).* must be 0-d"),
+    (AdamW, {"lr": torch.tensor(1e-2, dtype=torch.bfloat16)}, r"bfloat16, on cpu, but it must be"),
 ])
 def test_refusals(make, options, message):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
@@ -270,11 +329,12 @@ def test_lift_and_rounding_read_the_count(backend):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_cuda_graph_of_steps(choice):
     make, options = CHOICES[choice]
-    ps, twins = ([torch.nn.Parameter(p.detach().cuda().bfloat16()) for p in parameters(SHAPES)]
+    shapes = shapes_of(options)
+    ps, twins = ([torch.nn.Parameter(p.detach().cuda().bfloat16()) for p in parameters(shapes)]
                  for _ in range(2))
     captured = make(ps, lr=torch.tensor(1e-2, device="cuda"), capturable=True, **options)
     plain = make(twins, lr=1e-2, **options)
-    grads = [[g.cuda().bfloat16() for g in tensors(SHAPES, i)] for i in range(6)]
+    grads = [[g.cuda().bfloat16() for g in tensors(shapes, i)] for i in range(6)]
     for params in (ps, twins):
         for p, g in zip(params, grads[0], strict=True):
             p.grad = g.clone()
