@@ -321,6 +321,21 @@ def lines_of_finetuning() -> Iterator[str]:
             f"{100 * row['accuracy']:.1f} %, {row['state_bytes'] / 1e6:.2f} MB" for row in rows)
 
 
+def lines_of_finetuning_in_8_bits() -> Iterator[str]:
+    for method, label in (("adamw", "`AdamW`, all weights, 32 bits | "),
+                          ("gradnormlorp", "`GradNormLoRPAdamW`, plain weights | 48"),
+                          ("gradnormlorp-factors", "`GradNormLoRPAdamW`, factors | 60")):
+        rows = [row for row in rows_of("finetune-sst2-8bit") if row["method"] == method]
+        assert [row["seed"] for row in rows] == [0, 1, 2]
+        hits = [100 * row["accuracy"] for row in rows]
+        size = f"{rows[0]['state_bytes'] / 1e6:.2f}"
+        if method == "adamw":  # two moments of two bytes
+            size += f"; {4 * rows[0]['trainable'] / 1e6:.2f} in bf16"
+        rate = f"{rows[0]['lr']:.0e}".replace("e-0", "e-")
+        yield (f"| {label} | {rate} | {statistics.fmean(hits):.1f} % "
+               f"({min(hits):.1f} to {max(hits):.1f}) | {size} |").replace("|  |", "| |")
+
+
 def lines_of_projections() -> Iterator[str]:
     for name, label, digits in (
             ("subspace", "`subspace` (default)", 4), ("randomized", "`randomized`", 4),
@@ -398,6 +413,7 @@ def lines_of_flips() -> Iterator[str]:
 @pytest.mark.parametrize(("page", "lines"), [
     ("distributed.md", lines_of_flips), ("memory.md", lines_of_ranks),
     ("results.md", lines_of_bits), ("results.md", lines_of_finetuning),
+    ("results.md", lines_of_finetuning_in_8_bits),
     ("results.md", lines_of_projections), ("results.md", lines_of_a_gpu)], ids=name_of)
 def test_tables_are_those_of_the_files(page, lines):
     text = (ROOT / "docs" / page).read_text()
