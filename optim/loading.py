@@ -54,7 +54,8 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
         ours = "format" in options
         # How a step runs is this optimizer's to say, not what it computes: a rate is read where
         # this one has it, in a tensor or not.
-        options.pop("capturable", None)
+        saved_so = options.pop("capturable", False)
+        optimizer.table()["capturable"].check("capturable", saved_so, at)
         if isinstance(mine["lr"], Tensor) and isinstance(options.get("lr"), (int, float, Tensor)):
             options["lr"] = torch.full_like(mine["lr"], float(options["lr"]))
         elif isinstance(options.get("lr"), Tensor) and options["lr"].numel() == 1:
