@@ -34,13 +34,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
 
+from ..optim.sharding import whole
 from . import names, text
 from .llama import Llama
 from .shapes import LLAMA, PAPER_RANK
 
 __all__ = ["main", "units_apart"]
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WHOLE = StateDictOptions(full_state_dict=True)
 
 
@@ -63,7 +64,7 @@ def _worker(rank: int, args: argparse.Namespace, count: int, name: str, folder: 
                             world_size=count)
     r, lr = args.rank or PAPER_RANK[args.size], names.OPTIMIZERS[name].lr
     models, optimizers = [], []
-    kind = getattr(torch, _DTYPES[args.reduce])
+    kind = _DTYPES[args.reduce]
     for sharded in (True, False)[:1 + (rank == 0)]:
         model = Llama(replace(LLAMA[args.size], vocabulary=256))
         model.initialize(torch.Generator().manual_seed(0))
@@ -93,14 +94,15 @@ def _worker(rank: int, args: argparse.Namespace, count: int, name: str, folder: 
             for p, total in zip(models[1].parameters(), sums, strict=True):
                 p.grad = (total / count).to(p.dtype)
         _backward(models[0], x.chunk(count)[rank], y.chunk(count)[rank])
-        grads = [p.grad.full_tensor() for p in models[0].parameters()]  # type: ignore[union-attr]
+        grads = [whole(p.grad) for p in models[0].parameters() if p.grad is not None]
         for optimizer in optimizers:
             optimizer.step()
-        all_ = [p.full_tensor() for p in models[0].parameters()]  # type: ignore[attr-defined]
+        all_ = [whole(p.detach()) for p in models[0].parameters()]
         if rank == 0:
             ones = list(models[1].parameters())
             apart = [units_apart(a, b.detach()) for a, b in zip(all_, ones, strict=True)]
-            other = [a != b.grad for a, b in zip(grads, ones, strict=True)]
+            mine = [p.grad for p in ones if p.grad is not None]
+            other = [torch.ne(a, b) for a, b in zip(grads, mine, strict=True)]
             rows.append({"step": step, "elements": sum(x.numel() for x in apart),
                          "flipped": sum(int((x > 0).sum()) for x in apart),
                          "beyond_one": sum(int((x > 1).sum()) for x in apart),

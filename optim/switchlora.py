@@ -296,7 +296,7 @@ def _draw_pool(s: dict[str, Tensor], o: Mapping[str, Any], bound: float) -> None
 
 
 def chosen(s: Mapping[str, Tensor], partner: Mapping[str, Tensor], o: Mapping[str, Any]
-            ) -> tuple[Tensor, Tensor]:
+           ) -> tuple[Tensor, Tensor]:
     """Which vectors of a factor are switched at this step, and the candidates they go to.
 
     From the pointer on, round-robin, up to the first that is frozen or whose counterpart is.
