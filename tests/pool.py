@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import tempfile
 import traceback
@@ -23,6 +24,10 @@ class Pool:
     """Runs ``job(mesh, **given)`` on each rank of a mesh and gathers what it returns."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.closed = False
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
@@ -44,6 +49,8 @@ class Pool:
             ranks: shape of the mesh: 1 to 4, or (2, 2).
             given: more arguments.
         """
+        if self.closed:  # a rank died or hung in an earlier job, whose test has failed
+            self.start()
         count = ranks if isinstance(ranks, int) else ranks[0] * ranks[1]
         pipes = self.pipes[:count]
         for pipe in pipes:
@@ -73,12 +80,14 @@ class Pool:
         return results
 
     def close(self) -> None:
+        self.closed = True
         for worker in self.workers:
             worker.kill()
         self.folder.cleanup()
 
 
 def _work(rank: int, folder: str, pipe: Connection) -> None:
+    faulthandler.enable()  # says where a process was that aborts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
