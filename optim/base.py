@@ -97,8 +97,9 @@ _DENSE = 1 << 31
 # Elements in one block of an element-wise update: temporaries stay this small, and in a CPU's
 # cache. A GPU is not busy with fewer than some millions.
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
-# Elements of all parameters whose updates wait together, or as many as the largest has: batches
-# are worth a fifth of Muon's step on LLaMA-60M, and their temporaries stay below 150 MiB.
+# Elements of all parameters whose updates wait together, or as many as the largest of them has:
+# batches are worth a fifth of Muon's step on LLaMA-60M, and their temporaries stay below 150 MiB.
+# Of sharded ones a rank's rows count, so that there is work for every rank at once.
 _WINDOW = 1 << 22
 
 
@@ -648,9 +649,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return
         window: list[Work] = []
         sizes = [sharding.share(item.p, self._rows(item.p, item.o)) for item in work]
-        held, most = 0, max([_WINDOW, *sizes])
-        for item, size in zip(work, sizes, strict=True):
-            if self._reason(item.p, item.o) is not None:
+        dense = [self._reason(item.p, item.o) is not None for item in work]
+        held, most = 0, max([_WINDOW, *(item.p.numel() for item, apart in zip(
+            work, dense, strict=True) if not apart)])
+        for item, size, apart in zip(work, sizes, dense, strict=True):
+            if apart:
                 yield [item]
                 continue
             if window and held + size > most:
