@@ -32,7 +32,8 @@ from ..optim import (
     lora,
     param_groups,
 )
-from ..optim.base import COMMON, MatrixOptimizer
+from ..optim.base import MatrixOptimizer
+from ..optim.common import COMMON
 from ..optim.options import Option
 from ..optim.reparam import adapters
 from ..optim.sharding import local

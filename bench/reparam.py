@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..optim import SwitchLoRAAdamW, codec, switchlora
-from ..optim.base import Update
+from ..optim.apply import Update
 from ..optim.codec import State
 from . import curves, names, text, train
 from .shapes import LLAMA

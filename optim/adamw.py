@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
-from .base import CommonOptions, MatrixOptimizer
+from .base import MatrixOptimizer
+from .common import CommonOptions
 from .options import Option, choice
 
 __all__ = ["AdamW", "AdamW8bit"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import project
-from .base import MatrixOptimizer, Update
+from .apply import Update
+from .base import MatrixOptimizer
 from .codec import Slot
 from .lowrank import LowRankOptimizer, LowRankOptions, Projected
 from .norms import ALONG, norms

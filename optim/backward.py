@@ -1,217 +1,31 @@
 """Work in the backward pass, so that gradients never pile up.
 
 :func:`project_in_backward` projects each gradient as soon as it is ready; the step works from the
-projections. :func:`update_in_backward` applies the whole update there. Both hang one hook on each
-parameter, which autograd calls when the gradient is complete: once for a shared weight.
+projections. :func:`update_in_backward` applies the whole update there.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from . import codec, sharding
-from .base import MatrixOptimizer, Update, Work, negated, spoilt
+from .apply import Update, negated
+from .base import MatrixOptimizer, Work, spoilt
 from .checks import check_gradient
 from .codec import Slot, State
+from .hooks import InBackward, checked_optimizer, clip, forget_scaler, norm_limit
 from .lowrank import LowRankOptimizer, Projected
 from .project import Bases
 
-__all__ = ["InBackward", "ProjectInBackward", "UpdateInBackward", "project_in_backward",
-           "update_in_backward"]
-
-Self = TypeVar("Self", bound="InBackward")
+__all__ = ["ProjectInBackward", "UpdateInBackward", "project_in_backward", "update_in_backward"]
 
 # Of what a refresh writes: not read before the step that counts it, if there was no basis yet.
 _BASES = ("basis_left", "basis_right", "columns_")
-
-
-class InBackward:
-    """Handle of what works in the backward pass of one optimizer; also a context manager."""
-
-    #: The function that makes it, for messages.
-    name = ""
-
-    def __init__(self, optimizer: MatrixOptimizer) -> None:
-        self.optimizer = optimizer
-        self._hooks: dict[Tensor, RemovableHandle] = {}
-        self._places: dict[Tensor, tuple[str, dict[str, Any]]] = {}
-        # The list of groups that _places is of, and its length: loading makes a new one.
-        self._groups: tuple[Any, int] = (None, 0)
-
-    def attach(self: Self) -> Self:
-        """Check all parameters, then hang the hooks."""
-        optimizer = self.optimizer
-        if optimizer._backward is not None:
-            raise RuntimeError(f"{self.name}: this optimizer already has {optimizer._backward.name}"
-                               "; call .remove() of that handle first")
-        for name, p, o in optimizer._named():
-            self._check_setting(name, p, o)
-            self.check(name, p, o)
-        optimizer._backward = self
-        try:
-            self._changed()
-        except BaseException:
-            self.remove()
-            raise
-        # GradScaler then calls step() in any case, and tells it.
-        setattr(optimizer, "_step_supports_amp_scaling", True)  # noqa: B010
-        return self
-
-    def remove(self) -> None:
-        """Restore the ordinary behaviour; gradients that wait in buffers are dropped."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
-        if self.optimizer._backward is self:
-            self.clear()
-            self.optimizer._backward = None
-            self.optimizer.__dict__.pop("_step_supports_amp_scaling", None)
-            self._changed()
-
-    def __enter__(self: Self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.remove()
-
-    def _changed(self) -> None:
-        """The slots of every parameter may be others now."""
-        self.optimizer._forms.clear()
-        self.optimizer._sync_state()
-
-    # ---------------------------------------------------------------- hooks
-
-    def follow(self) -> None:
-        """Hang hooks on new parameters and take them from those that are gone."""
-        present = {p for _, p, _ in self.optimizer._named()}
-        for p in self._hooks.keys() - present:
-            self._hooks.pop(p).remove()
-        self._groups = (None, 0)
-        for name, p, o in self.optimizer._named():
-            self._check_setting(name, p, o)
-            self.check(name, p, o)
-            if p.requires_grad and p not in self._hooks:
-                self._hooks[p] = p.register_post_accumulate_grad_hook(
-                    functools.partial(_fire, weakref.ref(self)))
-
-    def knows(self, p: Tensor) -> bool:
-        """Whether p is a parameter of the optimizer now: others may have been put in its place."""
-        groups = self.optimizer.param_groups
-        if self._groups[0] is not groups or self._groups[1] != len(groups) or (
-                p not in self._places):
-            self._places = {p: (name, o) for name, p, o in self.optimizer._named()}
-            self._groups = (groups, len(groups))
-        return p in self._places
-
-    def place(self, p: Tensor) -> tuple[str, dict[str, Any]]:
-        """Name and options of a parameter, its state in step with them."""
-        assert self.knows(p)
-        name, o = self._places[p]
-        optimizer = self.optimizer
-        if optimizer._forms.get(p) != optimizer._form(p, optimizer._structure(o)):
-            optimizer._sync_state()
-        return name, o
-
-    def _check_setting(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
-        """Refuse CUDA graphs, and gradients that are not yet the mean over ranks in the hook."""
-        if o["capturable"]:
-            raise ValueError(f"{self.name}: {name!r} has capturable=True, but it must be False: "
-                             "hooks count micro-batches on the host")
-        dist = torch.distributed
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several and not sharding.is_sharded(p):
-            raise ValueError(
-                f"{self.name}: {name!r} is no DTensor, but there are {dist.get_world_size()} "
-                "processes: DDP averages gradients only after the hook has seen them; use FSDP2, "
-                "or lissom.optim.ddp.projected_allreduce(optimizer, model)")
-
-    def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
-        """Refuse a parameter with which this cannot work; raises ValueError."""
-
-    def ready(self, p: Tensor) -> None:
-        """The gradient of p is complete."""
-
-    # ---------------------------------------------------------------- what the optimizer asks
-
-    def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        """State beside the rule's own."""
-        return {}
-
-    def gradient(self, p: Tensor) -> Tensor | None:
-        """What a step finds of p's gradient, if it has one."""
-        return p.grad
-
-    def begin(self, closure: Any) -> bool:
-        """Whether the step is to be taken; raises RuntimeError where it cannot."""
-        if closure is not None:
-            raise RuntimeError(f"{self.name}: step() got a closure, but it must be None: a closure "
-                               "may run several backward passes, and each would count; run "
-                               "backward before step(), or .remove() the handle")
-        return True
-
-    def before(self, work: Sequence[Work]) -> None:
-        """After the checks of a step, before its first write; without work it is skipped."""
-
-    def lifted(self, p: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update | None:
-        """The update of p if it is not to be made from p.grad."""
-        return None
-
-    def consumed(self, p: Tensor) -> None:
-        """P has been updated."""
-
-    def end(self) -> None:
-        """The step is over."""
-
-    def clear(self) -> None:
-        """Forget gradients."""
-
-    def check_saved(self) -> None:
-        """Raise RuntimeError if the state does not tell all."""
-
-    def loaded(self) -> None:
-        """Another state is there now."""
-
-
-def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
-    """What autograd calls; nothing where the optimizer is gone or has p no more."""
-    found = handle()
-    if found is not None and p.grad is not None and found.knows(p):
-        with torch.no_grad():
-            found.ready(p)
-
-
-def _optimizer(optimizer: Any, where: str) -> MatrixOptimizer:
-    if not isinstance(optimizer, MatrixOptimizer):
-        raise TypeError(f"{where}: optimizer is a {type(optimizer).__name__}, but it must be one "
-                        "of lissom.optim")
-    return optimizer
-
-
-def norm_limit(value: Any, name: str, where: str) -> float:
-    """A norm to clip to."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{where}: {name}={value!r}, but it must be a number > 0")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{where}: {name}={value!r}, but it must be finite and > 0")
-    return float(value)
-
-
-def _clip(tensors: Sequence[Tensor], norm: Tensor, limit: float) -> None:
-    """Multiply by min(1, limit / (norm + 1e-6)) in place, as torch's clipping does."""
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for x in tensors:
-        x.mul_(factor.to(x.device))
 
 
 # -------------------------------------------------------------------- projected gradients
@@ -396,7 +210,7 @@ class ProjectInBackward(InBackward):
             if g is not None:
                 parts.append(self._norms.get(p, g))
         norm = torch.nn.utils.get_total_norm(parts)
-        _clip([*buffers, *dense], norm, limit)
+        clip([*buffers, *dense], norm, limit)
         return norm
 
     @torch.no_grad()
@@ -423,7 +237,7 @@ class ProjectInBackward(InBackward):
         if not called:
             return True
         if scaler is None:
-            _forget_scaler(optimizer)
+            forget_scaler(optimizer)
             raise RuntimeError(f"{self.name}: a GradScaler takes this step, but it cannot reach "
                                "the buffers; give project_in_backward(..., grad_scaler=scaler)")
         if optimizer.__dict__["grad_scale"] is not None:  # unscale_() was not called
@@ -493,12 +307,6 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
     return bool(torch.stack(found).all())
 
 
-def _forget_scaler(optimizer: MatrixOptimizer) -> None:
-    """Take from an optimizer what GradScaler left, which it does itself unless step() raises."""
-    for name in ("grad_scale", "found_inf"):
-        optimizer.__dict__.pop(name, None)
-
-
 def project_in_backward(
     optimizer: MatrixOptimizer, accumulation: int = 1, *, max_grad_norm: float | None = None,
     exact_norm: bool = False, grad_scaler: Any = None,
@@ -544,7 +352,7 @@ def project_in_backward(
     the middle of an accumulation save the gradients that are there beside it.
     """
     where = "project_in_backward"
-    optimizer = _optimizer(optimizer, where)
+    optimizer = checked_optimizer(optimizer, where)
     if isinstance(accumulation, bool) or not isinstance(accumulation, int):
         raise TypeError(f"{where}: accumulation={accumulation!r}, but it must be an int >= 1")
     if accumulation < 1:
@@ -608,7 +416,7 @@ class UpdateInBackward(InBackward):
         work = Work(name, p, g, o)
         spoilt([work])
         if self.limit is not None:
-            _clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
+            clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
         optimizer._run([work], [])
         self._done.add(p)
         p.grad = None
@@ -616,7 +424,7 @@ class UpdateInBackward(InBackward):
     def begin(self, closure: Any) -> bool:
         super().begin(closure)
         if "found_inf" in self.optimizer.__dict__:
-            _forget_scaler(self.optimizer)
+            forget_scaler(self.optimizer)
             raise RuntimeError(
                 f"{self.name}: a GradScaler takes this step, but the parameters have moved already,"
                 " by scaled gradients; use bf16, which needs no scaler, or "
@@ -664,7 +472,7 @@ def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | Non
             gradients came before it are.
     """
     where = "update_in_backward"
-    optimizer = _optimizer(optimizer, where)
+    optimizer = checked_optimizer(optimizer, where)
     limit = None if max_grad_norm is None else norm_limit(max_grad_norm, "max_grad_norm", where)
     if type(optimizer).before_updates is not MatrixOptimizer.before_updates:
         raise ValueError(f"{where}: {type(optimizer).__name__} exchanges vectors between "

@@ -14,8 +14,9 @@ u     the update before learning rate: p <- (1 - lr * weight_decay) p - lr * u
 
 A method says which parameters it takes (:meth:`MatrixOptimizer.declines`), what it keeps for one
 (:meth:`MatrixOptimizer.slots`) and what its update is (:meth:`MatrixOptimizer.update`). All else
-is here: options, state, checks, decay, application, saving and loading. Parameters that a method
-declines, or whose group says ``algorithm="adamw"``, get AdamW in the same loop.
+is here: options, state, checks, saving and loading; decay and update reach the weight in
+:mod:`lissom.optim.apply`. Parameters that a method declines, or whose group says
+``algorithm="adamw"``, get AdamW in the same loop.
 """
 
 from __future__ import annotations
@@ -24,16 +25,14 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict, overload
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from ..kernels._triton import use_triton
-from ..kernels.adam8 import adamw8
-from ..kernels.lift import lift
 from . import codec, metrics, sharding
+from .apply import Update, apply, negated, step_adamw
 from .checks import (
     TORCH_ONLY,
     check_capturable,
@@ -43,116 +42,29 @@ from .checks import (
     refuse_torch_only,
 )
 from .codec import Slot, State
-from .inner import adam, adam_slots
+from .common import ADAMW_PART, BOOKKEEPING, COMMON, FOREIGN, LAYOUT
+from .inner import adam_slots
 from .loading import FORMAT, REMEDY, agreed_load, checked_state, overruled
-from .options import (
-    Option,
-    boolean,
-    checked,
-    choice,
-    fractions,
-    integer,
-    nearest,
-    optional,
-    real,
-)
+from .options import Option, checked, choice, nearest
 from .plan import Plan, Row
 from .sharding import Rows
 from .whole import Waiting, answered, requested
 
 if TYPE_CHECKING:
-    from .backward import InBackward
+    from .hooks import InBackward
 
-__all__ = ["COMMON", "FORMAT", "AdamWPart", "CommonOptions", "MatrixOptimizer",
-           "PartialStepError", "Update", "Work", "negated", "spoilt"]
+__all__ = ["MatrixOptimizer", "PartialStepError", "Work", "spoilt"]
 
-#: Options of every class.
-COMMON: dict[str, Option] = {
-    "lr": real(1e-3),
-    "betas": fractions((0.9, 0.999)),
-    "eps": real(1e-8),
-    "weight_decay": real(1e-2),
-    "maximize": boolean(False),
-    "amsgrad": boolean(False),
-    "state_bits": choice(32, 32, 16, 8, 4),
-    "rounding": optional(choice(None, "nearest", "stochastic")),
-    "master_bits": optional(choice(None, 8, 16)),
-    "nonfinite": choice("propagate", "propagate", "skip", "raise"),
-    "seed": integer(0, 0, 2**63 - 1),
-    "shards": choice("rows", "rows", "whole"),
-    "metrics": boolean(False),
-    "capturable": boolean(False),
-}
-# Kept in the groups by this package, not given by users.
-_BOOKKEEPING = {"format": integer(FORMAT, 1), "skipped_steps": integer(0, 0)}
-# Of the options of every class those that decide what the state holds.
-_LAYOUT = {"amsgrad", "state_bits", "master_bits"}
-# Written into groups by torch's schedulers, or by people for their own use.
-_FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum",
-            "param_names", "name"}
-# Options of the parameters that get AdamW, which then are groups of their own.
-_ADAMW_PART = {"lr_adamw": "lr", "betas_adamw": "betas", "weight_decay_adamw": "weight_decay"}
 # Values of ``index`` from here on are of parameters that get AdamW.
 _DENSE = 1 << 31
-# Elements in one block of an element-wise update: temporaries stay this small, and in a CPU's
-# cache. A GPU is not busy with fewer than some millions.
-_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 # Elements of all parameters whose updates wait together, or as many as the largest of them has:
 # batches are worth a fifth of Muon's step on LLaMA-60M, and their temporaries stay below 150 MiB.
 # Of sharded ones a rank's rows count, so that there is work for every rank at once.
 _WINDOW = 1 << 22
 
 
-class CommonOptions(TypedDict, total=False):
-    """Options of every class, for type checkers; see :class:`lissom.optim.AdamW`."""
-
-    maximize: bool
-    state_bits: int
-    rounding: str | None
-    master_bits: int | None
-    nonfinite: str
-    seed: int
-    shards: str
-    metrics: bool
-    capturable: bool
-    foreach: bool | None
-    fused: bool | None
-    differentiable: bool
-
-
-class AdamWPart(CommonOptions, total=False):
-    """Options of the parameters that get AdamW in another class's object."""
-
-    lr_adamw: float | None
-    betas_adamw: tuple[float, float] | None
-    weight_decay_adamw: float | None
-
-
 class PartialStepError(RuntimeError):
     """A step failed after some parameters had moved; the message names them."""
-
-
-class Update(NamedTuple):
-    """The update u = factor * left @ right + gain * dense.
-
-    No full-size tensor of the product exists, and neither of the other term where ``dense`` is
-    the gradient itself.
-
-    Args:
-        left, right: (..., m, r) and (..., r, n), or None for no such term.
-        factor: multiplies their product.
-        dense: (..., m, n), or None for no such term.
-        gain: multiplies it, a number or a tensor that broadcasts to it.
-        keep: what is left of p, p <- keep * p - lr * u: a tensor that broadcasts to p, or None
-            for 1 - lr * weight_decay.
-    """
-
-    left: Tensor | None = None
-    right: Tensor | None = None
-    factor: float = 1.0
-    dense: Tensor | None = None
-    gain: Tensor | float = 1.0
-    keep: Tensor | None = None
 
 
 class Work(NamedTuple):
@@ -180,7 +92,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     uncapturable: ClassVar[str | None] = None
     #: What to do where no parameter gets the class's own rule, for a warning.
     remedy: ClassVar[str] = "Give it parameters of 2 or more dimensions."
-    #: Who works in the backward pass for it: :mod:`lissom.optim.backward`.
+    #: Who works in the backward pass for it: :mod:`lissom.optim.hooks`.
     _backward: InBackward | None = None
     _rates: Mapping[str, Tensor] = {}
 
@@ -194,17 +106,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         table, where = self.table(), f"{type(self).__name__}()"
         refuse_torch_only(given, where)
-        apart = {k: v for k, v in given.items() if k in _ADAMW_PART}
+        apart = {k: v for k, v in given.items() if k in ADAMW_PART}
         known = {k: v for k, v in given.items() if k not in TORCH_ONLY and k not in apart}
         for name in known:
-            if name not in table or name in _BOOKKEEPING:
+            if name not in table or name in BOOKKEEPING:
                 raise TypeError(f"{where}: unexpected option {name!r}={known[name]!r}"
-                                f"{nearest(name, [*table, *_ADAMW_PART])}")
+                                f"{nearest(name, [*table, *ADAMW_PART])}")
         values = checked(known, table, where)
         # Rates that were given as tensors, which CUDA graphs read: of the groups, of AdamW's part.
         self._rates = {k: v for k, v in given.items() if k in ("lr", "lr_adamw")
                        and isinstance(v, Tensor)}
-        self._adamw = {_ADAMW_PART[k]: table[_ADAMW_PART[k]].check(k, v, where)
+        self._adamw = {ADAMW_PART[k]: table[ADAMW_PART[k]].check(k, v, where)
                        for k, v in apart.items() if v is not None}
         defaults = {name: option.default for name, option in table.items()}
         # What each parameter and its options looked like when its state was last checked.
@@ -312,7 +224,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Every option of a group, by name."""
         names = ("adamw",) if cls.algorithm == "adamw" else (cls.algorithm, "adamw")
         own = {"algorithm": choice(cls.algorithm, *names)}
-        return COMMON | own | dict(cls.options) | _BOOKKEEPING
+        return COMMON | own | dict(cls.options) | BOOKKEEPING
 
     def checked_group(self, group: Mapping[str, Any], where: str, *, entering: bool = True,
                        foreign: Iterable[str] = ()) -> dict[str, Any]:
@@ -324,7 +236,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             entering: the group is new, not saved.
             foreign: keys beside the known foreign ones that are passed on as they are.
         """
-        apart = {"params", *_FOREIGN, *foreign} - self.table().keys()
+        apart = {"params", *FOREIGN, *foreign} - self.table().keys()
         given: dict[str, Any] = {}
         if entering:
             refuse_torch_only(group, where)
@@ -510,12 +422,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _kinds(cls) -> list[tuple[str, bool]]:
         """Options, and whether only their presence can matter to the slots: that of numbers."""
         return [(k, x.kind in (float, tuple)) for k, x in cls.table().items()
-                if k not in _BOOKKEEPING]
+                if k not in BOOKKEEPING]
 
     def structural(self) -> list[str]:
         """Options that say what the state is or how it is found, not how fast weights move."""
         return [k for k, x in self.table().items() if x.kind not in (float, tuple)
-                and k not in _BOOKKEEPING and (k not in COMMON or k in _LAYOUT)]
+                and k not in BOOKKEEPING and (k not in COMMON or k in LAYOUT)]
 
     def _structure(self, o: Mapping[str, Any]) -> tuple[Any, ...]:
         """All of a group's options that slots depend on."""
@@ -707,7 +619,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             x, g, *rest = map(gather, (p, g, *state.values()))
             stored = dict(zip(state, rest, strict=True))
         if self._reason(p, o) is not None:
-            self._step_adamw(x, g, stored, slots, o, t, rows)
+            step_adamw(x, g, stored, slots, o, t, rows)
         else:
             shape = self.matrix_shape(p, o)
             shape = shape if rows is None else (len(x), *shape[1:])
@@ -723,7 +635,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 u = lifted
             if isinstance(u, Generator):
                 u = yield from requested(u, rows)
-            _apply(matrix, u, stored, o, t, 0 if rows is None else rows.start * shape[-1])
+            apply(matrix, u, stored, o, t, 0 if rows is None else rows.start * shape[-1])
             if matrix is not x and matrix.data_ptr() != x.data_ptr():
                 x.copy_(matrix.view(x.shape))
             codec.encode(s, stored, slots, o, t)
@@ -734,41 +646,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         state["step"].fill_(t)
         if self._backward is not None:
             self._backward.consumed(p)
-
-    @staticmethod
-    def _step_adamw(p: Tensor, g: Tensor, stored: dict[str, Tensor], slots: Mapping[str, Slot],
-                    o: dict[str, Any], t: int | Tensor, rows: Rows | None = None) -> None:
-        """AdamW in one operation, or on row blocks: no temporary is larger than a block.
-
-        Source: Loshchilov and Hutter, arXiv 1711.05101; decay before the update, as in torch.
-        """
-        first = 0 if rows is None else rows.start * math.prod(p.shape[1:])
-        if not p.numel():
-            return
-        # Traced, the operator would be compiled anew for each rate.
-        fused = None if torch.compiler.is_compiling() else codec.Decoded(
-            stored, slots, p, rows).stored_pair(g, o)
-        if fused is not None and p.is_contiguous() and "master" not in stored:
-            adamw8(p, g, **fused, lr=o["lr"], weight_decay=o["weight_decay"], t=t,
-                   maximize=o["maximize"], stochastic=codec.random_rounding(p, o))
-            return
-        lr = o["lr"].double() if isinstance(o["lr"], Tensor) else o["lr"]
-        keep = 1 - lr * o["weight_decay"]
-        names = [k for k in stored if k.partition(".")[0] in codec.MOMENTS or k == "master"]
-        start = 0
-        for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
-            block = {**stored, **dict(zip(names, moments, strict=True))}
-            s = codec.Decoded(block, slots, p, rows)
-            x = codec.read_weight(p_, block)
-            u = adam(negated(codec.wide(g_), o), s, o, t)
-            x.mul_(keep)
-            if isinstance(u.factor, Tensor):  # addcdiv would read it
-                x += (u.numerator * (-lr * u.factor)).div_(u.denominator)
-            else:
-                x.addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
-            codec.write_weight(p_, x, block, o, t, first + start)
-            codec.encode(s, block, slots, o, t, start)
-            start += p_.numel()
 
     # ---------------------------------------------------------------- saving and loading
 
@@ -924,97 +801,3 @@ def spoilt(work: Sequence[Work]) -> bool:
 
 def _nonfinite(g: Tensor) -> bool:
     return bool(g.numel()) and not all(bool(x.isfinite()) for x in torch.aminmax(g))
-
-
-def negated(g: Tensor, o: Mapping[str, Any]) -> Tensor:
-    """The gradient of what is minimized."""
-    return -g if o["maximize"] else g
-
-
-def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors cut together along their rows; small ones are whole.
-
-    All have the first one's shape, or (codes and scales) its shape but for the last dimension.
-    """
-    first = tensors[0]
-    block = _BLOCK.get(first.device.type, _BLOCK["cuda"])
-    if first.numel() <= block or first.ndim == 0 or torch.compiler.is_compiling():
-        return [tensors]
-    alike = all(x.shape == first.shape for x in tensors)
-    rows = max(1, block // first[0].numel())
-    if all(x.is_contiguous() for x in tensors):
-        tensors = tuple(x.view(-1) if alike else x.view(-1, x.shape[-1]) for x in tensors)
-        # codes take more temporaries to decode and to encode
-        rows = block if alike else max(1, block // 2 // first.shape[-1])
-    elif first.ndim == 1 and not alike:
-        return [tensors]
-    return zip(*(torch.split(x, rows) for x in tensors), strict=True)
-
-
-def _in_one_pass(p: Tensor, u: Update, kept: Mapping[str, Tensor]) -> bool:
-    """Whether a kernel applies the update: on a GPU, but for products in fp32 and split weights."""
-    product = u.left is None or (u.left.element_size() == 2 and p.element_size() == 2)
-    # Traced, the operator would be compiled anew for each rate and step.
-    return (product and use_triton(None, p.device) and not torch.compiler.is_compiling()
-            and p.dtype != torch.float64 and "master" not in kept and p.is_contiguous())
-
-
-def _apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any],
-           t: int | Tensor, start: int = 0) -> None:
-    """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is (m, n) or (b, m, n)."""
-    lr = o["lr"]
-    keep: Tensor | float = 1 - lr * o["weight_decay"] if u.keep is None else u.keep.expand(p.shape)
-    if isinstance(lr, Tensor):  # no number is read: lr is in keep and gain, and 1 elsewhere
-        assert u.keep is None
-        assert u.left is None
-        kind = torch.float64 if p.dtype == torch.float64 else torch.float32
-        keep = (1 - lr.double() * o["weight_decay"]).to(kind).expand(p.shape)
-        u = u._replace(gain=(lr.double() * u.gain).to(kind))
-        lr, o = 1.0, {**o, "lr": 1.0}
-    if _in_one_pass(p, u, kept):
-        lift(p, u.left, u.right, alpha=-lr * u.factor, keep=keep, dense=u.dense, gain=u.gain,
-             beta=-lr, key=codec.key_of(kept, o) if codec.random_rounding(p, o) else None, t=t,
-             start=start)
-        return
-    master = kept["master"].view(p.shape) if "master" in kept else None
-    gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
-    if p.ndim == 3 and codec.random_rounding(p, o):
-        # One matrix after the other, whose elements have consecutive numbers.
-        for i, p_ in enumerate(p):
-            left, right, dense = (None if x is None else x.expand(len(p), *x.shape[-2:])[i]
-                                  for x in (u.left, u.right, u.dense))
-            part = Update(left, right, u.factor, dense, gain[i] if isinstance(gain, Tensor)
-                          else gain, keep[i] if isinstance(keep, Tensor) else None)
-            part_kept = kept if master is None else {**kept, "master": master[i]}
-            _apply(p_, part, part_kept, o, t, start + i * p_.numel())
-        return
-    rows = p.shape[-2]
-    if u.dense is not None or codec.wide(p) is not p:
-        # In blocks, so that temporaries stay small and a second pass finds p in the cache.
-        block = _BLOCK.get(p.device.type, _BLOCK["cuda"])
-        rows = max(1, block // max(1, p[..., :1, :].numel()))
-    cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else repeat(x)
-           for x in (p, u.left, u.dense, gain, keep, master)]
-    for p_, left, dense, gain_, keep_, master_ in zip(*cut, strict=False):
-        kept_ = kept if master_ is None else {**kept, "master": master_}
-        x = codec.read_weight(p_, kept_)
-        if isinstance(keep_, Tensor):
-            x.mul_(keep_)
-            keep_ = 1.0
-        if left is None or u.right is None:
-            x.mul_(keep_)
-        elif x is p_ and p.ndim == 2:
-            # The decay is the product's beta: one pass over p.
-            x.addmm_(left, u.right, beta=keep_, alpha=-lr * u.factor)
-        elif x is p_:
-            right = u.right.expand(len(p), *u.right.shape[-2:])
-            x.baddbmm_(left.expand(len(p), *left.shape[-2:]), right, beta=keep_,
-                       alpha=-lr * u.factor)
-        else:
-            x.mul_(keep_).add_(codec.wide(left @ u.right), alpha=-lr * u.factor)
-        if dense is not None and isinstance(gain_, Tensor):
-            x.addcmul_(codec.wide(dense), gain_, value=-lr)
-        elif dense is not None:
-            x.add_(dense, alpha=-lr * gain_)
-        codec.write_weight(p_, x, kept_, o, t, start)
-        start += p_.numel()

@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import project
-from .base import MatrixOptimizer, Update
+from .apply import Update
+from .base import MatrixOptimizer
 from .lowrank import LowRankOptimizer, LowRankOptions
 from .options import Option, choice, real
 from .project import Bases

@@ -10,7 +10,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import codec
-from .base import MatrixOptimizer, Update
+from .apply import Update
+from .base import MatrixOptimizer
 from .codec import Slot, State
 from .inner import adam, adam_slots
 from .lowrank import LowRankOptimizer, LowRankOptions, Projected

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from .backward import InBackward, norm_limit, project_in_backward, update_in_backward
+from .backward import project_in_backward, update_in_backward
 from .base import MatrixOptimizer
 from .groups import param_groups
+from .hooks import InBackward, norm_limit
 
 __all__ = ["ProjectInBackwardCallback", "UpdateInBackwardCallback", "trainer_optimizer"]
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import codec, dct, metrics, project
-from .base import AdamWPart, MatrixOptimizer, Update
+from .apply import Update
+from .base import MatrixOptimizer
 from .codec import Slot, State
+from .common import AdamWPart
 from .inner import RULES, Rule
 from .options import Option, choice, fraction, integer, optional, real
 from .project import Bases, Turn

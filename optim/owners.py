@@ -1,4 +1,4 @@
-"""Whole matrices among ranks: each is put together on one of them, its owner, and taken apart again.
+"""Whole matrices among ranks: each is put together on one, its owner, and taken apart again.
 
 That is done in rounds, all of which are sent for at once: while an owner computes, what it computes
 next is on its way to it, and what it has computed on its way back.
@@ -6,7 +6,6 @@ next is on its way to it, and what it has computed on its way back.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch

@@ -10,8 +10,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import codec, polar
-from .base import AdamWPart, MatrixOptimizer, Update
+from .apply import Update
+from .base import MatrixOptimizer
 from .codec import Slot, State
+from .common import AdamWPart
 from .options import Option, boolean, choice, fractions, optional, real
 from .whole import Waiting
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels.limit import limited_gains
 from . import codec
-from .base import Update
+from .apply import Update
 from .codec import Slot
 from .norms import ALONG, norms
 from .project import Bases

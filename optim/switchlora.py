@@ -12,8 +12,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import codec, project, sharding
-from .base import AdamWPart, MatrixOptimizer, PartialStepError, Update, Work
+from .apply import Update
+from .base import MatrixOptimizer, PartialStepError, Work
 from .codec import Slot, State
+from .common import AdamWPart
 from .inner import adam_slots, averages, representable
 from .options import Option, choice, fraction, integer, optional, real
 from .reparam import bounds, check_base, check_factors, memory, roles

@@ -10,8 +10,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import codec, dct, polar, project
-from .base import AdamWPart, MatrixOptimizer, Update
+from .apply import Update
+from .base import MatrixOptimizer
 from .codec import Slot, State
+from .common import AdamWPart
 from .lowrank import LowRankOptimizer
 from .muon import ADJUST_LR
 from .options import Option, choice, fraction, integer, optional

@@ -9,6 +9,7 @@ gathered on one rank and the rows of the result come back (:mod:`lissom.optim.ow
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -93,12 +94,17 @@ def _results(requests: dict[int, Whole]) -> dict[int, list[Tensor]]:
         else:
             rows_ = [requests[i].rows for i in members for _ in requests[i].matrices]
             outs = exchanged(asked, [x for x in rows_ if x is not None],
-                             lambda mine, whole, functions=functions: _computed(
-                                 whole, [functions[i] for i in mine]))
+                             functools.partial(_owned, functions))
         given = iter(outs)
         for i in members:
             results[i] = [next(given) for _ in requests[i].matrices]
     return results
+
+
+def _owned(functions: Sequence[Function], numbers: Sequence[int], matrices: Sequence[Tensor]
+           ) -> list[Tensor]:
+    """Of all functions those of some numbers."""
+    return _computed(matrices, [functions[i] for i in numbers])
 
 
 def _computed(matrices: Sequence[Tensor], functions: Sequence[Function]) -> list[Tensor]:

@@ -159,7 +159,7 @@ def test_small_steps_add_up_in_16_bit_weights(dtype, make, n):
 def test_stochastic_rounding_is_the_same_however_it_is_run(monkeypatch):
     results = []
     for block in (64, 1 << 18):
-        monkeypatch.setattr("lissom.optim.base._BLOCK", {"cuda": block})
+        monkeypatch.setattr("lissom.optim.apply._BLOCK", {"cuda": block})
         for cls, options in ((AdamW, {}), (GaLoreAdamW, {"rank": 3})):
             ps = parameters([(31, 17), (17, 31)], dtype=torch.bfloat16)
             torch.manual_seed(block)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from lissom.optim import codec, inner, norms
-from lissom.optim.base import _apply
+from lissom.optim.apply import apply, step_adamw
 from lissom.optim.lowrank import Projected
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -34,7 +34,7 @@ def arithmetic(optimizer, o, slots, p, g, kept, bases, lr, t):
     """From gradient to weight, as ``_step_one`` has it for one plain parameter."""
     o = {**o, "lr": lr}
     if optimizer._reason(p, o) is not None:
-        optimizer._step_adamw(p, g, kept, slots, o, t)
+        step_adamw(p, g, kept, slots, o, t)
         return
     s = codec.Decoded(kept, slots, p)
     s["weight"] = p
@@ -50,7 +50,7 @@ def arithmetic(optimizer, o, slots, p, g, kept, bases, lr, t):
             u.send(factors)
         except StopIteration as end:
             u = end.args[0]  # its value, which dynamo does not know by that name
-    _apply(p, u, kept, o, t)
+    apply(p, u, kept, o, t)
     codec.encode(s, kept, slots, o, t)
 
 

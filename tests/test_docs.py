@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import Shape
-from lissom.optim.base import _ADAMW_PART, _BOOKKEEPING, MatrixOptimizer
+from lissom.optim.base import MatrixOptimizer
 from lissom.optim.checks import TORCH_ONLY
+from lissom.optim.common import ADAMW_PART, BOOKKEEPING
 from torch.nn import functional
 
 from .helpers import TOKENS, tiny_llama, tune
@@ -491,7 +492,7 @@ def test_documented_arguments_are_those_that_exist():
             continue
         known = set(inspect.signature(x).parameters) | set(getattr(x, "__annotations__", {}))
         if issubclass(x, MatrixOptimizer):
-            known |= set(x.table()) | set(_ADAMW_PART) | set(TORCH_ONLY) | {"params"}
+            known |= set(x.table()) | set(ADAMW_PART) | set(TORCH_ONLY) | {"params"}
         assert set(names) <= known, (where, set(names) - known)
 
 
@@ -511,7 +512,7 @@ def test_every_option_is_documented_with_its_default(cls):
     for base in reversed(cls.__mro__):
         if issubclass(base, MatrixOptimizer):
             known |= documented(base)
-    missing = set(cls.table()) - set(_BOOKKEEPING) - set(known)
+    missing = set(cls.table()) - set(BOOKKEEPING) - set(known)
     assert not missing
     given = {k: v.default for k, v in inspect.signature(cls).parameters.items()
              if v.default is not inspect.Parameter.empty}
@@ -548,7 +549,7 @@ def option_lines() -> list[str]:
     for cls in classes:
         given = {k: v.default for k, v in inspect.signature(cls).parameters.items()}
         for name, option in cls.table().items():
-            if name not in _BOOKKEEPING:
+            if name not in BOOKKEEPING:
                 rule = "the class's rule or 'adamw'" if name == "algorithm" else option.rule
                 value = given.get(name, option.default)
                 default = "the class's" if name == "algorithm" else f"`{value!r}`"

@@ -92,7 +92,7 @@ def test_16_bit_second_moments_decay():
 def test_16_bit_state_does_not_depend_on_the_blocks(monkeypatch):
     results = []
     for block in (64, 1 << 18):
-        monkeypatch.setattr("lissom.optim.base._BLOCK", {"cuda": block})
+        monkeypatch.setattr("lissom.optim.apply._BLOCK", {"cuda": block})
         (p,) = parameters([(31, 17)])
         optimizer = AdamW([p], state_bits=16, lr=1e-2)
         run(optimizer, [p], range(5))

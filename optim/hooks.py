@@ -1,0 +1,212 @@
+"""What works in the backward pass of an optimizer: one hook on each parameter, and a handle.
+
+Autograd calls the hook when the gradient is complete: once for a shared weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from . import sharding
+from .apply import Update
+from .base import MatrixOptimizer, Work
+from .codec import Slot, State
+
+__all__ = ["InBackward", "checked_optimizer", "clip", "forget_scaler", "norm_limit"]
+
+Self = TypeVar("Self", bound="InBackward")
+
+
+class InBackward:
+    """Handle of what works in the backward pass of one optimizer; also a context manager."""
+
+    #: The function that makes it, for messages.
+    name = ""
+
+    def __init__(self, optimizer: MatrixOptimizer) -> None:
+        self.optimizer = optimizer
+        self._hooks: dict[Tensor, RemovableHandle] = {}
+        self._places: dict[Tensor, tuple[str, dict[str, Any]]] = {}
+        # The list of groups that _places is of, and its length: loading makes a new one.
+        self._groups: tuple[Any, int] = (None, 0)
+
+    def attach(self: Self) -> Self:
+        """Check all parameters, then hang the hooks."""
+        optimizer = self.optimizer
+        if optimizer._backward is not None:
+            raise RuntimeError(f"{self.name}: this optimizer already has {optimizer._backward.name}"
+                               "; call .remove() of that handle first")
+        for name, p, o in optimizer._named():
+            self._check_setting(name, p, o)
+            self.check(name, p, o)
+        optimizer._backward = self
+        try:
+            self._changed()
+        except BaseException:
+            self.remove()
+            raise
+        # GradScaler then calls step() in any case, and tells it.
+        setattr(optimizer, "_step_supports_amp_scaling", True)  # noqa: B010
+        return self
+
+    def remove(self) -> None:
+        """Restore the ordinary behaviour; gradients that wait in buffers are dropped."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        if self.optimizer._backward is self:
+            self.clear()
+            self.optimizer._backward = None
+            self.optimizer.__dict__.pop("_step_supports_amp_scaling", None)
+            self._changed()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.remove()
+
+    def _changed(self) -> None:
+        """The slots of every parameter may be others now."""
+        self.optimizer._forms.clear()
+        self.optimizer._sync_state()
+
+    # ---------------------------------------------------------------- hooks
+
+    def follow(self) -> None:
+        """Hang hooks on new parameters and take them from those that are gone."""
+        present = {p for _, p, _ in self.optimizer._named()}
+        for p in self._hooks.keys() - present:
+            self._hooks.pop(p).remove()
+        self._groups = (None, 0)
+        for name, p, o in self.optimizer._named():
+            self._check_setting(name, p, o)
+            self.check(name, p, o)
+            if p.requires_grad and p not in self._hooks:
+                self._hooks[p] = p.register_post_accumulate_grad_hook(
+                    functools.partial(_fire, weakref.ref(self)))
+
+    def knows(self, p: Tensor) -> bool:
+        """Whether p is a parameter of the optimizer now: others may have been put in its place."""
+        groups = self.optimizer.param_groups
+        if self._groups[0] is not groups or self._groups[1] != len(groups) or (
+                p not in self._places):
+            self._places = {p: (name, o) for name, p, o in self.optimizer._named()}
+            self._groups = (groups, len(groups))
+        return p in self._places
+
+    def place(self, p: Tensor) -> tuple[str, dict[str, Any]]:
+        """Name and options of a parameter, its state in step with them."""
+        assert self.knows(p)
+        name, o = self._places[p]
+        optimizer = self.optimizer
+        if optimizer._forms.get(p) != optimizer._form(p, optimizer._structure(o)):
+            optimizer._sync_state()
+        return name, o
+
+    def _check_setting(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
+        """Refuse CUDA graphs, and gradients that are not yet the mean over ranks in the hook."""
+        if o["capturable"]:
+            raise ValueError(f"{self.name}: {name!r} has capturable=True, but it must be False: "
+                             "hooks count micro-batches on the host")
+        dist = torch.distributed
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and not sharding.is_sharded(p):
+            raise ValueError(
+                f"{self.name}: {name!r} is no DTensor, but there are {dist.get_world_size()} "
+                "processes: DDP averages gradients only after the hook has seen them; use FSDP2, "
+                "or lissom.optim.ddp.projected_allreduce(optimizer, model)")
+
+    def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
+        """Refuse a parameter with which this cannot work; raises ValueError."""
+
+    def ready(self, p: Tensor) -> None:
+        """The gradient of p is complete."""
+
+    # ---------------------------------------------------------------- what the optimizer asks
+
+    def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+        """State beside the rule's own."""
+        return {}
+
+    def gradient(self, p: Tensor) -> Tensor | None:
+        """What a step finds of p's gradient, if it has one."""
+        return p.grad
+
+    def begin(self, closure: Any) -> bool:
+        """Whether the step is to be taken; raises RuntimeError where it cannot."""
+        if closure is not None:
+            raise RuntimeError(f"{self.name}: step() got a closure, but it must be None: a closure "
+                               "may run several backward passes, and each would count; run "
+                               "backward before step(), or .remove() the handle")
+        return True
+
+    def before(self, work: Sequence[Work]) -> None:
+        """After the checks of a step, before its first write; without work it is skipped."""
+
+    def lifted(self, p: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update | None:
+        """The update of p if it is not to be made from p.grad."""
+        return None
+
+    def consumed(self, p: Tensor) -> None:
+        """P has been updated."""
+
+    def end(self) -> None:
+        """The step is over."""
+
+    def clear(self) -> None:
+        """Forget gradients."""
+
+    def check_saved(self) -> None:
+        """Raise RuntimeError if the state does not tell all."""
+
+    def loaded(self) -> None:
+        """Another state is there now."""
+
+
+def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
+    """What autograd calls; nothing where the optimizer is gone or has p no more."""
+    found = handle()
+    if found is not None and p.grad is not None and found.knows(p):
+        with torch.no_grad():
+            found.ready(p)
+
+
+def checked_optimizer(optimizer: Any, where: str) -> MatrixOptimizer:
+    """One of this package, or a TypeError."""
+    if not isinstance(optimizer, MatrixOptimizer):
+        raise TypeError(f"{where}: optimizer is a {type(optimizer).__name__}, but it must be one "
+                        "of lissom.optim")
+    return optimizer
+
+
+def norm_limit(value: Any, name: str, where: str) -> float:
+    """A norm to clip to."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: {name}={value!r}, but it must be a number > 0")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{where}: {name}={value!r}, but it must be finite and > 0")
+    return float(value)
+
+
+def clip(tensors: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+    """Multiply by min(1, limit / (norm + 1e-6)) in place, as torch's clipping does."""
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for x in tensors:
+        x.mul_(factor.to(x.device))
+
+
+def forget_scaler(optimizer: MatrixOptimizer) -> None:
+    """Take from an optimizer what GradScaler left, which it does itself unless step() raises."""
+    for name in ("grad_scale", "found_inf"):
+        optimizer.__dict__.pop(name, None)
