@@ -7,7 +7,8 @@ rounded stochastically) or 32 (fp32, scales None). Arithmetic is fp32:
     N = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps);  P <- (1 - lr weight_decay) P - lr N
 
 with M and V as they are before they are encoded. Finite entries of G are brought to where their
-squares are finite; infinities and NaN stay what they are.
+squares are finite; infinities and NaN stay what they are. At 8 and 4 bits, whose codes are right to
+a hundredth, a GPU's root and quotient are its fast ones, right to two units in the last place.
 
 Sources: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101; Dettmers et al.,
 arXiv 2110.02861.
@@ -146,6 +147,14 @@ def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | Non
 
 
 @jit
+def _quotient(x: tl.tensor, y: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    if BITS < 16:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@jit
 def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor,
                  m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, m_book_ptr: tl.tensor,
                  v_book_ptr: tl.tensor, m_lines_ptr: tl.tensor, m_ends_ptr: tl.tensor,
@@ -157,6 +166,7 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
                  WEIGHT: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
                  HELD: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr
                  ) -> None:
+    # Of the root of V: at 8 and 4 bits its factor, else its divisor.
     if HELD:  # what changes from step to step is read, not given
         keep = tl.load(correction + 1)
         factor = tl.load(correction + 2)
@@ -190,11 +200,14 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
     nearer = tl.where(weight1 < 0.5, m, g)
     m = nearer + tl.where(weight1 < 0.5, weight1, weight1 - 1) * (g - m)
     v = v * beta2 + weight2 * g * g
-    denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction) + eps
+    if BITS < 16:
+        denominator = tl.sqrt(v) * correction + eps
+    else:
+        denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction) + eps
 
     if WEIGHT:
         x = tl.load(target_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        x = x * keep + tl.div_rn(factor * m, denominator)
+        x = x * keep + _quotient(factor * m, denominator, BITS)
         if STOCHASTIC:
             random = random16_tile(index, seed, parameter, step, 64, ALIGNED, W)
             if target_ptr.dtype.element_ty == tl.bfloat16:
@@ -205,7 +218,7 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
             x = nearest_bf16(x)
         tl.store(target_ptr + offset, x.to(target_ptr.dtype.element_ty), mask=mask)
     else:
-        x = tl.div_rn(m, denominator) * factor
+        x = _quotient(m, denominator, BITS) * factor
         if target_ptr.dtype.element_ty == tl.bfloat16:
             x = nearest_bf16(x)
         tl.store(target_ptr + offset, x.to(target_ptr.dtype.element_ty), mask=mask)
@@ -282,15 +295,15 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
     rows, (height, width) = g.numel() // columns, tile(columns)
     tables: tuple[Tensor | None, ...] = _tables(bits, g.device) if bits < 16 else _NO_TABLES
     step: int | Tensor = signed32(t)
-    if held_t is not None:
-        assert lr_ is not None
-        step = held_t
-        numbers: Any = (torch.stack(_numbers(lr_, weight_decay, beta1, beta2, t_)).float(), 0.0,
-                        0.0)
-    elif lr is None:
+    numbers: Any
+    if lr_ is None:
         numbers = (math.sqrt(1 - beta2**t), 1.0, 1 / (1 - beta1**t))
     else:
-        numbers = _numbers(lr, weight_decay, beta1, beta2, t)
+        numbers = _numbers(lr_, weight_decay, beta1, beta2, t_)
+    if bits < 16:
+        numbers = (1 / numbers[0], *numbers[1:])
+    if held_t is not None:
+        step, numbers = held_t, (torch.stack(numbers).float(), 0.0, 0.0)
     launch(_adam_kernel, cdiv(rows * cdiv(columns, width), height), g.device, target, g, m, v,
            m_scale, v_scale, *tables, rows, columns, code_bytes(columns, bits), start,
            *map(signed32, key), step, 1 - beta1, beta2, 1 - beta2, eps, *numbers, BITS=bits,

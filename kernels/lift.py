@@ -21,9 +21,10 @@ __all__ = ["STREAM", "lift", "lift_ref"]
 STREAM = 64
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# The epilogue needs registers and time: two or three small programs share a processor, so that the
-# epilogue of one runs beside the product of another.
-_SHARED = Tiles(64, 128, 64, 8, 4, 3)
+# What follows the product needs registers and time. It is done a few columns after another, which
+# leaves registers for two programs on a processor: one multiplies while the other rounds.
+_SHARED = Tiles(128, 128, 64, 8, 8, 3)
+_SLICES = 4
 # Without a product rows are long, so that loads of all terms are.
 _FLAT = Tiles(16, 256, 16, 8, 4, 1)
 
@@ -44,6 +45,31 @@ def lift_ref(p: Tensor, left: Tensor | None = None, right: Tensor | None = None,
 
 
 @jit
+def _half(x: tl.tensor, RIGHT: tl.constexpr) -> tl.tensor:
+    """The left or the right half of x's columns."""
+    rows: tl.constexpr = x.shape[0]
+    columns: tl.constexpr = x.shape[1]
+    left, right = tl.split(tl.permute(tl.reshape(x, [rows, 2, columns // 2]), [0, 2, 1]))
+    if RIGHT:
+        return right
+    else:
+        return left
+
+
+@jit
+def _factors(ptr: tl.tensor, row: tl.tensor, column: tl.tensor, m: tl.tensor, n: tl.tensor,
+             x_row: tl.tensor, x_column: tl.tensor, VARY: tl.constexpr) -> tl.tensor:
+    """What multiplies a tile: one number for each row, for each column, or for each element."""
+    if VARY == 1:
+        return tl.load(ptr + row * x_row, mask=row < m, other=0.0)[:, None]
+    elif VARY == 2:
+        return tl.load(ptr + column * x_column, mask=column < n, other=0.0)[None, :]
+    else:
+        return tl.load(ptr + row[:, None] * x_row + column[None, :] * x_column,
+                       mask=(row < m)[:, None] & (column < n)[None, :], other=0.0)
+
+
+@jit
 def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, dense_ptr: tl.tensor,
                  gain_ptr: tl.tensor, keep_ptr: tl.tensor, m: tl.tensor, n: tl.tensor,
                  k: tl.tensor, left_batch: tl.tensor, left_row: tl.tensor, left_column: tl.tensor,
@@ -57,48 +83,61 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
                  GAIN: tl.constexpr, KEEP: tl.constexpr, STOCHASTIC: tl.constexpr,
                  HELD: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-                 WIDEN: tl.constexpr) -> None:
+                 WIDEN: tl.constexpr, SLICES: tl.constexpr) -> None:
     if HELD:
         step = tl.load(step).to(tl.int32)
     batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
     tile_m, tile_n = place_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
     row = tile_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     first = tile_n.to(tl.int64) * BN
-    column = first + tl.arange(0, BN)  # [BN]
-    mask = (row < m)[:, None] & (column < n)[None, :]  # [BM, BN], as all that follows
-    offset = batch * m * n + row[:, None] * n + column[None, :]
-    # Loaded before the product, which hides how long it takes.
-    p = tl.load(p_ptr + offset, mask=mask, other=0.0)
     if PRODUCT:
-        x = alpha * dot_tile(left_ptr + batch * left_batch, right_ptr + batch * right_batch, row,
-                             column, m, n, k, left_row, left_column, right_row, right_column, BM,
-                             BN, BK, PRECISION, WIDEN)
+        total = dot_tile(left_ptr + batch * left_batch, right_ptr + batch * right_batch, row,
+                         first + tl.arange(0, BN), m, n, k, left_row, left_column, right_row,
+                         right_column, BM, BN, BK, PRECISION, WIDEN)
     else:
-        x = tl.zeros([BM, BN], dtype=tl.float32)
-    p = p.to(tl.float32)
-    if KEEP:
-        p *= tl.load(keep_ptr + batch * keep_batch + row[:, None] * keep_row
-                     + column[None, :] * keep_column, mask=mask, other=0.0)
-    else:
-        p *= keep
-    x += p
-    if DENSE:
-        dense = tl.load(dense_ptr + batch * dense_batch + row[:, None] * dense_row
-                        + column[None, :] * dense_column, mask=mask, other=0.0).to(tl.float32)
-        if GAIN:
-            dense *= tl.load(gain_ptr + batch * gain_batch + row[:, None] * gain_row
-                             + column[None, :] * gain_column, mask=mask, other=0.0)
-        x += beta * dense
-    if STOCHASTIC:
-        index = batch * m * n + row * n + first + start
-        random = random16_tile(index, seed, parameter, step, 64, ALIGNED, BN)
-        if p_ptr.dtype.element_ty == tl.bfloat16:
-            x = round_bf16(x, random)
+        total = tl.zeros([BM, BN], dtype=tl.float32)
+    WIDTH: tl.constexpr = BN // SLICES
+    for i in tl.static_range(SLICES):
+        x = total  # [BM, WIDTH] of it, as all that follows
+        if SLICES > 1:
+            x = _half(x, 2 * i >= SLICES)
+        if SLICES > 2:
+            x = _half(x, 4 * i % (2 * SLICES) >= SLICES)
+        start_column = first + i * WIDTH
+        column = start_column + tl.arange(0, WIDTH)  # [WIDTH]
+        mask = (row < m)[:, None] & (column < n)[None, :]
+        offset = batch * m * n + row[:, None] * n + column[None, :]
+        p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        if KEEP:
+            p *= _factors(keep_ptr + batch * keep_batch, row, column, m, n, keep_row, keep_column,
+                          KEEP)
         else:
-            x = round_fp16(x, random)
-    elif p_ptr.dtype.element_ty == tl.bfloat16:
-        x = nearest_bf16(x)
-    tl.store(p_ptr + offset, x.to(p_ptr.dtype.element_ty), mask=mask)
+            p *= keep
+        x = alpha * x + p
+        if DENSE:
+            dense = tl.load(dense_ptr + batch * dense_batch + row[:, None] * dense_row
+                            + column[None, :] * dense_column, mask=mask, other=0.0).to(tl.float32)
+            if GAIN:
+                dense *= _factors(gain_ptr + batch * gain_batch, row, column, m, n, gain_row,
+                                  gain_column, GAIN)
+            x += beta * dense
+        if STOCHASTIC:
+            index = batch * m * n + row * n + start_column + start
+            random = random16_tile(index, seed, parameter, step, 64, ALIGNED, WIDTH)
+            if p_ptr.dtype.element_ty == tl.bfloat16:
+                x = round_bf16(x, random)
+            else:
+                x = round_fp16(x, random)
+        elif p_ptr.dtype.element_ty == tl.bfloat16:
+            x = nearest_bf16(x)
+        tl.store(p_ptr + offset, x.to(p_ptr.dtype.element_ty), mask=mask)
+
+
+def _vary(x: Tensor | None) -> int:
+    """0 for nothing, 1 if all columns of x are one, 2 if all its rows are, else 3."""
+    if x is None:
+        return 0
+    return 1 if x.stride(-1) == 0 else 2 if x.stride(-2) == 0 else 3
 
 
 def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | None,
@@ -121,12 +160,12 @@ def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | 
     launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, p, left, right, dense, gains, keeps,
            m, n, k, *strides, alpha, beta, keep, start, *map(signed32, key),
            signed32(t) if held_t is None else held_t, tiles_m, tiles_n,
-           PRODUCT=left is not None, DENSE=dense is not None, GAIN=gains is not None,
-           KEEP=keeps is not None, STOCHASTIC=stochastic, HELD=held_t is not None,
+           PRODUCT=left is not None, DENSE=dense is not None, GAIN=_vary(gains), KEEP=_vary(keeps),
+           STOCHASTIC=stochastic, HELD=held_t is not None,
            ALIGNED=start % 8 == 0 and n % 8 == 0, BM=tiles.rows, BN=tiles.columns, BK=tiles.depth,
            GROUP=tiles.group, PRECISION=precision(),
-           WIDEN=left is not None and widened(left), num_warps=tiles.warps,
-           num_stages=tiles.stages)
+           WIDEN=left is not None and widened(left), SLICES=_SLICES if tiles is _SHARED else 1,
+           num_warps=tiles.warps, num_stages=tiles.stages)
     torch.autograd.graph.increment_version(p)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
+from ._triton import INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
 
 __all__ = ["bounded", "nearest_bf16", "random16", "random16_rows", "random16_tile",
            "random_bits16_ref", "round_bf16", "round_fp16", "stochastic_bf16_ref",
@@ -185,11 +185,24 @@ def stochastic_fp16_ref(
 def _words(block: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
            stream: tl.tensor) -> tl.tensor:
     """The four words of each Philox block; key and stream are int32."""
-    key = parameter.to(tl.uint32, bitcast=True).to(tl.uint64) << 32
-    key = key | seed.to(tl.uint32, bitcast=True).to(tl.uint64)
-    low = block.to(tl.uint32)
-    high = (block >> 32).to(tl.uint32)
-    return tl.philox(key, low, high, tl.zeros_like(low) + step, tl.zeros_like(low) + stream)
+    key0 = seed.to(tl.uint32, bitcast=True)
+    key1 = parameter.to(tl.uint32, bitcast=True)
+    word0 = block.to(tl.uint32)
+    word1 = (block >> 32).to(tl.uint32)
+    word2 = tl.zeros_like(word0) + step
+    word3 = tl.zeros_like(word0) + stream
+    for _ in tl.static_range(10):
+        # Both halves of a product come from one instruction; tl.philox takes two.
+        product0 = word0.to(tl.uint64) * 0xD2511F53
+        product1 = word2.to(tl.uint64) * 0xCD9E8D57
+        word0 = (product1 >> 32).to(tl.uint32) ^ word1 ^ key0
+        word2 = (product0 >> 32).to(tl.uint32) ^ word3 ^ key1
+        word1 = product1.to(tl.uint32)
+        word3 = product0.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+        tl.static_assert((word0.dtype == tl.uint32) & (word2.dtype == tl.uint32))
+    return word0, word1, word2, word3
 
 
 @jit
@@ -225,22 +238,27 @@ def random16_tile(index: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step:
 
 @jit
 def round_bf16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
-    """fp32 to bf16 by :func:`stochastic_bf16_ref`."""
-    largest = 3.3895313892515355e38
-    bits = tl.clamp(x, -largest, largest).to(tl.int32, bitcast=True) + random
-    special = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)
-    bits = tl.where(tl.abs(x) < float("inf"), bits, special)
-    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    """fp32 to bf16 by :func:`stochastic_bf16_ref`; x is a result, whose NaN are quiet."""
+    # Nothing is added beyond the largest bf16 number: what is finite is cut to it, infinities and
+    # NaN stay.
+    random = tl.where(tl.abs(x) <= 3.3895313892515355e38, random, 0)
+    return ((x.to(tl.int32, bitcast=True) + random) >> 16).to(tl.int16).to(tl.bfloat16,
+                                                                           bitcast=True)
 
 
-@jit
-def nearest_bf16(x: tl.tensor) -> tl.tensor:
-    """fp32 to the nearest bf16, of two the even: what a GPU's conversion does, and the
-    interpreter's does not.
-    """
+def _nearest_bf16(x: tl.tensor) -> tl.tensor:
+    """fp32 to the nearest bf16, of two the even."""
+    return x.to(tl.bfloat16)
+
+
+def _nearest_bf16_interpreted(x: tl.tensor) -> tl.tensor:
+    """The same, which the interpreter's conversion is not."""
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
     return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+nearest_bf16 = jit(_nearest_bf16_interpreted if INTERPRETED else _nearest_bf16)
 
 
 @jit
@@ -269,6 +287,7 @@ def _stochastic_round_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, count: tl.ten
     i = first * 8 + tl.arange(0, TILE) - start
     mask = (i >= 0) & (i < count)
     x = tl.load(x_ptr + i, mask=mask, other=0.0)
+    x = tl.where(x == x, x, float("nan"))
     if out_ptr.dtype.element_ty == tl.bfloat16:
         tl.store(out_ptr + i, round_bf16(x, random), mask=mask)
     else:

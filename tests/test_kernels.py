@@ -514,13 +514,17 @@ for bits, width in ((8, 256), (4, 8)):
         numbers = {"step": "*i64", "correction": F} if held else {}
         ptx = build(adam8._adam_kernel, {**shape, **flags, "HELD": held}, m_ptr=C, v_ptr=C,
                     target_ptr=H if weight else F, **numbers)
-        assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
-        assert not any(x in ptx for x in ("fma.rn", ".ftz", ".approx", "div.full"))
+        # Scales are exact, and the root and the quotient of the direction nearly.
+        assert all(ptx.count(x) >= 8 for x in ("sqrt.approx.f32", "div.full.f32"))
+        assert "div.rn.f32" in ptx
+        assert not any(x in ptx for x in ("fma.rn", ".ftz"))
 for bits, kind in ((32, F), (16, H)):
     none = {f"{x}_{y}_ptr": None for x in "mv" for y in ("scale", "book", "lines", "ends")}
-    build(adam8._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
-          "STOCHASTIC": False, "HELD": False, "ALIGNED": bits == 16, "R": 4, "W": 256},
-          m_ptr=kind, v_ptr=kind, target_ptr=F)
+    ptx = build(adam8._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
+                "STOCHASTIC": False, "HELD": False, "ALIGNED": bits == 16, "R": 4, "W": 256},
+                m_ptr=kind, v_ptr=kind, target_ptr=F)
+    assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
+    assert not any(x in ptx for x in ("fma.rn", ".ftz", ".approx", "div.full"))
 """
 
 

@@ -268,7 +268,7 @@ def build(kernel, constants, types, t, capability):
     names = [p.name for p in kernel.params]
     uneven = {"tiles_m", "tiles_n", "start", "seed", "parameter", "step"}
     tile = {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group, "PRECISION": "ieee",
-            "WIDEN": False}
+            "WIDEN": False, "SLICES": lift._SLICES if t == lift._SHARED else 1}
     constants = {**constants, **{k: v for k, v in tile.items() if k in names}}
     kernel = built(kernel, types, constants,
                    lambda n: types.get(n) != "fp32" and n not in uneven,
@@ -299,9 +299,10 @@ for capability in (80, 90):
         types |= {"gain_ptr": "*fp32", "keep_ptr": "*fp32", "alpha": "fp32", "beta": "fp32",
                   "keep": "fp32", **({"step": "*i64"} if held else {})}
         ptx = build(lift._lift_kernel, {
-            **none, "HELD": held, "PRODUCT": not none, "DENSE": True, "GAIN": True, "KEEP": True,
+            **none, "HELD": held, "PRODUCT": not none, "DENSE": True,
+            "GAIN": 2 if kind == "*bf16" else 3, "KEEP": 1 if kind == "*bf16" else 3,
             "STOCHASTIC": kind != "*fp32", "ALIGNED": True, "left_column": 1, "right_column": 1,
-            "dense_column": 1, "gain_row": 0, "gain_column": 1, "keep_row": 0, "keep_column": 1},
+            "dense_column": 1, "gain_row": 0, "gain_column": 1, "keep_row": 1, "keep_column": 0},
             types, t, capability)
         assert none or dot in ptx
     flat = tiles.Tiles(1, 1, 1, 1, 4, 1)

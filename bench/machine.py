@@ -1,0 +1,234 @@
+"""What kernels cost a GPU, from their machine code, which needs no GPU.
+
+Triton's compiler and NVIDIA's assembler build each kernel for an architecture. Its registers and
+shared memory tell how many programs a processor has at once, its instructions what an element
+takes: an H100 can issue ten while it moves a byte (132 processors, 4 warps of 32 threads a cycle,
+1.75 GHz; 3 TB/s), so AdamW on 8-bit moments, which moves ten bytes, is held up by more than a
+hundred. Instructions are those of the kernel's body, without what rare cases of a division call; of
+a product those after it.
+
+    python -m lissom.bench.machine --json bench/results/machine-sm90.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..kernels import _triton, adam8, blocks, lift, linear, philox, project, quant8, tiles
+from . import clock
+
+__all__ = ["Case", "Cost", "built", "cases", "cost", "main"]
+
+#: Of a processor of these architectures: registers, and bytes of memory that programs share.
+_PROCESSORS = {80: (65536, 164 * 1024), 90: (65536, 228 * 1024)}
+# Bytes that a program needs beside its own; programs and warps that a processor can have at most.
+_RESERVED, _PROGRAMS, _WARPS = 1024, 32, 64
+_THREADS = 32
+
+
+class Case(NamedTuple):
+    """A kernel as it is used.
+
+    Args:
+        name: of the row.
+        kernel: it.
+        types: of parameters that are no 32-bit integers.
+        constants: parameters that are compiled in.
+        elements: of one program.
+        warps: of one program.
+        stages: of a product's loads.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    elements: int
+    warps: int
+    stages: int = 3
+
+
+class Cost(NamedTuple):
+    """Of one program, and of a processor that has several.
+
+    Args:
+        registers: of each thread.
+        spilled: bytes of a thread that had no register.
+        shared: bytes.
+        programs: as many as a processor has at once, by registers and shared memory.
+        instructions: for each element.
+        barriers: of a program.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    programs: int
+    instructions: float
+    barriers: int
+
+
+def built(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any],
+          even: Callable[[str], bool], capability: int, **options: Any) -> Any:
+    """A kernel compiled for an architecture.
+
+    Args:
+        kernel: it, of a process without Triton's interpreter.
+        types: of the parameters by name; those of no mention are 32-bit integers.
+        constants: parameters that are compiled in, by name.
+        even: whether the parameter of this name is a multiple of 16, asked of all others.
+        capability: of the architecture, such as 90.
+        options: of the compiler.
+    """
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget
+    parameters = [p.name for p in kernel.params]
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in parameters}
+    values = {(parameters.index(n),): v for n, v in constants.items()}
+    facts = {(parameters.index(n),): [["tt.divisibility", 16]] for n in parameters
+             if n not in constants and even(n)}
+    return compiler.compile(compiler.ASTSource(kernel, signature, values, facts),
+                            target=target("cuda", capability, _THREADS),
+                            options={"enable_fp_fusion": False, **options})
+
+
+def cost(case: Case, capability: int) -> Cost:
+    """Compile a case and count."""
+    volatile = {"start", "seed", "parameter", "step", "stream", "tiles_m", "tiles_n"}
+    made = built(case.kernel, case.types, case.constants, lambda n: n not in volatile, capability,
+                 num_warps=case.warps, num_stages=case.stages)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(made.asm["cubin"])
+        used = _tool("cuobjdump", "-res-usage", str(file))
+        code = _tool("nvdisasm", "-c", str(file))
+    registers, spilled = (int(x) for x in re.findall(r"REG:(\d+) STACK:(\d+)", used)[0])
+    body = [*_body(code)]
+    products = [i for i, x in enumerate(body) if x in ("HGMMA", "HMMA")]
+    rest = body[products[-1] + 1:] if products else body
+    most, room = _PROCESSORS[capability]
+    threads = _THREADS * case.warps
+    shared = int(made.metadata.shared)
+    programs = min(most // (-(-registers // 8) * 8 * threads), room // (shared + _RESERVED),
+                   _PROGRAMS, _WARPS // case.warps)
+    return Cost(registers, spilled, shared, programs, len(rest) * threads / case.elements,
+                sum(x == "BAR" for x in rest))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the programs says that come with Triton."""
+    folder = Path(_triton.triton.__file__).parent / "backends" / "nvidia" / "bin"
+    done = subprocess.run([str(folder / name), *arguments], capture_output=True, text=True,
+                          check=True)
+    return done.stdout
+
+
+def _body(code: str) -> Iterator[str]:
+    """Names of the instructions before the first subroutine."""
+    for line in code.splitlines():
+        if re.match(r"\$\S+:$", line):
+            return
+        found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9]*)",
+                          line)
+        if found and found[1] != "NOP":
+            yield found[1]
+
+
+def cases() -> Iterator[Case]:
+    """The kernels of a step on bf16 weights, at sizes without remainders."""
+    height, width = blocks.tile(4096)
+    tile = {"R": height, "W": width}
+    of_blocks = height * width
+    for bits in (32, 8, 4):
+        store = "*fp32" if bits == 32 else "*u8"
+        tables = ("scale", "book", "lines", "ends")
+        pointers = {f"{x}_{y}_ptr": "*i64" if y == "lines" else "*fp32"
+                    for x in "mv" for y in tables}
+        none = dict.fromkeys(pointers) if bits == 32 else {}
+        types = {**pointers, "target_ptr": "*bf16", "g_ptr": "*bf16", "m_ptr": store,
+                 "v_ptr": store, **dict.fromkeys(("weight1", "beta2", "weight2", "eps",
+                                                  "correction", "keep", "factor"), "fp32")}
+        for name, weight in (("adamw8", True), ("adam8", False)):
+            flags = {"BITS": bits, "WEIGHT": weight, "MAXIMIZE": False, "STOCHASTIC": weight,
+                     "HELD": False, "ALIGNED": True}
+            yield Case(f"{name}, {bits} bits", adam8._adam_kernel, types,
+                       {**none, **flags, **tile}, of_blocks, blocks.WARPS)
+    for bits in (8, 4):
+        codes = {"codes_ptr": "*i8" if bits == 8 else "*u8", "scale_ptr": "*fp32",
+                 "x_ptr": "*fp32", "out_ptr": "*bf16"}
+        yield Case(f"quantize_linear, {bits} bits", linear._quantize_linear_kernel, codes,
+                   {**tile, "BITS": bits, "LEVELS": 127 if bits == 8 else 7}, of_blocks,
+                   blocks.WARPS)
+        yield Case(f"dequantize_linear, {bits} bits", linear._dequantize_linear_kernel, codes,
+                   {**tile, "BITS": bits}, of_blocks, blocks.WARPS)
+        codes |= {"codes_ptr": "*u8", "out_ptr": "*fp32", "book_ptr": "*fp32",
+                  "lines_ptr": "*i64", "ends_ptr": "*fp32"}
+        yield Case(f"quantize_dynamic, {bits} bits", quant8._quantize_kernel, codes,
+                   {**tile, "BITS": bits, "SIGNED": True}, of_blocks, blocks.WARPS)
+        yield Case(f"dequantize_dynamic, {bits} bits", quant8._dequantize_kernel, codes,
+                   {**tile, "BITS": bits}, of_blocks, blocks.WARPS)
+    yield Case("stochastic_round", philox._stochastic_round_kernel,
+               {"x_ptr": "*fp32", "out_ptr": "*bf16"}, {"HELD": False, "TILE": philox._TILE},
+               philox._TILE, 4)
+    yield from _products()
+
+
+def _products() -> Iterator[Case]:
+    """R = G Q, and what lifts it back: alone, with Fira's residual, and without a product."""
+    t = tiles.LARGE
+    sizes = {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group, "PRECISION": "tf32",
+             "WIDEN": False}
+    yield Case("project", project._project_kernel,
+               {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*bf16"},
+               {**sizes, "scores_ptr": None, "largest_ptr": None, "SCORES": 0, "a_column": 1,
+                "b_column": 1, "c_column": 1}, t.rows * t.columns, t.warps, t.stages)
+    for name, product, gain in (("lift", True, 0), ("lift with a gain of columns", True, 2),
+                                ("lift with a gain of rows", True, 1),
+                                ("lift without a product", False, 2)):
+        t = lift._SHARED if product else lift._FLAT
+        sizes |= {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group}
+        none = {} if product else {"left_ptr": None, "right_ptr": None}
+        none |= {"keep_ptr": None} if gain else {"keep_ptr": None, "dense_ptr": None,
+                                                 "gain_ptr": None}
+        types = {**dict.fromkeys(("p_ptr", "left_ptr", "right_ptr", "dense_ptr"), "*bf16"),
+                 "gain_ptr": "*fp32", **dict.fromkeys(("alpha", "beta", "keep"), "fp32")}
+        ones = {"left_column": 1, "right_row": 1, "dense_column": 1,
+                "gain_column" if gain == 2 else "gain_row": 1}
+        yield Case(name, lift._lift_kernel, types,
+                   {**sizes, **none, **ones, "PRODUCT": product, "DENSE": bool(gain), "GAIN": gain,
+                    "KEEP": 0, "STOCHASTIC": True, "HELD": False, "ALIGNED": True,
+                    "SLICES": lift._SLICES if product else 1}, t.rows * t.columns, t.warps,
+                   t.stages)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a line for each kernel, and write rows as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--capability", type=int, choices=[*_PROCESSORS], default=90,
+                        help="of the architecture (default 90)")
+    parser.add_argument("--json", help="file for the rows")
+    args = parser.parse_args(argv)
+    if _triton.triton is None or _triton.INTERPRETED:
+        parser.error("needs triton, and TRITON_INTERPRET unset: nothing is compiled with it")
+    rows: list[dict[str, Any]] = []
+    about = clock.about("lissom.bench.machine", argv, "cpu")
+    for case in cases():
+        found = cost(case, args.capability)
+        rows.append({"kernel": case.name, **found._asdict(), "warps": case.warps,
+                     "elements": case.elements, "capability": args.capability, **about})
+        print(f"{case.name:28} {found.instructions:6.1f} instructions an element, "
+              f"{found.registers:3} registers, {found.spilled} bytes spilled, "
+              f"{found.programs} programs on a processor, {found.barriers} barriers")
+        clock.save(args.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
