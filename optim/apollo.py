@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -41,7 +42,8 @@ class _Scaling(Residual):
         along = "full" if o["scale_type"] == "tensor" else side
         more = math.prod([g.shape[i] / low.shape[i] for i in ALONG[side]])
         gain = gains(norms(n, along), norms(low, along), measured, more, s, o)
-        return Update(dense=g, gain=(gain * o["scale"]).to(low.dtype))
+        wide = torch.promote_types(low.dtype, torch.float32)
+        return Update(dense=g, gain=(gain * o["scale"]).to(wide))
 
 
 class APOLLOOptions(LowRankOptions, total=False):

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels._triton import use_triton
 from ..kernels.adam8 import adamw8
 from ..kernels.lift import lift
 from . import codec
 from .codec import Slot
-from .inner import adam
+from .inner import adam, by_kernel
 from .sharding import Rows
 
 __all__ = ["Update", "apply", "negated", "step_adamw"]
@@ -111,9 +110,8 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 def _in_one_pass(p: Tensor, u: Update, kept: Mapping[str, Tensor]) -> bool:
     """Whether a kernel applies the update: on a GPU, but for products in fp32 and split weights."""
     product = u.left is None or (u.left.element_size() == 2 and p.element_size() == 2)
-    # Traced, the operator would be compiled anew for each rate and step.
-    return (product and use_triton(None, p.device) and not torch.compiler.is_compiling()
-            and p.dtype != torch.float64 and "master" not in kept and p.is_contiguous())
+    return (product and by_kernel(p) and p.dtype != torch.float64 and "master" not in kept
+            and p.is_contiguous())
 
 
 def apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any],

@@ -18,7 +18,8 @@ from ..kernels.adam8 import adam8
 from . import codec
 from .codec import Slot
 
-__all__ = ["RULES", "Quotient", "Rule", "adam", "adam_slots", "averages", "representable"]
+__all__ = ["RULES", "Quotient", "Rule", "adam", "adam_slots", "averages", "by_kernel",
+           "representable"]
 
 Shape = tuple[int, ...]
 State = Mapping[str, Tensor]
@@ -107,8 +108,8 @@ class Rule(NamedTuple):
     Args:
         slots: (shape of R, parameter, options) to what is kept.
         direction: (R, state, options, t, consume) to (N, factor), the direction being
-            factor * N in fp32, or in 16 bits where N takes the place of such an R. Moments in the
-            state change in place. With ``consume`` R may be overwritten.
+            factor * N in fp32, or in R's 16 bits by a kernel. Moments in the state change in place.
+            With ``consume`` R may be overwritten.
         powers: for each moment, what a rotation of the basis does to it: 1 for Rot, 2 for
             Rot o Rot, which keeps a second moment positive.
         elementwise: an entry of N depends on the same entry of R alone.
@@ -130,12 +131,17 @@ def _decoded_pair(r: Tensor, s: State, o: Options) -> dict[str, Any] | None:
     return {"m": m, "v": v, "bits": 32, "beta1": beta1, "beta2": beta2, "eps": o["eps"]}
 
 
+def by_kernel(x: Tensor) -> bool:
+    """Whether kernels do the arithmetic on x; traced, they would be compiled anew for each rate."""
+    return use_triton(None, x.device) and not torch.compiler.is_compiling()
+
+
 def _adamw(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
-    if use_triton(None, r.device) and not torch.compiler.is_compiling():
+    if by_kernel(r):
         fused = s.stored_pair(r, o) if isinstance(s, codec.Decoded) else None
         fused = fused or _decoded_pair(r, s, o)
         if fused is not None:
-            return adam8(r, **fused, t=t, out=r if consume else None), 1.0
+            return adam8(r, **fused, t=t, out=r if consume else torch.empty_like(r)), 1.0
     wide = codec.wide(r)
     m, denominator, factor = adam(wide, s, o, t, consume=consume or wide is not r)
     return torch.div(m, denominator, out=denominator), factor

@@ -16,7 +16,7 @@ from .apply import Update
 from .base import MatrixOptimizer
 from .codec import Slot, State
 from .common import AdamWPart
-from .inner import RULES, Rule
+from .inner import RULES, Rule, by_kernel
 from .options import Option, choice, fraction, integer, optional, real
 from .project import Bases, Turn
 from .residual import RESIDUALS, Residual, residual_of
@@ -277,8 +277,9 @@ class LowRankOptimizer(MatrixOptimizer):
         residual, rule = self.residual(o), RULES[o["inner"]]
         m, columns = codec.whole_shape(g, s)[-2:]
         side = project.side_of(m, columns, o["proj_type"])
-        # Where only the rule reads R it may be in 16 bits, which a kernel widens as it reads.
-        low = codec.wide(space.low) if residual.needs_low else space.low
+        # Kernels widen R as they read it, if it is in 16 bits, and so does the rule by itself.
+        narrow = by_kernel(space.low) or not residual.needs_low
+        low = space.low if narrow else codec.wide(space.low)
         moments = _turned(rule, s, space, o)
         measured = residual.measure(g, low, space, side, o)
         # N = inner(R); state is written from here on

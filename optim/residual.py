@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.lift import lift
 from ..kernels.limit import limited_gains
 from . import codec
 from .apply import Update
 from .codec import Slot
+from .inner import by_kernel
 from .norms import ALONG, norms
 from .project import Bases
 
@@ -31,7 +33,8 @@ __all__ = ["RESIDUALS", "Fira", "Residual", "gains", "residual_of"]
 class Residual:
     """No residual: what is outside the subspace is dropped (GaLore). Base of the others."""
 
-    #: Whether R is read after the inner rule, which otherwise may overwrite it. It is then in fp32.
+    #: Whether R is read after the inner rule, which otherwise may overwrite it. It is then in fp32,
+    #: or as it was projected where kernels read it.
     needs_low = False
     #: Whether G itself is read: if not, :meth:`measure` and :meth:`combine` look at its shape,
     #: dtype and device alone.
@@ -106,8 +109,9 @@ class Fira(Residual):
             n_ /= correction
         more = math.prod([g.shape[i] / low.shape[i] for i in ALONG[side]])
         gain = gains(n_, norms(low, side), measured, more, s, o, 1 - scale if released else 0.0)
-        gain = (gain if correction == 1.0 else gain * correction).to(low.dtype)
-        left, right = bases.factors(n.addcmul_(low, gain, value=-1).to(g.dtype))
+        wide = torch.promote_types(low.dtype, torch.float32)
+        gain = (gain if correction == 1.0 else gain * correction).to(wide)
+        left, right = bases.factors(_less(n, low, gain).to(g.dtype))
         return Update(left, right, scale, g, gain if released else gain * scale)
 
 
@@ -173,6 +177,14 @@ def limiter_slot(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dic
     if o["limiter"] is None:
         return {}
     return {"limiter": Slot((*shape[:-2], 1, 1), torch.float32, p.device)}
+
+
+def _less(n: Tensor, low: Tensor, gain: Tensor) -> Tensor:
+    """N - gain R in N's place, rounded once."""
+    if by_kernel(n) and n.dtype != torch.float64 and n.is_contiguous():
+        lift(n, dense=low, gain=gain, beta=-1.0)
+        return n
+    return n.addcmul_(codec.wide(low), gain, value=-1)
 
 
 def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
