@@ -1,0 +1,75 @@
+"""How kernels are launched: what is found again is what Triton itself would take."""
+
+from __future__ import annotations
+
+import pytest
+from lissom.kernels import _triton
+
+from .aot import compile_for_a_gpu
+
+LAUNCH = """
+import torch
+from lissom.bench.host import nowhere
+from lissom.kernels import _triton
+from lissom.kernels._triton import jit, launch, tl
+
+@jit
+def kernel(x_ptr, y_ptr, n, stride, factor, start, PLUS: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + i * stride, mask=i < n) * factor + start
+    if y_ptr is not None:
+        x += tl.load(y_ptr + i)
+    if PLUS:
+        x += 1
+    tl.store(x_ptr + i * stride, x.to(x_ptr.dtype.element_ty), mask=i < n)
+
+launched = []
+nowhere(lambda *given: launched.append(given))
+whole = torch.zeros(256)
+aligned, shifted, narrow = whole[:64], whole[1:65], torch.zeros(64, dtype=torch.bfloat16)
+for x in (aligned, shifted, narrow):
+    for y in (None, aligned, shifted):
+        for n in (64, 63, 1, 2**31, -1):
+            for stride, start in ((1, 0), (2, 1), (16, 17), (16, 16)):
+                args = (x, y, n, stride, 0.5, start)
+                for plus in (True, False):
+                    constants = {"SIZE": 64, "PLUS": plus}
+                    kernel[(3, 2)](*args, **constants, enable_fp_fusion=False)
+                    source, programs, expected = launched[-1]
+                    for _ in range(2):
+                        launch(kernel, (3, 2), x.device, *args, **constants)
+                        assert launched[-1][0] is source, args
+                        assert launched[-1][1] == programs == (3, 2, 1)
+                        assert len(launched[-1][2]) == len(expected) == 8
+                        assert all(a is b for a, b in zip(launched[-1][2], expected)), args
+# Found again indeed, also where what a kernel may not be compiled for has changed.
+before = len(_triton._COMPILED)
+launch(kernel, 3, aligned.device, aligned, None, 64, 1, 0.25, 32, SIZE=64, PLUS=True)
+assert len(_triton._COMPILED) == before
+"""
+
+
+@pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
+def test_kernels_that_are_found_again_are_those_of_triton(tmp_path):
+    compile_for_a_gpu(LAUNCH, tmp_path)
+
+
+HOST = """
+import json, sys
+from lissom.bench import host
+assert host.main(["--repeats", "2", "--json", "rows.json"]) == 0
+rows = json.load(open("rows.json"))
+assert [row["optimizer"] for row in rows] == [*host._STEPS]
+assert {row["optimizer"]: row["launches_per_matrix"] for row in rows if "Adam" in row["optimizer"]
+        } == {"AdamW": 1, "AdamW, 8 bits": 1, "GaLoreAdamW": 2, "GaLoreAdamW, 8 bits": 3,
+              "DCTAdamW, gap 200, 8 bits": 2, "FiraAdamW, 8 bits": 8}
+assert all(row["us_per_matrix"] > 0 for row in rows)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
+def test_host_time_is_taken_without_a_gpu(tmp_path, monkeypatch):
+    """One kernel for dense AdamW, two to eight beside the product for a projected rule."""
+    monkeypatch.chdir(tmp_path)
+    compile_for_a_gpu(HOST, tmp_path)
