@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         launches += 1
 
     nowhere(launched)
-    about, rows = clock.about("lissom.bench.host", argv, "cpu"), []
+    about, rows = clock.about("host", argv, "cpu"), []
     made = {name: getattr(optim, kind)(_weights(), lr=1e-4, **options)
             for name, (kind, options) in _STEPS.items()}
     taken: dict[str, list[float]] = {name: [] for name in made}

@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _triton.triton is None or _triton.INTERPRETED:
         parser.error("needs triton, and TRITON_INTERPRET unset: nothing is compiled with it")
     rows: list[dict[str, Any]] = []
-    about = clock.about("lissom.bench.machine", argv, "cpu")
+    about = clock.about("machine", argv, "cpu")
     for case in cases():
         found = cost(case, args.capability)
         rows.append({"kernel": case.name, **found._asdict(), "warps": case.warps,

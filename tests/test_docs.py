@@ -375,6 +375,31 @@ def lines_of_a_gpu() -> Iterator[str]:
     yield f"peak of {fits['peak_bytes'] / 2**30:.2f} GiB"
 
 
+def lines_of_machine_code() -> Iterator[str]:
+    rows = {row["kernel"]: row for row in rows_of("machine-sm90")}
+    for name, label in (("adamw8, 8 bits", "AdamW on a bf16 weight, 8-bit moments"),
+                        ("adam8, 8 bits", "the same on a projected gradient"),
+                        ("adamw8, 32 bits", "AdamW on a bf16 weight, fp32 moments"),
+                        ("lift", "lift, decay and rounding, after the product"),
+                        ("lift with a gain of rows", "the same with Fira's residual")):
+        row = rows[name]
+        yield (f"| {label} | {row['instructions']:.1f} | {row['registers']} | {row['programs']} x "
+               f"{row['warps']} |")
+    assert not any(row["spilled"] for row in rows.values())
+
+
+def lines_of_communication() -> Iterator[str]:
+    bytes_, large = ([row for row in rows_of("comm-60m-cpu") if row["vocabulary"] == size]
+                     for size in (256, 32000))
+    shares = [100 * row["share"] for row in bytes_]
+    yield f"{shares[0]:.0f} % at the first step"
+    yield f"{shares[1]:.1f} %"
+    yield f"{shares[3]:.1f} % where a basis is refreshed"
+    yield f"{100 * large[1]['share']:.1f} and {100 * large[3]['share']:.1f} %"
+    for row in (bytes_[0], large[0]):
+        yield f"{row['weights_off']:.1e}".replace("e-0", "e-")
+
+
 def lines_of_bits() -> Iterator[str]:
     file = ROOT / "bench/results/train-tiny-state-cpu.json"
     rows = {(row["optimizer"], row["state_bits"], row["dtype"]): row
@@ -412,7 +437,8 @@ def lines_of_flips() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("page", "lines"), [
-    ("distributed.md", lines_of_flips), ("memory.md", lines_of_ranks),
+    ("distributed.md", lines_of_flips), ("distributed.md", lines_of_communication),
+    ("memory.md", lines_of_ranks), ("results.md", lines_of_machine_code),
     ("results.md", lines_of_bits), ("results.md", lines_of_finetuning),
     ("results.md", lines_of_finetuning_in_8_bits),
     ("results.md", lines_of_projections), ("results.md", lines_of_a_gpu)], ids=name_of)
