@@ -21,7 +21,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..kernels import _triton, adam8, blocks, lift, linear, philox, project, quant8, tiles
+from ..kernels import (
+    _triton,
+    adam8,
+    blocks,
+    lift,
+    linear,
+    philox,
+    project,
+    quant8,
+    symmul,
+    tiles,
+)
 from . import clock
 
 __all__ = ["Case", "Cost", "built", "cases", "cost", "main"]
@@ -178,6 +189,7 @@ def cases() -> Iterator[Case]:
                {"x_ptr": "*fp32", "out_ptr": "*bf16"}, {"HELD": False, "TILE": philox._TILE},
                philox._TILE, 4)
     yield from _products()
+    yield from _symmetric()
 
 
 def _products() -> Iterator[Case]:
@@ -206,6 +218,17 @@ def _products() -> Iterator[Case]:
                     "KEEP": 0, "STOCHASTIC": True, "HELD": False, "ALIGNED": True,
                     "SLICES": lift._SLICES if product else 1}, t.rows * t.columns, t.warps,
                    t.stages)
+
+
+def _symmetric() -> Iterator[Case]:
+    """The two products of a Newton-Schulz step that are symmetric, below the diagonal."""
+    for name, adds, t in (("syrk", False, symmul._LARGE), ("symm_muladd", True, symmul._ADDING)):
+        yield Case(name, symmul._symmul_kernel,
+                   {**dict.fromkeys(("left_ptr", "right_ptr", "out_ptr"), "*bf16"),
+                    "alpha": "fp32", "beta": "fp32"},
+                   {"ADD": adds, "B": t.size, "K": t.depth, "TILES": 8, "PRECISION": "tf32",
+                    "WIDEN": False, "left_column": 1,
+                    "right_column" if adds else "right_row": 1}, t.size**2, t.warps, t.stages)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
