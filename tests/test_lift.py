@@ -115,10 +115,18 @@ def terms(size, kind, dtype, device, make=whole):
             whole((*batch, m, 1), torch.float32, device, 0, 5) / 4)
 
 
+@pytest.fixture(params=["few tiles", "many tiles"])
+def many(request, monkeypatch):
+    """Whether matrices count as large: then programs do their columns in slices."""
+    if request.param == "many tiles":
+        monkeypatch.setattr(tiles, "_ENOUGH", 0)
+    return request.param
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_all_terms_of_small_numbers_are_exact(size, dtype, backend, device):
+def test_all_terms_of_small_numbers_are_exact(size, dtype, backend, device, many):
     p, left, right, dense, gain, keep = terms(size, torch.float32, dtype, device)
     exact = keep * p.double() - 0.5 * (left.double() @ right.double()) + 2 * gain * dense
     lift(p, left, right, alpha=-0.5, keep=keep, dense=dense, gain=gain, beta=2.0, backend=backend)
@@ -126,7 +134,7 @@ def test_all_terms_of_small_numbers_are_exact(size, dtype, backend, device):
 
 
 @pytest.mark.parametrize("part", ["product", "dense", "keep"])
-def test_each_term_may_be_missing(part, device):
+def test_each_term_may_be_missing(part, device, many):
     size = (2, 33, 20, 70)
     p, left, right, dense, _, _ = terms(size, torch.float32, torch.float16, device)
     exact, given = 0.5 * p.double(), {"keep": 0.5}
@@ -139,7 +147,7 @@ def test_each_term_may_be_missing(part, device):
     assert torch.equal(p.double(), exact)
 
 
-def test_views_and_factors_that_a_batch_shares(device):
+def test_views_and_factors_that_a_batch_shares(device, many):
     p = whole((3, 20, 33), torch.bfloat16, device)
     left, right = whole((8, 20), torch.bfloat16, device).mT, whole((3, 33, 8), torch.bfloat16,
                                                                   device).mT
@@ -151,12 +159,12 @@ def test_views_and_factors_that_a_batch_shares(device):
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("start", [0, 8, 5, (1 << 35) + 8])
-@pytest.mark.parametrize("shape", [(20, 64), (20, 33), (2, 9, 40)])
-def test_random_bits_are_those_of_the_reference(shape, start, kind, device):
+@pytest.mark.parametrize("shape", [(20, 64), (20, 33), (2, 9, 40), (130, 200)])
+def test_random_bits_are_those_of_the_reference(shape, start, kind, device, many):
     """The numbers before rounding are equal, so that the weights are."""
     *batch, m, n = shape
-    p, left, right, _, _, _ = terms((*batch, m, 7, n), kind, torch.float32, device)
-    wide = p.float() + 0.000244140625 * (left @ right)
+    p, left, right, _, _, _ = terms((*batch, m, 7, n), kind, kind, device)
+    wide = p.float() + 0.000244140625 * (left.float() @ right.float())
     expected = stochastic_round(wide, kind, start, KEY, (3, STREAM), backend="torch")
     plain = p.clone()
     for backend in ("torch", "triton"):
@@ -168,7 +176,17 @@ def test_random_bits_are_those_of_the_reference(shape, start, kind, device):
     assert not torch.equal(plain, expected)
 
 
-def test_what_is_not_finite_stays_so(device):
+@pytest.mark.parametrize("gain", ["rows", "columns", "elements", "one"])
+def test_gains_and_shares_of_any_extent(gain, device, many):
+    p, left, right, dense, _, _ = terms((3, 33, 8, 70), torch.float32, torch.bfloat16, device)
+    shape = {"rows": (3, 33, 1), "columns": (1, 70), "elements": (33, 70), "one": ()}[gain]
+    gains, keep = (whole(shape, torch.float32, device, 1, 5) / 4 for _ in range(2))
+    exact = keep * p.double() + left.double() @ right.double() + gains * dense
+    lift(p, left, right, keep=keep, dense=dense, gain=gains, backend="triton")
+    assert torch.equal(p.double(), exact)
+
+
+def test_what_is_not_finite_stays_so(device, many):
     p, left, right, dense, _, _ = terms((20, 5, 40), torch.bfloat16, torch.bfloat16, device)
     left[3, 1], dense[7, 7], p[9, 9] = torch.nan, torch.inf, -torch.inf
     expected = p.clone()
