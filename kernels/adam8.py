@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
+from ._triton import INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
 from .blocks import (
     WARPS,
     block_place,
@@ -146,6 +146,19 @@ def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | Non
     p.copy_(x)
 
 
+def _root(x: tl.tensor) -> tl.tensor:
+    """The square root to a unit in the last place; tl.sqrt takes subnormal numbers for zero."""
+    return tl.inline_asm_elementwise("sqrt.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
+                                     is_pure=True, pack=1)
+
+
+def _root_interpreted(x: tl.tensor) -> tl.tensor:
+    return tl.sqrt(x)
+
+
+_fast_root = jit(_root_interpreted if INTERPRETED else _root)
+
+
 @jit
 def _quotient(x: tl.tensor, y: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     if BITS < 16:
@@ -201,7 +214,7 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
     m = nearer + tl.where(weight1 < 0.5, weight1, weight1 - 1) * (g - m)
     v = v * beta2 + weight2 * g * g
     if BITS < 16:
-        denominator = tl.sqrt(v) * correction + eps
+        denominator = _fast_root(v) * correction + eps
     else:
         denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction) + eps
 

@@ -240,8 +240,9 @@ def block_codes(x: tl.tensor, lines_ptr: tl.tensor, ends_ptr: tl.tensor, BITS: t
     # Unlike a maximum this keeps NaN.
     divisor = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
     unit = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor)[:, None]
-    # The first line begins at 2^-31, the last at 1.875; a maximum with NaN is the number.
-    size = tl.maximum(tl.abs(unit) if SIGNED else unit, 2.0**-31)
+    # The first line begins at 2^-31, which NaN gets too, the last at 1.875.
+    size = tl.abs(unit) if SIGNED else unit
+    size = tl.where(size > 2.0**-31, size, 2.0**-31)
     line = _look_up(lines_ptr, (size.to(tl.int32, bitcast=True) >> 20) - (1023 - 255), 256)
     slope = line.to(tl.int32).to(tl.float32, bitcast=True)
     level = (line >> 32).to(tl.int32).to(tl.float32, bitcast=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -148,9 +147,10 @@ def apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any]
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.
         block = _BLOCK.get(p.device.type, _BLOCK["cuda"])
         rows = max(1, block // max(1, p[..., :1, :].numel()))
-    cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else repeat(x)
-           for x in (p, u.left, u.dense, gain, keep, master)]
-    for p_, left, dense, gain_, keep_, master_ in zip(*cut, strict=False):
+    parts = torch.split(p, rows, -2)
+    cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else [x] * len(parts)
+           for x in (u.left, u.dense, gain, keep, master)]
+    for p_, left, dense, gain_, keep_, master_ in zip(parts, *cut, strict=True):
         kept_ = kept if master_ is None else {**kept, "master": master_}
         x = codec.read_weight(p_, kept_)
         if isinstance(keep_, Tensor):

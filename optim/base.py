@@ -198,7 +198,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return tuple(p.shape)
         if o.get("matricize") == "batch":
             return (math.prod(p.shape[:-2]), *p.shape[-2:])
-        return (p.shape[0], p[0].numel())
+        return (p.shape[0], math.prod(p.shape[1:]))
 
     def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
         """Rank, side and reason of a parameter of the own rule, for :meth:`plan`."""

@@ -26,7 +26,8 @@ class _Free(Sign):
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         u = super().combine(g, low, n, bases, measured, side, s, o, t)
-        return u._replace(gain=o["free_scale"])
+        # not _replace, which dynamo does not trace in torch 2.9 and 2.11
+        return Update(u.left, u.right, u.factor, u.dense, o["free_scale"])
 
 
 def _coordinates(n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int,

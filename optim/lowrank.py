@@ -314,7 +314,8 @@ class LowRankOptimizer(MatrixOptimizer):
         writes = {**new.writes, "basis_step": torch.tensor(float(t), **host)}
         if o["keep_energy"] is not None:
             writes["basis_energy"] = torch.tensor(_energy(new.low, g), **host)
-        return new._replace(writes=writes, turns=new.turns if born else None)
+        # not _replace, which dynamo does not trace in torch 2.9
+        return Projected(new.bases, new.low, new.turns if born else None, writes, new.more)
 
     def due(self, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         """Whether update t looks for new bases."""

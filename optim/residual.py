@@ -131,8 +131,8 @@ class Sign(Residual):
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
-        u = super().combine(g, low, n, bases, measured, side, s, o, t)
-        return u if measured is None else u._replace(dense=measured, gain=o["scale"])
+        left, right = bases.factors(n.to(g.dtype))
+        return Update(left, right, o["scale"], measured, o["scale"])
 
 
 class ErrorFeedback(Residual):

@@ -259,8 +259,9 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         frozen = resting.to(g.device).view(shape)
         g = representable(codec.wide(g)).masked_fill(frozen, 0.0)
         first, second = (x.to(g).view(shape) for x in (1 - beta1**k, (1 - beta2**k).sqrt()))
-        for name in codec.MOMENTS & s.keys():  # a frozen vector's moments restart
-            s[name].masked_fill_(frozen, 0.0)
+        for name in s:
+            if name in codec.MOMENTS:  # a frozen vector's moments restart
+                s[name].masked_fill_(frozen, 0.0)
         # N = (M / (1 - b1^k)) / (sqrt(V / (1 - b2^k)) + eps)
         m, v = averages(g, s, o)
         n = (m / first).div_(v.sqrt().div_(second).add_(o["eps"])).masked_fill_(frozen, 0.0)

@@ -20,6 +20,8 @@ from .helpers import feed, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SHAPES = [(12, 5), (5, 12), (6,)]
+# In older ones a mapping made in the graph, as the decoded state is, fails an assertion of dynamo.
+traces_mappings = pytest.mark.skipif(torch.__version__ < "2.9", reason="pytorch/pytorch#159366")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,15 @@ def _fresh(monkeypatch):
     torch._dynamo.reset()
 
 
-def arithmetic(optimizer, o, slots, p, g, kept, bases, lr, t):
+def keep_bases(optimizer, p, o):
+    """What ``_subspace`` decides on the host where no refresh is due."""
+    state = optimizer.state[p]
+    bases = optimizer.bases(p.detach(), codec.Decoded(state, optimizer._layouts[p], p), o,
+                            int(state["basis_step"]))
+    optimizer._subspace = lambda g, s, o, t: Projected(bases, bases.down(g))
+
+
+def arithmetic(optimizer, o, slots, p, g, kept, lr, t):
     """From gradient to weight, as ``_step_one`` has it for one plain parameter."""
     o = {**o, "lr": lr}
     if optimizer._reason(p, o) is not None:
@@ -38,9 +48,6 @@ def arithmetic(optimizer, o, slots, p, g, kept, bases, lr, t):
         return
     s = codec.Decoded(kept, slots, p)
     s["weight"] = p
-    if bases is not None:
-        # what _subspace decides on the host where no refresh is due
-        optimizer._subspace = lambda g, s, o, t: Projected(bases, bases.down(g))
     u = optimizer.update(g, s, o, t)
     if optimizer.waits:
         request = next(u)
@@ -54,6 +61,7 @@ def arithmetic(optimizer, o, slots, p, g, kept, bases, lr, t):
     codec.encode(s, kept, slots, o, t)
 
 
+@traces_mappings
 @pytest.mark.parametrize("case", all_slow_but(first_of_each_class(), CASES), ids=lambda c: c.name)
 def test_one_graph_for_any_rate_and_step(case):
     """Two shapes and a vector; equal to eager but for the order of sums."""
@@ -61,6 +69,9 @@ def test_one_graph_for_any_rate_and_step(case):
     optimizer = case(ps, lr=1e-2)
     feed(ps, 1, 1.0)
     optimizer.step()
+    if torch.__version__ < "2.10" and any(x.dtype == torch.bfloat16 for state in
+                                          optimizer.state.values() for x in state.values()):
+        pytest.skip("pytorch/pytorch#146688: random rounding mixes words of its key by xor")
     options = {p: group for group in optimizer.param_groups for p in group["params"]}
     for i, p in enumerate(ps):
         if not p.requires_grad:  # the base of a pair
@@ -70,10 +81,8 @@ def test_one_graph_for_any_rate_and_step(case):
         counter = CompileCounterWithBackend("eager")
         compiled = torch.compile(arithmetic, fullgraph=True, dynamic=True, backend=counter)
         state, slots = optimizer.state[p], optimizer._layouts[p]
-        bases = None
         if "basis_step" in state:
-            bases = optimizer.bases(p.detach(), codec.Decoded(state, slots, p), o,
-                                    int(state["basis_step"]))
+            keep_bases(optimizer, p, o)
         for t, lr in ((2, 1e-2), (3, 5e-3), (7, 2e-3)):
             g, = tensors([p.shape], 50 + 10 * i + t)
             results = []
@@ -81,7 +90,7 @@ def test_one_graph_for_any_rate_and_step(case):
                 weight = p.detach().clone()
                 kept = {k: x.clone() for k, x in state.items()}
                 with torch.no_grad():
-                    run(optimizer, o, slots, weight, g.clone(), kept, bases, lr, t)
+                    run(optimizer, o, slots, weight, g.clone(), kept, lr, t)
                 results.append((weight, kept))
             (a, kept_a), (b, kept_b) = results
             assert not torch.equal(a, p)
@@ -125,6 +134,7 @@ def test_a_polar_factor_is_one_graph(case):
         assert counter.frame_count == 1
 
 
+@traces_mappings
 @pytest.mark.parametrize("case", first_of_each_class(), ids=lambda c: c.name)
 def test_a_compiled_step_is_the_step(case):
     """With breaks where the host decides, refreshes included."""
@@ -141,6 +151,7 @@ def test_a_compiled_step_is_the_step(case):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
+@traces_mappings
 def test_inductor_compiles_it():
     case = next(c for c in CASES if c.name == "galoreadamw-svd")
     ps = case.parameters([(12, 5)])
@@ -149,14 +160,14 @@ def test_inductor_compiles_it():
     optimizer.step()
     p, state, slots = ps[0], optimizer.state[ps[0]], optimizer._layouts[ps[0]]
     o = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-    bases = optimizer.bases(p.detach(), codec.Decoded(state, slots, p), o, 1)
+    keep_bases(optimizer, p, o)
     compiled = torch.compile(arithmetic, fullgraph=True)
     g, = tensors([p.shape], 9)
     results = []
     for run in (arithmetic, compiled):
         weight, kept = p.detach().clone(), {k: x.clone() for k, x in state.items()}
         with torch.no_grad():
-            run(optimizer, o, slots, weight, g.clone(), kept, bases, 1e-2, 2)
+            run(optimizer, o, slots, weight, g.clone(), kept, 1e-2, 2)
         results.append(weight)
     torch.testing.assert_close(*results, rtol=0, atol=1e-7)
 
