@@ -154,7 +154,7 @@ def _body(code: str) -> Iterator[str]:
 
 def cases() -> Iterator[Case]:
     """The kernels of a step on bf16 weights, at sizes without remainders."""
-    height, width = blocks.tile(4096)
+    height, width = blocks.tile(4096, 4096)
     tile = {"R": height, "W": width}
     of_blocks = height * width
     for bits in (32, 8, 4):

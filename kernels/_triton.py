@@ -68,12 +68,14 @@ def use_triton(backend: str | None, device: torch.device) -> bool:
         return False
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend: expected None, 'torch' or 'triton', got {backend!r}")
+    rocm = torch.version.hip is not None  # whose devices are called "cuda" too
     able = triton is not None and ((INTERPRETED and kind == "cpu")
-                                   or (kind == "cuda" and (EXACT or INTERPRETED)))
+                                   or (kind == "cuda" and not rocm and (EXACT or INTERPRETED)))
     if backend == "triton" and not able:
         raise RuntimeError(
             f"backend: 'triton' cannot run on {device}: "
             + ("triton is not installed" if triton is None else
+               "the kernels are for NVIDIA's GPUs" if rocm else
                f"triton {triton.__version__} flushes subnormals, it must be >= 3.6"
                if kind == "cuda" else
                "it needs a CUDA device, or TRITON_INTERPRET=1 and a CPU one"))
@@ -97,7 +99,7 @@ def launch(kernel: Any, programs: int | tuple[int, int], device: torch.device, *
         kernel: it.
         programs: how many, in one dimension or two.
         device: of the tensors.
-        args: the kernel's arguments in order: tensors, None, int or float.
+        args: the kernel's arguments in order: tensors, None or numbers.
         constants: the rest of them, which are compiled in, and options of the compiler.
     """
     grid = (*programs, 1) if isinstance(programs, tuple) else (programs, 1, 1)
@@ -109,9 +111,9 @@ def launch(kernel: Any, programs: int | tuple[int, int], device: torch.device, *
             return
         key = (kernel, device.index, *constants.values(), *[
             # 1 is compiled in, multiples of 16 are known to be such, and so are pointers.
-            ("1" if x == 1 else x % 16 == 0, -(2**31) <= x < 2**31) if (kind := type(x)) is int else
-            kind if kind is float or x is None else (x.dtype, x.data_ptr() % 16 == 0)
-            for x in args])
+            ("1" if x == 1 else x % 16 == 0, -(2**31) <= x < 2**31) if type(x) is int else
+            (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else
+            float if isinstance(x, float) else (type(x), x) for x in args])
         found = _COMPILED.get(key)
         if found is None:
             compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)

@@ -305,7 +305,8 @@ def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | No
         return
     # Without scales rows mean nothing.
     columns = g.shape[-1] if bits < 16 else g.numel()
-    rows, (height, width) = g.numel() // columns, tile(columns)
+    rows = g.numel() // columns
+    height, width = tile(rows, columns)
     tables: tuple[Tensor | None, ...] = _tables(bits, g.device) if bits < 16 else _NO_TABLES
     step: int | Tensor = signed32(t)
     numbers: Any

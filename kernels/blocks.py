@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._triton import check, jit, tl
+from ._triton import cdiv, check, jit, tl
 
 __all__ = ["BLOCK", "WARPS", "block_place", "check_store", "code_bytes", "linear_shapes",
            "load_codes", "pack4", "store_codes", "store_shapes", "tile", "unpack4"]
@@ -66,17 +66,20 @@ def store_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tu
     return linear_shapes(shape, bits)
 
 
-def tile(columns: int) -> tuple[int, int]:
+def tile(rows: int, columns: int) -> tuple[int, int]:
     """Rows and columns of what one program works on: parts of rows, each within a block.
 
     Raises:
-        ValueError: a row is longer than int32 counts.
+        ValueError: rows are longer, or in all more of those parts, than int32 counts.
     """
     if columns >= 2**31:
         raise ValueError(f"expected rows of fewer than 2**31 elements, got {columns}")
     width = 8
     while width < min(columns, BLOCK):
         width *= 2
+    if rows * cdiv(columns, width) >= 2**31:
+        raise ValueError(f"expected fewer than 2**31 blocks of {width} columns, got {rows} rows of "
+                         f"{columns} elements")
     return _TILE // width, width
 
 
@@ -84,8 +87,7 @@ def tile(columns: int) -> tuple[int, int]:
 def block_place(rows: tl.tensor, columns: tl.tensor, R: tl.constexpr, W: tl.constexpr) -> tl.tensor:
     """Which R blocks a program works on: their rows, first columns, scales, and what is inside."""
     per_row = (columns + W - 1) // W
-    # Blocks and columns are int32, in which a division takes a tenth of the instructions: 2^31
-    # blocks are more than any memory holds.
+    # Blocks and columns are int32, in which a division takes a tenth of the instructions.
     block = tl.program_id(0) * R + tl.arange(0, R)  # [R]
     row = block // per_row
     return row.to(tl.int64), (block - row * per_row) * W, block, row < rows

@@ -124,7 +124,8 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, triton: bool) 
         scale.copy_(step)
     elif x.numel():
         columns = x.shape[-1]
-        rows, (height, width) = x.numel() // columns, tile(columns)
+        rows = x.numel() // columns
+        height, width = tile(rows, columns)
         launch(_quantize_linear_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
                rows, columns, code_bytes(columns, bits), LEVELS=_LEVELS[bits], BITS=bits, R=height,
                W=width, num_warps=WARPS)
@@ -136,7 +137,8 @@ def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, triton: bo
     if not triton:
         out.copy_(dequantize_linear_ref(codes, scale, columns, bits))
     elif out.numel():
-        rows, (height, width) = out.numel() // columns, tile(columns)
+        rows = out.numel() // columns
+        height, width = tile(rows, columns)
         launch(_dequantize_linear_kernel, cdiv(scale.numel(), height), out.device, codes, scale,
                out, rows, columns, code_bytes(columns, bits), BITS=bits, R=height, W=width,
                num_warps=WARPS)

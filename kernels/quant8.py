@@ -295,7 +295,8 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, signed: bool, 
         scale.copy_(step)
     elif x.numel():
         columns = x.shape[-1]
-        rows, (height, width) = x.numel() // columns, tile(columns)
+        rows = x.numel() // columns
+        height, width = tile(rows, columns)
         launch(_quantize_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
                *lines(bits, signed, x.device), rows, columns, code_bytes(columns, bits), BITS=bits,
                SIGNED=signed, R=height, W=width, num_warps=WARPS)
@@ -308,7 +309,8 @@ def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, signed: bo
     if not triton:
         out.copy_(dequantize_dynamic_ref(codes, scale, columns, bits, signed))
     elif out.numel():
-        rows, (height, width) = out.numel() // columns, tile(columns)
+        rows = out.numel() // columns
+        height, width = tile(rows, columns)
         launch(_dequantize_kernel, cdiv(scale.numel(), height), out.device, codes, scale, out,
                codebook(bits, signed, out.device), rows, columns, code_bytes(columns, bits),
                BITS=bits, R=height, W=width, num_warps=WARPS)

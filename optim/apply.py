@@ -123,7 +123,7 @@ def apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any]
         assert u.left is None
         kind = torch.float64 if p.dtype == torch.float64 else torch.float32
         keep = (1 - lr.double() * o["weight_decay"]).to(kind).expand(p.shape)
-        u = u._replace(gain=(lr.double() * u.gain).to(kind))
+        u = Update(dense=u.dense, gain=(lr.double() * u.gain).to(kind))
         lr, o = 1.0, {**o, "lr": 1.0}
     if _in_one_pass(p, u, kept):
         lift(p, u.left, u.right, alpha=-lr * u.factor, keep=keep, dense=u.dense, gain=u.gain,

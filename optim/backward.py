@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import codec, sharding
 from .apply import Update, negated
-from .base import MatrixOptimizer, Work, spoilt
+from .base import MatrixOptimizer, Work, numbers, spoilt
 from .checks import check_gradient
 from .codec import Slot, State
 from .hooks import InBackward, checked_optimizer, clip, forget_scaler, norm_limit
@@ -413,7 +413,7 @@ class UpdateInBackward(InBackward):
                 "with the first: call step() after each backward pass; to accumulate gradients "
                 "use project_in_backward(optimizer, accumulation)")
         check_gradient(p, g, name)
-        work = Work(name, p, g, o)
+        work = Work(name, p, g, numbers(o))
         spoilt([work])
         if self.limit is not None:
             clip([g], torch.nn.utils.get_total_norm([g]), self.limit)

@@ -53,7 +53,7 @@ from .whole import Waiting, answered, requested
 if TYPE_CHECKING:
     from .hooks import InBackward
 
-__all__ = ["MatrixOptimizer", "PartialStepError", "Work", "spoilt"]
+__all__ = ["MatrixOptimizer", "PartialStepError", "Work", "numbers", "spoilt"]
 
 # Values of ``index`` from here on are of parameters that get AdamW.
 _DENSE = 1 << 31
@@ -579,8 +579,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _checked_work(self) -> list[Work]:
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
         gradient = _given if self._backward is None else self._backward.gradient
-        numbers = {id(group): _numbers(group) for group in self.param_groups}
-        work = [Work(name, p, g, numbers[id(o)]) for name, p, o in self._named()
+        plain = {id(group): numbers(group) for group in self.param_groups}
+        work = [Work(name, p, g, plain[id(o)]) for name, p, o in self._named()
                 if (g := gradient(p)) is not None]
         for name, p, g, _ in work:
             if g is p.grad:
@@ -768,10 +768,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
 # -------------------------------------------------------------------- helpers of the loop
 
 
-def _numbers(o: dict[str, Any]) -> dict[str, Any]:
-    """The group, with numbers where a scheduler has put tensors; a rate that is captured stays."""
-    held = {k: v.item() for k, v in o.items() if isinstance(v, Tensor) and v.numel() == 1
-            and not (o["capturable"] and k == "lr")}
+def numbers(o: dict[str, Any]) -> dict[str, Any]:
+    """The group, with Python's numbers where schedulers have put tensors or numpy's.
+
+    A rate that is captured stays.
+    """
+    held = {k: v.item() for k, v in o.items() if hasattr(v, "item")
+            and (not isinstance(v, Tensor) or v.numel() == 1)
+            and not (o["capturable"] and k == "lr" and isinstance(v, Tensor))}
     return {**o, **held} if held else o
 
 

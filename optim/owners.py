@@ -6,7 +6,7 @@ next is on its way to it, and what it has computed on its way back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ __all__ = ["by_owner", "exchanged"]
 
 #: Matrices by number: those that each rank owns.
 Owned = list[list[int]]
-#: Waits for a message and gives what came from each rank.
-Arriving = Callable[[], list[list[Tensor]]]
 
 # Enough for half of what is sent to be sent beside other work; more would cut stacks of equal
 # shapes into smaller ones.
@@ -63,39 +61,26 @@ def exchanged(parts: Sequence[Tensor], rows: Sequence[Rows],
         Exception: what ``compute`` raises.
         RuntimeError: it did so on another rank.
     """
-    rank, ranks, device = rows[0].rank, len(rows[0].counts), parts[0].device
-    shapes = [(cut.total, x.shape[1]) for x, cut in zip(parts, rows, strict=True)]
-    rounds = by_owner([m * n * min(m, n) for m, n in shapes], ranks)
-
-    def gather(owned: Owned) -> Arriving:
-        """Begin to send each owner its rows."""
-        return _send([[parts[i] for i in each] for each in owned],
-                     [[_like(parts[i], rows[i].counts[j]) for i in owned[rank]]
-                      for j in range(ranks)], rows[0], device)
-
-    def scatter(owned: Owned, results: Sequence[Tensor]) -> Arriving:
-        """Begin to send everyone their rows of the results."""
-        cut = [x.to(parts[i].dtype).split(rows[i].counts)
-               for i, x in zip(owned[rank], results, strict=True)]
-        return _send([[pieces[j] for pieces in cut] for j in range(ranks)],
-                     [[parts[i] for i in each] for each in owned], rows[0], device)
-
-    gathers = [gather(owned) for owned in rounds]
-    scatters: list[Arriving] = []
+    costs = [cut.total * x.shape[1] * min(cut.total, x.shape[1])
+             for x, cut in zip(parts, rows, strict=True)]
+    failed = torch.zeros(1, dtype=torch.int64, device=parts[0].device)
+    rounds = [_Round(owned, parts, rows) for owned in by_owner(costs, len(rows[0].counts))]
     failure: Exception | None = None
-    for owned in rounds:
-        whole = [torch.cat(pieces) for pieces in zip(*gathers.pop(0)(), strict=True)]
+    for each in rounds:
+        each.arrive()
         try:
-            results = compute(owned[rank], whole) if failure is None else whole
+            if failure is None:
+                each.put(compute(each.numbers, each.whole()))
         except Exception as error:  # the other ranks wait for an answer
-            failure, results = error, whole
-        scatters.append(scatter(owned, results))
-    failed = rows[0].max(torch.tensor([int(failure is not None)], device=device))
+            failure = error
+        each.give_back()
+    failed += failure is not None
+    failed = rows[0].max(failed)
     out = list(parts)
-    for owned, arriving in zip(rounds, scatters, strict=True):
-        for each, pieces in zip(owned, arriving(), strict=True):
-            for i, piece in zip(each, pieces, strict=True):
-                out[i] = piece
+    for each in rounds:
+        each.arrive()
+        for i, x in each.mine():
+            out[i] = x
     if failure is not None:
         raise failure
     if int(failed):
@@ -103,35 +88,77 @@ def exchanged(parts: Sequence[Tensor], rows: Sequence[Rows],
     return out
 
 
-def _like(x: Tensor, count: int) -> Tensor:
-    """Shape and dtype of ``count`` rows of x's matrix, without bytes."""
-    return torch.empty((count, x.shape[1]), dtype=x.dtype, device="meta")
+class _Round:
+    """Matrices on their way to their owners, and results on the same way back.
+
+    Two buffers hold both: of this rank's rows by owner, and of all rows of the matrices that it
+    owns by rank. So nothing is allocated between the two ways, and an owner that has failed, for
+    want of memory perhaps, can give back what it got.
+    """
+
+    def __init__(self, owned: Owned, parts: Sequence[Tensor], rows: Sequence[Rows]) -> None:
+        """Begin to send each owner its rows."""
+        first = rows[0]
+        ranks, device = range(len(first.counts)), parts[0].device
+        self.owned, self.parts, self.group = owned, parts, first.group
+        #: The matrices that this rank owns.
+        self.numbers = owned[first.rank]
+        # Bytes of each piece: by owner and matrix, and by rank and matrix.
+        self.sizes = [[parts[i].numel() * parts[i].element_size() for i in each] for each in owned]
+        self.others = [[rows[i].counts[j] * parts[i].shape[1] * parts[i].element_size()
+                        for i in self.numbers] for j in ranks]
+        self.rows = torch.cat([torch.empty(0, dtype=torch.uint8, device=device),
+                               *(_bytes(parts[i]) for each in owned for i in each)])
+        self.all = torch.empty(sum(map(sum, self.others)), dtype=torch.uint8, device=device)
+        self._send(self.rows, self.sizes, self.all, self.others)
+
+    def _send(self, source: Tensor, sizes: list[list[int]], target: Tensor,
+              others: list[list[int]]) -> None:
+        self.work = torch.distributed.all_to_all_single(
+            target, source, [*map(sum, others)], [*map(sum, sizes)], group=self.group,
+            async_op=True)
+
+    def arrive(self) -> None:
+        """Wait for what was sent last."""
+        self.work.wait()
+
+    def whole(self) -> list[Tensor]:
+        """The matrices that this rank owns."""
+        return [torch.cat([_typed(piece, self.parts[i]) for piece in pieces])
+                for i, pieces in zip(self.numbers, self._pieces(), strict=True)]
+
+    def put(self, results: Sequence[Tensor]) -> None:
+        """Results in the place of the matrices that this rank owns."""
+        for i, x, pieces in zip(self.numbers, results, self._pieces(), strict=True):
+            x = x.to(self.parts[i].dtype)
+            for part, piece in zip(x.split([len(_typed(piece, self.parts[i])) for piece in pieces]),
+                                   pieces, strict=True):
+                piece.copy_(_bytes(part))
+
+    def give_back(self) -> None:
+        """Begin to send everyone their rows of what is in those places."""
+        self._send(self.all, self.others, self.rows, self.sizes)
+
+    def mine(self) -> Iterator[tuple[int, Tensor]]:
+        """Numbers of matrices, and this rank's rows of each when they have come back."""
+        numbers = [i for each in self.owned for i in each]
+        pieces = self.rows.split([size for each in self.sizes for size in each])
+        for i, piece in zip(numbers, pieces, strict=True):
+            yield i, _typed(piece, self.parts[i])
+
+    def _pieces(self) -> list[tuple[Tensor, ...]]:
+        """The bytes of each matrix that this rank owns, in the pieces in which they came."""
+        flat = self.all.split([size for each in self.others for size in each])
+        count = len(self.numbers)
+        return [flat[k::count] for k in range(count)]
 
 
-def _send(sent: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]], rows: Rows,
-          device: torch.device) -> Arriving:
-    """Begin to send tensors to each rank, and to get from each such as are expected."""
-    packed = [torch.cat([torch.empty(0, dtype=torch.uint8, device=device),
-                         *(x.contiguous().view(-1).view(torch.uint8) for x in each)])
-              for each in sent]
-    sizes = [[x.numel() * x.element_size() for x in each] for each in expected]
-    totals = [*map(sum, sizes)]
-    got = torch.empty(sum(totals), dtype=torch.uint8, device=device)
-    leaving = [torch.cat(packed)]  # until all of it has left
-    work = torch.distributed.all_to_all_single(got, leaving[0], totals, [*map(len, packed)],
-                                               group=rows.group, async_op=True)
-
-    def arriving() -> list[list[Tensor]]:
-        work.wait()
-        leaving.clear()
-        return [[_typed(piece, x) for piece, x in zip(bytes_.split(size), each, strict=True)]
-                for bytes_, size, each in zip(got.split(totals), sizes, expected, strict=True)]
-
-    return arriving
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1).view(torch.uint8)
 
 
 def _typed(piece: Tensor, x: Tensor) -> Tensor:
-    """Bytes as a tensor of x's dtype and shape; a copy where they do not begin at an element."""
+    """Bytes as rows of x's matrix; a copy where they do not begin at an element."""
     if piece.storage_offset() % x.element_size():
         piece = piece.clone()
-    return piece.view(x.dtype).view(x.shape)
+    return piece.view(x.dtype).view(-1, x.shape[1])

@@ -650,7 +650,7 @@ def test_update_equals_the_step(case, dtype):
     handle = update_in_backward(other)
     for i in range(9):
         for o, xs in ((plain, ps), (other, qs)):
-            o.param_groups[0]["lr"] = 1e-2 / (1 + i)
+            o.param_groups[0]["lr"] = (torch.tensor if i % 2 else float)(1e-2 / (1 + i))
             backward(xs, i)
             if xs is qs:
                 assert all(q.grad is None for q in qs)

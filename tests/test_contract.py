@@ -7,6 +7,7 @@ import functools
 import itertools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from lissom.optim import PartialStepError, dct, polar
@@ -75,6 +76,22 @@ def test_schedulers_and_hooks(case):
     twin.load_state_dict(through_disk(optimizer.state_dict()))
     assert twin.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert twin.param_groups[0]["initial_lr"] == optimizer.param_groups[0]["initial_lr"]
+
+
+def test_rates_of_any_kind_of_number(case):
+    """Schedules write numpy's numbers into groups, or tensors."""
+    results = []
+    for kind in (float, np.float64, np.float32, torch.tensor):
+        ps = case.parameters([(6, 4), (4,)])
+        optimizer = case(ps)
+        for i in range(2):
+            for group in optimizer.param_groups:
+                group["lr"] = kind(2.0**-7 / (i + 1))
+            feed(ps, i)
+            optimizer.step()
+        results.append(ps)
+    for other in results[1:]:
+        assert_same(results[0], other)
 
 
 def test_grad_scaler_skips_overflow(case):

@@ -292,7 +292,10 @@ def test_long_tensors_are_taken_in_parts(device, bits, monkeypatch):
     assert_same(adam8(g, *parts, backend="triton", **options), n)
     assert_same(parts, whole)
     with pytest.raises(ValueError, match=r"rows of fewer than 2\*\*31 elements, got 2147483648"):
-        blocks.tile(2**31)
+        blocks.tile(1, 2**31)
+    with pytest.raises(ValueError, match=r"2\*\*31 blocks of 8 columns, got 2147483648 rows of 1"):
+        blocks.tile(2**31, 1)
+    assert blocks.tile(2**31 - 1, 1) == (64, 8)
 
 
 @pytest.mark.parametrize("signed", [True, False])

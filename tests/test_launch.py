@@ -8,6 +8,7 @@ from lissom.kernels import _triton
 from .aot import compile_for_a_gpu
 
 LAUNCH = """
+import numpy
 import torch
 from lissom.bench.host import nowhere
 from lissom.kernels import _triton
@@ -42,10 +43,26 @@ for x in (aligned, shifted, narrow):
                         assert launched[-1][1] == programs == (3, 2, 1)
                         assert len(launched[-1][2]) == len(expected) == 8
                         assert all(a is b for a, b in zip(launched[-1][2], expected)), args
+# Numbers of other types, such as a scheduler of numpy's leaves in a rate.
+for n, factor in ((True, 0.5), (64, numpy.float64(0.5)), (False, numpy.float64(0.25))):
+    kernel[(1,)](aligned, None, n, 1, factor, 32, SIZE=64, PLUS=True, enable_fp_fusion=False)
+    source = launched[-1][0]
+    for _ in range(2):
+        launch(kernel, 1, aligned.device, aligned, None, n, 1, factor, 32, SIZE=64, PLUS=True)
+        assert launched[-1][0] is source, (n, factor)
 # Found again indeed, also where what a kernel may not be compiled for has changed.
 before = len(_triton._COMPILED)
 launch(kernel, 3, aligned.device, aligned, None, 64, 1, 0.25, 32, SIZE=64, PLUS=True)
 assert len(_triton._COMPILED) == before
+# And an optimizer whose scheduler does so.
+from lissom.optim import AdamW, GaLoreAdamW
+for cls, given in ((AdamW, {}), (GaLoreAdamW, {"rank": 8})):
+    p = torch.nn.Parameter(torch.randn(64, 16).bfloat16())
+    optimizer = cls([p], **given)
+    for rate in (1e-3, numpy.float64(1e-3), numpy.float32(1e-3)):
+        optimizer.param_groups[0]["lr"] = rate
+        p.grad = torch.randn(64, 16).bfloat16()
+        optimizer.step()
 """
 
 
@@ -57,8 +74,8 @@ def test_kernels_that_are_found_again_are_those_of_triton(tmp_path):
 HOST = """
 import json, sys
 from lissom.bench import host
-assert host.main(["--repeats", "2", "--json", "rows.json"]) == 0
-rows = json.load(open("rows.json"))
+assert host.main(["--repeats", "2", "--json", FILE]) == 0
+rows = json.load(open(FILE))
 assert [row["optimizer"] for row in rows] == [*host._STEPS]
 assert {row["optimizer"]: row["launches_per_matrix"] for row in rows if "Adam" in row["optimizer"]
         } == {"AdamW": 1, "AdamW, 8 bits": 1, "GaLoreAdamW": 2, "GaLoreAdamW, 8 bits": 3,
@@ -69,7 +86,6 @@ assert all(row["us_per_matrix"] > 0 for row in rows)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
-def test_host_time_is_taken_without_a_gpu(tmp_path, monkeypatch):
+def test_host_time_is_taken_without_a_gpu(tmp_path):
     """One kernel for dense AdamW, two to eight beside the product for a projected rule."""
-    monkeypatch.chdir(tmp_path)
-    compile_for_a_gpu(HOST, tmp_path)
+    compile_for_a_gpu(f"FILE = {str(tmp_path / 'rows.json')!r}\n{HOST}", tmp_path)

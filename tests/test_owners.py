@@ -30,7 +30,7 @@ def test_work_is_shared_out_evenly(costs, ranks):
 
 @pytest.mark.parametrize(("ranks", "most"), [(8, 1.2), (64, 1.5)])
 def test_no_rank_of_a_large_model_waits_long_for_another(monkeypatch, ranks, most):
-    """The busiest rank of each exchange against the mean; memory stays that of one large matrix."""
+    """The busiest rank of each exchange against the mean, with the memory of one large matrix."""
     with torch.device("meta"):
         model = Llama(LLAMA["llama-7b"])
     optimizer = Muon(param_groups(model))
@@ -45,6 +45,8 @@ def test_no_rank_of_a_large_model_waits_long_for_another(monkeypatch, ranks, mos
         assert sum(sharding.share(w.p, None) for w in window) <= 4096 * 11008
         costs = [w.p.numel() * min(w.p.shape) for w in window]
         rounds = owners.by_owner(costs, ranks)
+        assert max(sum(window[i].p.numel() for owned in rounds for i in owned[rank])
+                   for rank in range(ranks)) <= 1.2 * 4096 * 11008
         busiest += max(sum(costs[i] for owned in rounds for i in owned[rank])
                        for rank in range(ranks))
         total += sum(costs)
@@ -88,18 +90,37 @@ def test_an_owner_computes_while_the_rest_is_sent(monkeypatch):
     assert [x.unique().tolist() for x in out] == [[0.0], [11.0], [22.0], [33.0]]
 
 
-def test_a_failure_leaves_nobody_waiting(monkeypatch):
-    """Whoever fails sends what others expect, computes no more, and raises after all are told."""
+@pytest.mark.parametrize("where", ["compute", "whole"])
+def test_a_failure_leaves_nobody_waiting(monkeypatch, where):
+    """Whoever fails gives back what it got, computes no more, and raises after all are told.
+
+    A rank without memory fails as it puts matrices together, and then can allocate nothing.
+    """
     network = Network(monkeypatch)
 
     def compute(numbers, matrices):
         network.events.append("compute")
-        raise ZeroDivisionError("of this rank")
+        raise MemoryError("of this rank")
 
-    with pytest.raises(ZeroDivisionError, match="of this rank"):
+    def whole(self):
+        for name in ("cat", "empty"):
+            monkeypatch.setattr(torch, name, None)
+        compute(None, None)
+
+    if where == "whole":
+        monkeypatch.setattr(owners._Round, "whole", whole)
+    with pytest.raises(MemoryError, match="of this rank"):
         owners.exchanged([torch.ones(3, 2)] * 4, [network.rows] * 4, compute)
     assert network.events.count("send") == network.events.count("wait") == 4
     assert network.events.count("compute") == 1
+
+
+def test_results_may_have_another_layout_and_dtype(monkeypatch):
+    network = Network(monkeypatch)
+    parts = [torch.rand(3, 4).bfloat16() for _ in range(3)]
+    out = owners.exchanged(parts, [network.rows] * 3, lambda numbers, matrices: [
+        (2 * x.double()).mT.contiguous().mT for x in matrices])
+    torch.testing.assert_close(out, [2 * x for x in parts], rtol=0, atol=0)
 
 
 def test_dtypes_of_one_message_need_not_agree(monkeypatch):
