@@ -22,7 +22,8 @@ STREAM = 64
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # What follows the product needs registers and time. It is done a few columns after another, which
-# leaves registers for two programs on a processor: one multiplies while the other rounds.
+# leaves registers for two programs on a processor: one multiplies while the other rounds. Chosen by
+# bench.machine, which counts them; bench.tiles has yet to time it against others.
 _SHARED = Tiles(128, 128, 64, 8, 8, 3)
 _SLICES = 4
 # Without a product rows are long, so that loads of all terms are.
