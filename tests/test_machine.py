@@ -54,6 +54,7 @@ def test_no_kernel_has_lost_its_registers(tmp_path):
     compile_for_a_gpu(COSTS, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
 def test_rows_are_written(tmp_path):
     command = [sys.executable, "-m", "lissom.bench.machine", "--capability", "80", "--json",
