@@ -388,6 +388,13 @@ def lines_of_machine_code() -> Iterator[str]:
     assert not any(row["spilled"] for row in rows.values())
 
 
+def lines_of_host() -> Iterator[str]:
+    rows = {row["optimizer"]: row["us_per_matrix"] for row in rows_of("host")}
+    yield f"takes {rows['AdamW, 8 bits']:.0f} us a matrix for `AdamW`"
+    yield f" {rows['GaLoreAdamW, 8 bits']:.0f} for"
+    yield f"{rows['FiraAdamW, 8 bits']:.0f} for `FiraAdamW`"
+
+
 def lines_of_communication() -> Iterator[str]:
     bytes_, large = ([row for row in rows_of("comm-60m-cpu") if row["vocabulary"] == size]
                      for size in (256, 32000))
@@ -439,6 +446,7 @@ def lines_of_flips() -> Iterator[str]:
 @pytest.mark.parametrize(("page", "lines"), [
     ("distributed.md", lines_of_flips), ("distributed.md", lines_of_communication),
     ("memory.md", lines_of_ranks), ("results.md", lines_of_machine_code),
+    ("results.md", lines_of_host),
     ("results.md", lines_of_bits), ("results.md", lines_of_finetuning),
     ("results.md", lines_of_finetuning_in_8_bits),
     ("results.md", lines_of_projections), ("results.md", lines_of_a_gpu)], ids=name_of)
