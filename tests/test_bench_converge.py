@@ -16,6 +16,7 @@ def rows_of(file):
             for r in json.loads(file.read_text())}
 
 
+@pytest.mark.slow
 def test_pieces_give_what_one_command_gives(tmp_path, monkeypatch, capsys):
     methods = "AdamW;GaLore, 8 bits;SwitchLoRA"
     monkeypatch.setattr(converge, "tuned", lambda loss, usual: min((usual, usual / 2), key=loss))

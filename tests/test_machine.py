@@ -48,6 +48,7 @@ assert found["adamw8, 8 bits"].instructions > found["adamw8, 32 bits"].instructi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
 def test_no_kernel_has_lost_its_registers(tmp_path):
     """Which would cost what no other test sees."""

@@ -15,6 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "bench" / "run_gpu.sh"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what it does without CUDA")
+@pytest.mark.slow
 def test_it_runs_to_its_table_without_a_gpu(tmp_path):
     """From a folder of links, as on a machine where nothing can be installed."""
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable,
