@@ -39,9 +39,9 @@ from .philox import (
     nearest_bf16,
     random16_tile,
     round_bf16,
-    round_fp16,
     stochastic_bf16_ref,
     stochastic_fp16_ref,
+    weight_tile,
 )
 from .quant8 import (
     block_codes,
@@ -221,15 +221,8 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
     if WEIGHT:
         x = tl.load(target_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         x = x * keep + _quotient(factor * m, denominator, BITS)
-        if STOCHASTIC:
-            random = random16_tile(index, seed, parameter, step, 64, ALIGNED, W)
-            if target_ptr.dtype.element_ty == tl.bfloat16:
-                x = round_bf16(x, random)
-            else:
-                x = round_fp16(x, random)
-        elif target_ptr.dtype.element_ty == tl.bfloat16:
-            x = nearest_bf16(x)
-        tl.store(target_ptr + offset, x.to(target_ptr.dtype.element_ty), mask=mask)
+        x = weight_tile(x, target_ptr, index, seed, parameter, step, STOCHASTIC, ALIGNED, W)
+        tl.store(target_ptr + offset, x, mask=mask)
     else:
         x = _quotient(m, denominator, BITS) * factor
         if target_ptr.dtype.element_ty == tl.bfloat16:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
-from .philox import nearest_bf16, random16_tile, round_bf16, round_fp16, stochastic_round
+from .philox import stochastic_round, weight_tile
 from .tiles import Tiles, dot_tile, place_tile, precision, stacked, tiles_for, widened
 
 __all__ = ["STREAM", "lift", "lift_ref"]
@@ -122,16 +122,9 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
                 dense *= _factors(gain_ptr + batch * gain_batch, row, column, m, n, gain_row,
                                   gain_column, GAIN)
             x += beta * dense
-        if STOCHASTIC:
-            index = batch * m * n + row * n + start_column + start
-            random = random16_tile(index, seed, parameter, step, 64, ALIGNED, WIDTH)
-            if p_ptr.dtype.element_ty == tl.bfloat16:
-                x = round_bf16(x, random)
-            else:
-                x = round_fp16(x, random)
-        elif p_ptr.dtype.element_ty == tl.bfloat16:
-            x = nearest_bf16(x)
-        tl.store(p_ptr + offset, x.to(p_ptr.dtype.element_ty), mask=mask)
+        index = batch * m * n + row * n + start_column + start
+        x = weight_tile(x, p_ptr, index, seed, parameter, step, STOCHASTIC, ALIGNED, WIDTH)
+        tl.store(p_ptr + offset, x, mask=mask)
 
 
 def _vary(x: Tensor | None) -> int:
