@@ -33,6 +33,7 @@ from ..kernels import (
     symmul,
     tiles,
 )
+from ..kernels._triton import tl
 from . import clock
 
 __all__ = ["Case", "Cost", "built", "cases", "cost", "main"]
@@ -42,6 +43,8 @@ _PROCESSORS = {80: (65536, 164 * 1024), 90: (65536, 228 * 1024)}
 # Bytes that a program needs beside its own; programs and warps that a processor can have at most.
 _RESERVED, _PROGRAMS, _WARPS = 1024, 32, 64
 _THREADS = 32
+# Of several tensors at addresses in a table.
+_SEVERAL: Mapping[str, Any] = {"ALIGN": 16, "KEYED": True}
 
 
 class Case(NamedTuple):
@@ -93,7 +96,7 @@ def built(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any],
     Args:
         kernel: it, of a process without Triton's interpreter.
         types: of the parameters by name; those of no mention are 32-bit integers.
-        constants: parameters that are compiled in, by name.
+        constants: parameters that are compiled in, by name, but for those with a default.
         even: whether the parameter of this name is a multiple of 16, asked of all others.
         capability: of the architecture, such as 90.
         options: of the compiler.
@@ -101,6 +104,8 @@ def built(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any],
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget
     parameters = [p.name for p in kernel.params]
+    constants = {p.name: p.default for p in kernel.params if p.is_constexpr and p.has_default
+                 } | {**constants}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in parameters}
     values = {(parameters.index(n),): v for n, v in constants.items()}
     facts = {(parameters.index(n),): [["tt.divisibility", 16]] for n in parameters
@@ -168,9 +173,17 @@ def cases() -> Iterator[Case]:
                                                   "correction", "keep", "factor"), "fp32")}
         for name, weight in (("adamw8", True), ("adam8", False)):
             flags = {"BITS": bits, "WEIGHT": weight, "MAXIMIZE": False, "STOCHASTIC": weight,
-                     "HELD": False, "ALIGNED": True}
-            yield Case(f"{name}, {bits} bits", adam8._adam_kernel, types,
-                       {**none, **flags, **tile}, of_blocks, blocks.WARPS)
+                     "HELD": False, "ALIGNED": True, **none, **tile}
+            yield Case(f"{name}, {bits} bits", adam8._adam_kernel, types, flags, of_blocks,
+                       blocks.WARPS)
+            if bits == 8:
+                listed = ["m_ptr", "v_ptr", "m_scale_ptr", "v_scale_ptr", "seed"]
+                kind = tl.bfloat16 if weight else None  # directions and gradients are stacked
+                listed += ["target_ptr", "g_ptr"] if weight else []
+                yield Case(f"{name}, {bits} bits, of several", adam8._adam_kernel,
+                           {**types, **dict.fromkeys(listed, "*i64")},
+                           {**flags, **_SEVERAL, "TARGET": kind, "GRADIENT": kind,
+                            "MOMENT": tl.uint8}, of_blocks, blocks.WARPS)
     for bits in (8, 4):
         codes = {"codes_ptr": "*i8" if bits == 8 else "*u8", "scale_ptr": "*fp32",
                  "x_ptr": "*fp32", "out_ptr": "*bf16"}
@@ -201,7 +214,8 @@ def _products() -> Iterator[Case]:
                {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*bf16"},
                {**sizes, "scores_ptr": None, "largest_ptr": None, "SCORES": 0, "a_column": 1,
                 "b_column": 1, "c_column": 1}, t.rows * t.columns, t.warps, t.stages)
-    for name, product, gain in (("lift", True, 0), ("lift with a gain of columns", True, 2),
+    for name, product, gain in (("lift", True, 0), ("lift of several", True, 0),
+                                ("lift with a gain of columns", True, 2),
                                 ("lift with a gain of rows", True, 1),
                                 ("lift without a product", False, 2)):
         t = lift._SHARED if product else lift._FLAT
@@ -213,6 +227,9 @@ def _products() -> Iterator[Case]:
                  "gain_ptr": "*fp32", **dict.fromkeys(("alpha", "beta", "keep"), "fp32")}
         ones = {"left_column": 1, "right_row": 1, "dense_column": 1,
                 "gain_column" if gain == 2 else "gain_row": 1}
+        if name.endswith("several"):  # weights and bases lie apart, directions are stacked
+            none |= {"WEIGHT": tl.bfloat16, "RIGHT": tl.bfloat16, **_SEVERAL}
+            types |= dict.fromkeys(("p_ptr", "right_ptr", "seed"), "*i64")
         yield Case(name, lift._lift_kernel, types,
                    {**sizes, **none, **ones, "PRODUCT": product, "DENSE": bool(gain), "GAIN": gain,
                     "KEEP": 0, "STOCHASTIC": True, "HELD": False, "ALIGNED": True,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+if TYPE_CHECKING:
+    from .apart import Matrices
 
 __all__ = ["EXACT", "INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32", "tl",
            "use_triton"]
@@ -174,7 +177,7 @@ def signed32(word: int) -> int:
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def check(name: str, x: Tensor, *, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...],
+def check(name: str, x: Matrices, *, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...],
           device: torch.device) -> None:
     """Raise if x is not a contiguous tensor of this shape and device, of one of the dtypes.
 

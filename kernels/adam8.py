@@ -25,6 +25,18 @@ import torch
 from torch import Tensor
 
 from ._triton import INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
+from .apart import (
+    Apart,
+    Keys,
+    Matrices,
+    address,
+    alignment,
+    item_ptr,
+    key_words,
+    kind,
+    parts_of,
+    writable,
+)
 from .blocks import (
     WARPS,
     block_place,
@@ -177,14 +189,29 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
                  weight1: tl.tensor, beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor,
                  correction: tl.tensor, keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr,
                  WEIGHT: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
-                 HELD: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr
-                 ) -> None:
+                 HELD: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+                 TARGET: tl.constexpr = None, GRADIENT: tl.constexpr = None,
+                 MOMENT: tl.constexpr = None, ALIGN: tl.constexpr = 1,
+                 KEYED: tl.constexpr = False) -> None:
     # Of the root of V: at 8 and 4 bits its factor, else its divisor.
     if HELD:  # what changes from step to step is read, not given
         keep = tl.load(correction + 1)
         factor = tl.load(correction + 2)
         correction = tl.load(correction)
         step = tl.load(step).to(tl.int32)
+    if MOMENT is not None:  # several tensors, of which each program has a part of one
+        item = tl.program_id(1).to(tl.int64)
+        size = tl.cast(rows, tl.int64) * columns
+        target_ptr = item_ptr(target_ptr, item, size, TARGET, ALIGN)
+        g_ptr = item_ptr(g_ptr, item, size, GRADIENT, ALIGN)
+        m_ptr = item_ptr(m_ptr, item, 0, MOMENT, ALIGN)
+        v_ptr = item_ptr(v_ptr, item, 0, MOMENT, ALIGN)
+        if BITS < 16:
+            m_scale_ptr = item_ptr(m_scale_ptr, item, 0, tl.float32, ALIGN)
+            v_scale_ptr = item_ptr(v_scale_ptr, item, 0, tl.float32, ALIGN)
+        if KEYED:
+            parameter = tl.load(seed + 2 * item + 1).to(tl.int32)
+            seed = tl.load(seed + 2 * item).to(tl.int32)
     row, first, block, inside = block_place(rows, columns, R, W)
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)  # [R, W], as all that follows
@@ -263,63 +290,77 @@ def _tables(bits: int, device: torch.device) -> tuple[Tensor, ...]:
             *lines(bits, True, device), *lines(bits, False, device))
 
 
-def _adam8(target: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None,
-           v_scale: Tensor | None, bits: int, beta1: float, beta2: float, eps: float, t: int,
-           lr: float | None, weight_decay: float, maximize: bool, key: list[int], stochastic: bool,
+def _adam8(target: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices | None,
+           v_scale: Matrices | None, bits: int, beta1: float, beta2: float, eps: float, t: int,
+           lr: float | None, weight_decay: float, maximize: bool, key: Keys, stochastic: bool,
            start: int, triton: bool, held_lr: Tensor | None = None, held_t: Tensor | None = None
            ) -> None:
     """Both operations: with ``lr`` the target is the weight, else the direction's place.
 
-    Where ``held_t`` is given it is t, and ``held_lr``, if given, lr.
+    Where ``held_t`` is given it is t, and ``held_lr``, if given, lr. Of several tensors moments
+    and scales lie apart, target and gradient do or are stacked, and there is a key for each.
     """
     if not g.numel():
         return
-    t_ = t if held_t is None else held_t
-    lr_ = lr if held_lr is None else held_lr
+    several = isinstance(m, Apart)
+    tensors: tuple[Any, ...] = (target, g, m, v, m_scale, v_scale)
     if not triton:
-        words = (key[0], key[1])
-        for p_, g_, m_, v_, m_scale_, v_scale_ in _pieces((target, g, m, v, m_scale, v_scale),
-                                                          bits):
-            if lr_ is None:
-                p_.copy_(adam8_ref(g_, m_, v_, m_scale_, v_scale_, bits=bits, beta1=beta1,
-                                   beta2=beta2, eps=eps, t=t, key=words, start=start))
-            else:
-                adamw8_ref(p_, g_, m_, v_, m_scale_, v_scale_, bits=bits, lr=lr_,
-                           weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps, t=t_,
-                           maximize=maximize, key=words, stochastic=stochastic, start=start)
-            start += p_.numel()
+        each = zip(*(parts_of(x, len(m)) for x in tensors), strict=True) if several else [tensors]
+        for tensors_, words in zip(each, key if several else [key], strict=True):
+            _adam8_torch(tensors_, bits, beta1, beta2, eps, t if held_t is None else held_t,
+                         lr if held_lr is None else held_lr, weight_decay, maximize, words,
+                         stochastic, start)
         return
-    if bits >= 16 and g.numel() > _LONGEST:
-        parts = (x.view(-1).split(_LONGEST) for x in (target, g, m, v))
+    if bits >= 16 and not several and g.numel() > _LONGEST:
+        parts = (x.view(-1).split(_LONGEST) for x in tensors[:4])
         for target_, g_, m_, v_ in zip(*parts, strict=True):
             _adam8(target_, g_, m_, v_, None, None, bits, beta1, beta2, eps, t, lr, weight_decay,
                    maximize, key, stochastic, start, triton, held_lr, held_t)
             start += len(g_)
         return
     # Without scales rows mean nothing.
-    columns = g.shape[-1] if bits < 16 else g.numel()
-    rows = g.numel() // columns
+    count, size = (len(m), g.numel() // len(m)) if several else (1, g.numel())
+    columns = g.shape[-1] if bits < 16 else size
+    rows = size // columns
     height, width = tile(rows, columns)
     tables: tuple[Tensor | None, ...] = _tables(bits, g.device) if bits < 16 else _NO_TABLES
     step: int | Tensor = signed32(t)
     numbers: Any
-    if lr_ is None:
+    if lr is None:
         numbers = (math.sqrt(1 - beta2**t), 1.0, 1 / (1 - beta1**t))
     else:
-        numbers = _numbers(lr_, weight_decay, beta1, beta2, t_)
+        numbers = _numbers(lr if held_lr is None else held_lr, weight_decay, beta1, beta2,
+                           t if held_t is None else held_t)
     if bits < 16:
         numbers = (1 / numbers[0], *numbers[1:])
     if held_t is not None:
         step, numbers = held_t, (torch.stack(numbers).float(), 0.0, 0.0)
-    launch(_adam_kernel, cdiv(rows * cdiv(columns, width), height), g.device, target, g, m, v,
-           m_scale, v_scale, *tables, rows, columns, code_bytes(columns, bits), start,
-           *map(signed32, key), step, 1 - beta1, beta2, 1 - beta2, eps, *numbers, BITS=bits,
-           WEIGHT=lr_ is not None, MAXIMIZE=maximize,
+    words = key_words(key, g)
+    launch(_adam_kernel, (cdiv(rows * cdiv(columns, width), height), count), g.device,
+           *map(address, tensors), *tables, rows, columns, code_bytes(columns, bits), start,
+           *words, step, 1 - beta1, beta2, 1 - beta2, eps, *numbers, BITS=bits,
+           WEIGHT=lr is not None, MAXIMIZE=maximize,
            STOCHASTIC=stochastic and target.dtype != torch.float32, HELD=held_t is not None,
            ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width,
-           num_warps=WARPS)
-    torch.autograd.graph.increment_version(
-        [x for x in (target, m, v, m_scale, v_scale) if x is not None])
+           TARGET=kind(target), GRADIENT=kind(g), MOMENT=kind(m), ALIGN=alignment(*tensors),
+           KEYED=isinstance(words[0], Tensor), num_warps=WARPS)
+    torch.autograd.graph.increment_version(writable(target, m, v, m_scale, v_scale))
+
+
+def _adam8_torch(tensors: tuple[Any, ...], bits: int, beta1: float, beta2: float, eps: float,
+                 t: Any, lr: float | Tensor | None, weight_decay: float, maximize: bool,
+                 key: Any, stochastic: bool, start: int) -> None:
+    """The same by torch's operations, on pieces."""
+    words = (key[0], key[1])
+    for p_, g_, m_, v_, m_scale_, v_scale_ in _pieces(tensors, bits):
+        if lr is None:
+            p_.copy_(adam8_ref(g_, m_, v_, m_scale_, v_scale_, bits=bits, beta1=beta1,
+                               beta2=beta2, eps=eps, t=t, key=words, start=start))
+        else:
+            adamw8_ref(p_, g_, m_, v_, m_scale_, v_scale_, bits=bits, lr=lr,
+                       weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps, t=t,
+                       maximize=maximize, key=words, stochastic=stochastic, start=start)
+        start += p_.numel()
 
 
 _op = define(
@@ -329,8 +370,8 @@ _op = define(
     "Tensor? held_lr=None, Tensor? held_t=None) -> ()", _adam8)
 
 
-def _check(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
-           bits: int, t: int, random: bool, key: tuple[int, int] | None) -> None:
+def _check(g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices | None,
+           v_scale: Matrices | None, bits: int, t: int, random: bool, key: Keys | None) -> None:
     shape = tuple(g.shape)
     if bits not in _KINDS:
         raise ValueError(f"bits: expected 32, 16, 8 or 4, got {bits}")
@@ -353,11 +394,21 @@ def _check(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Ten
             check(f"{name}'s scale", scale, shape=of_scale, dtypes=_SCALE, device=device)
 
 
-def adam8(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
-          v_scale: Tensor | None = None, *, bits: int, beta1: float, beta2: float, eps: float,
-          t: int, key: tuple[int, int] | None = None, start: int = 0, out: Tensor | None = None,
+def _keys(key: Keys | None, m: Matrices) -> Keys:
+    """The key, or zeros: one pair, or one for each of several tensors."""
+    if key is not None:
+        return key
+    return [(0, 0)] * len(m) if isinstance(m, Apart) else (0, 0)
+
+
+def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
+          v_scale: Matrices | None = None, *, bits: int, beta1: float, beta2: float, eps: float,
+          t: int, key: Keys | None = None, start: int = 0, out: Tensor | None = None,
           backend: str | None = None) -> Tensor:
     """Adam's direction N, as the module says; moments change in place.
+
+    Moments and scales of several tensors may lie :class:`lissom.kernels.apart.Apart`, with
+    gradients stacked and a key for each.
 
     Args:
         g: gradient (..., columns), fp32, bf16 or fp16.
@@ -390,19 +441,22 @@ def adam8(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
         out = torch.empty_like(g, dtype=torch.float32)
     else:
         check("out", out, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
-    _op(out, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t, None, 0.0, False,
-        key or (0, 0), False, start, use_triton(backend, g.device), None, None)
+    run = _adam8 if isinstance(m, Apart) else _op
+    run(out, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t, None, 0.0, False,
+        _keys(key, m), False, start, use_triton(backend, g.device), None, None)
     return out
 
 
-def adamw8(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
-           v_scale: Tensor | None = None, *, bits: int, lr: float | Tensor, weight_decay: float,
+def adamw8(p: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
+           v_scale: Matrices | None = None, *, bits: int, lr: float | Tensor, weight_decay: float,
            beta1: float, beta2: float, eps: float, t: int | Tensor, maximize: bool = False,
-           key: tuple[int, int] | None = None, stochastic: bool = False, start: int = 0,
+           key: Keys | None = None, stochastic: bool = False, start: int = 0,
            backend: str | None = None) -> None:
     """AdamW on a weight, as the module says; weight and moments change in place.
 
-    The new weight is rounded once. A tensor of no dimension is taken at 32 and 16 bits.
+    The new weight is rounded once. A tensor of no dimension is taken at 32 and 16 bits. Several
+    weights may lie :class:`lissom.kernels.apart.Apart`, with all that belongs to them and a key for
+    each, where t is a number.
 
     Args:
         p: weight (..., columns), fp32, bf16 or fp16.
@@ -440,5 +494,6 @@ def adamw8(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = 
     count, rate = 1 if isinstance(t, Tensor) else t, 0.0 if isinstance(lr, Tensor) else lr
     _check(g, m, v, m_scale, v_scale, bits, count, bits == 16 or stochastic, key)
     check("p", p, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
-    _op(p, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, count, rate, weight_decay, maximize,
-        key or (0, 0), stochastic, start, use_triton(backend, g.device), held_lr, held_t)
+    run = _adam8 if isinstance(m, Apart) else _op
+    run(p, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, count, rate, weight_decay, maximize,
+        _keys(key, m), stochastic, start, use_triton(backend, g.device), held_lr, held_t)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._triton import cdiv, check, jit, tl
+from .apart import Matrices
 
 __all__ = ["BLOCK", "WARPS", "block_place", "check_store", "code_bytes", "linear_shapes",
            "load_codes", "pack4", "store_codes", "store_shapes", "tile", "unpack4"]
@@ -40,7 +41,7 @@ def unpack4(packed: Tensor, columns: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :columns]
 
 
-def check_store(codes: Tensor, scale: Tensor, shape: tuple[int, ...], bits: int,
+def check_store(codes: Matrices, scale: Matrices, shape: tuple[int, ...], bits: int,
                 device: torch.device, name: str = "codes", kind: torch.dtype = torch.uint8) -> None:
     """Raise if codes and scales are not the contiguous store of a tensor of this shape.
 

@@ -8,10 +8,24 @@ and gain are numbers or broadcast to P. Sums are in fp32. No temporary has P's s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
+from .apart import (
+    Apart,
+    Keys,
+    Matrices,
+    address,
+    alignment,
+    item_ptr,
+    key_words,
+    kind,
+    parts_of,
+    writable,
+)
 from .philox import stochastic_round, weight_tile
 from .tiles import Tiles, dot_tile, place_tile, precision, stacked, tiles_for, widened
 
@@ -84,15 +98,26 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
                  GAIN: tl.constexpr, KEEP: tl.constexpr, STOCHASTIC: tl.constexpr,
                  HELD: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-                 WIDEN: tl.constexpr, SLICES: tl.constexpr) -> None:
+                 WIDEN: tl.constexpr, SLICES: tl.constexpr, WEIGHT: tl.constexpr = None,
+                 LEFT: tl.constexpr = None, RIGHT: tl.constexpr = None, REST: tl.constexpr = None,
+                 ALIGN: tl.constexpr = 1, KEYED: tl.constexpr = False) -> None:
     if HELD:
         step = tl.load(step).to(tl.int32)
     batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
     tile_m, tile_n = place_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
     row = tile_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     first = tile_n.to(tl.int64) * BN
+    # Elements of a batch are counted on from one matrix to the next, of several weights anew.
+    begin = batch * m * n
+    if WEIGHT is not None:
+        begin = 0
+        p_ptr = item_ptr(p_ptr, batch, 0, WEIGHT, ALIGN)
+    if KEYED:
+        parameter = tl.load(seed + 2 * batch + 1).to(tl.int32)
+        seed = tl.load(seed + 2 * batch).to(tl.int32)
     if PRODUCT:
-        total = dot_tile(left_ptr + batch * left_batch, right_ptr + batch * right_batch, row,
+        total = dot_tile(item_ptr(left_ptr, batch, left_batch, LEFT, ALIGN),
+                         item_ptr(right_ptr, batch, right_batch, RIGHT, ALIGN), row,
                          first + tl.arange(0, BN), m, n, k, left_row, left_column, right_row,
                          right_column, BM, BN, BK, PRECISION, WIDEN)
     else:
@@ -107,7 +132,7 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
         start_column = first + i * WIDTH
         column = start_column + tl.arange(0, WIDTH)  # [WIDTH]
         mask = (row < m)[:, None] & (column < n)[None, :]
-        offset = batch * m * n + row[:, None] * n + column[None, :]
+        offset = begin + row[:, None] * n + column[None, :]
         p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         if KEEP:
             p *= _factors(keep_ptr + batch * keep_batch, row, column, m, n, keep_row, keep_column,
@@ -116,13 +141,14 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
             p *= keep
         x = alpha * x + p
         if DENSE:
-            dense = tl.load(dense_ptr + batch * dense_batch + row[:, None] * dense_row
-                            + column[None, :] * dense_column, mask=mask, other=0.0).to(tl.float32)
+            dense = tl.load(item_ptr(dense_ptr, batch, dense_batch, REST, ALIGN)
+                            + row[:, None] * dense_row + column[None, :] * dense_column,
+                            mask=mask, other=0.0).to(tl.float32)
             if GAIN:
                 dense *= _factors(gain_ptr + batch * gain_batch, row, column, m, n, gain_row,
                                   gain_column, GAIN)
             x += beta * dense
-        index = batch * m * n + row * n + start_column + start
+        index = begin + row * n + start_column + start
         x = weight_tile(x, p_ptr, index, seed, parameter, step, STOCHASTIC, ALIGNED, WIDTH)
         tl.store(p_ptr + offset, x, mask=mask)
 
@@ -134,13 +160,12 @@ def _vary(x: Tensor | None) -> int:
     return 1 if x.stride(-1) == 0 else 2 if x.stride(-2) == 0 else 3
 
 
-def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | None,
+def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Matrices | None,
           gains: Tensor | None, keeps: Tensor | None, alpha: float, beta: float, keep: float,
-          key: list[int], stochastic: bool, t: int, start: int,
-          held_t: Tensor | None = None) -> None:
+          key: Keys, stochastic: bool, t: int, start: int, held_t: Tensor | None = None) -> None:
     """All tensors are (m, n) or batches (b, m, n), of those that are not p any strides.
 
-    Where ``held_t`` is given it is t.
+    Where ``held_t`` is given it is t. Where p lies apart there is a key for each matrix.
     """
     batch, (m, n) = len(p) if p.ndim == 3 else 1, p.shape[-2:]
     if not p.numel():
@@ -151,16 +176,19 @@ def _lift(p: Tensor, left: Tensor | None, right: Tensor | None, dense: Tensor | 
     strides = [s for x in (left, right, dense, gains, keeps)
                for s in ((0, 0, 0) if x is None else x.stride() if x.ndim == 3 else
                          (0, *x.stride()))]
-    launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, p, left, right, dense, gains, keeps,
-           m, n, k, *strides, alpha, beta, keep, start, *map(signed32, key),
+    words, tensors = key_words(key, p), (p, left, right, dense)
+    launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, *map(address, tensors), gains, keeps,
+           m, n, k, *strides, alpha, beta, keep, start, *words,
            signed32(t) if held_t is None else held_t, tiles_m, tiles_n,
            PRODUCT=left is not None, DENSE=dense is not None, GAIN=_vary(gains), KEEP=_vary(keeps),
            STOCHASTIC=stochastic, HELD=held_t is not None,
            ALIGNED=start % 8 == 0 and n % 8 == 0, BM=tiles.rows, BN=tiles.columns, BK=tiles.depth,
            GROUP=tiles.group, PRECISION=precision(),
            WIDEN=left is not None and widened(left), SLICES=_SLICES if tiles is _SHARED else 1,
-           num_warps=tiles.warps, num_stages=tiles.stages)
-    torch.autograd.graph.increment_version(p)
+           WEIGHT=kind(p), LEFT=kind(left), RIGHT=kind(right), REST=kind(dense),
+           ALIGN=alignment(*tensors), KEYED=isinstance(words[0], Tensor), num_warps=tiles.warps,
+           num_stages=tiles.stages)
+    torch.autograd.graph.increment_version(writable(p))
 
 
 _op = define("lift(Tensor(a!) p, Tensor? left, Tensor? right, Tensor? dense, Tensor? gains, "
@@ -168,11 +196,14 @@ _op = define("lift(Tensor(a!) p, Tensor? left, Tensor? right, Tensor? dense, Ten
              "int t, int start, Tensor? held_t=None) -> ()", _lift)
 
 
-def lift(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
-         alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Tensor | None = None,
-         gain: Tensor | float = 1.0, beta: float = 1.0, key: tuple[int, int] | None = None,
+def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = None, *,
+         alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Matrices | None = None,
+         gain: Tensor | float = 1.0, beta: float = 1.0, key: Keys | None = None,
          t: int | Tensor = 1, start: int = 0, backend: str | None = None) -> None:
     """P <- keep o P + alpha L R + beta gain o D in place, rounded once.
+
+    Several weights may lie :class:`lissom.kernels.apart.Apart`, with a key for each; what else they
+    have is stacked or lies apart.
 
     Args:
         p: weight (..., m, n), contiguous, fp32, bf16 or fp16.
@@ -210,20 +241,27 @@ def lift(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
                              f"{tuple(p.shape)}, got {tuple(left.shape)} and {tuple(right.shape)}")
     if dense is not None and dense.shape != p.shape:
         raise ValueError(f"dense: expected shape {tuple(p.shape)}, got {tuple(dense.shape)}")
+    several = isinstance(p, Apart)
     if not use_triton(backend, p.device):
-        lift_ref(p, left, right, alpha=alpha, keep=keep, dense=dense, gain=gain, beta=beta,
-                 key=key, t=t, start=start)
+        count = len(p) if several else 1
+        each: Any = zip(*(parts_of(x, count) if several else [x] for x in (
+            p, left, right, keep, dense, gain)), key if several and key else [key] * count,
+            strict=True)
+        for p_, left_, right_, keep_, dense_, gain_, key_ in each:
+            lift_ref(p_, left_, right_, alpha=alpha, keep=keep_, dense=dense_, gain=gain_,
+                     beta=beta, key=key_, t=t, start=start)
         return
 
-    def batched(x: Tensor | None) -> Tensor | None:
+    def batched(x: Any) -> Any:
         """A view (b, ...) of what may lack leading dimensions; a matrix is what it is."""
-        if x is None or p.ndim == x.ndim == 2:
+        if x is None or isinstance(x, Apart) or p.ndim == x.ndim == 2:
             return x
         return stacked(x.expand(*p.shape[:-2], *x.shape[-2:]))
 
     gains = gain.expand(p.shape) if isinstance(gain, Tensor) and dense is not None else None
     keeps = keep.expand(p.shape) if isinstance(keep, Tensor) else None
-    _op(batched(p), batched(left), batched(right), batched(dense), batched(gains), batched(keeps),
+    run = _lift if several else _op
+    run(batched(p), batched(left), batched(right), batched(dense), batched(gains), batched(keeps),
         alpha, beta if isinstance(gain, Tensor) else beta * gain,
         1.0 if isinstance(keep, Tensor) else keep,
         key or (0, 0), key is not None and p.dtype != torch.float32,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ._triton import check, define, jit, launch, tl, use_triton
+from .apart import Apart, Matrices, address, alignment, item_ptr, kind, writable
 
 __all__ = ["limited_gains", "limited_gains_ref"]
 
@@ -77,8 +78,11 @@ def _gain(n: tl.tensor, r: tl.tensor, g: tl.tensor, cap: tl.tensor, eps: tl.tens
 def _limit_kernel(n_ptr: tl.tensor, r_ptr: tl.tensor, g_ptr: tl.tensor, last_ptr: tl.tensor,
                   out_ptr: tl.tensor, columns: tl.tensor, count: tl.tensor, factor: tl.tensor,
                   eps: tl.tensor, leak: tl.tensor, limiter: tl.tensor, LEAK: tl.constexpr,
-                  LIMIT: tl.constexpr, BLOCK: tl.constexpr) -> None:
+                  LIMIT: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr = None,
+                  ALIGN: tl.constexpr = 1) -> None:
     # One program has a row: sums over it twice, then the factors.
+    if LIMIT:
+        last_ptr = item_ptr(last_ptr, tl.program_id(0), 1, LAST, ALIGN)
     row = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, BLOCK)
     whole = tl.zeros([BLOCK], dtype=tl.float64)
@@ -100,11 +104,11 @@ def _limit_kernel(n_ptr: tl.tensor, r_ptr: tl.tensor, g_ptr: tl.tensor, last_ptr
             sums += tl.where(mask, part * part, 0.0)
         size = tl.sqrt(tl.sum(sums, 0))
         floor = 0.001 * tl.sqrt(square)
-        last = tl.load(last_ptr + tl.program_id(0)).to(tl.float64)
+        last = tl.load(last_ptr).to(tl.float64)
         times = size / (last + eps) / limiter
         growth = tl.where((last > floor) & ((times > 1) | (times != times)), times, 1.0)
         size = size / growth
-        tl.store(last_ptr + tl.program_id(0), tl.where(size > floor, size, last).to(tl.float32))
+        tl.store(last_ptr, tl.where(size > floor, size, last).to(tl.float32))
     for start in range(0, columns, BLOCK):
         mask = column < columns - start
         at = row + start + column
@@ -114,25 +118,25 @@ def _limit_kernel(n_ptr: tl.tensor, r_ptr: tl.tensor, g_ptr: tl.tensor, last_ptr
         tl.store(out_ptr + at, gain / growth, mask=mask)
 
 
-def _limit(n: Tensor, r: Tensor, g: Tensor, last: Tensor | None, out: Tensor, factor: float,
+def _limit(n: Tensor, r: Tensor, g: Tensor, last: Matrices | None, out: Tensor, factor: float,
            count: int, eps: float, leak: float | None, limiter: float) -> None:
     if not n.numel():
         return
-    launch(_limit_kernel, len(n), n.device, n, r, g, last, out, n.shape[-1], count, factor,
+    launch(_limit_kernel, len(n), n.device, n, r, g, address(last), out, n.shape[-1], count, factor,
            eps, leak or 0.0, limiter, LEAK=leak is not None, LIMIT=last is not None,
-           BLOCK=_BLOCK, num_warps=_WARPS)
+           BLOCK=_BLOCK, LAST=kind(last), ALIGN=alignment(last), num_warps=_WARPS)
     if last is not None:
-        torch.autograd.graph.increment_version(last)
+        torch.autograd.graph.increment_version(writable(last))
 
 
 _op = define("limited_gains(Tensor n, Tensor r, Tensor g, Tensor(a!)? last, Tensor(b!) out, "
              "float factor, int count, float eps, float? leak, float limiter) -> ()", _limit)
 
 
-def limited_gains(n: Tensor, r: Tensor, g: Tensor, last: Tensor | None, *, more: float, eps: float,
-                  leak: float | None = None, limiter: float = 1.0, count: int | None = None,
-                  total: Callable[[Tensor], Tensor] | None = None, backend: str | None = None
-                  ) -> Tensor:
+def limited_gains(n: Tensor, r: Tensor, g: Tensor, last: Matrices | None, *, more: float,
+                  eps: float, leak: float | None = None, limiter: float = 1.0,
+                  count: int | None = None, total: Callable[[Tensor], Tensor] | None = None,
+                  backend: str | None = None) -> Tensor:
     """Factors phi of the columns of one matrix in each row, as the module says.
 
     Args:
@@ -140,6 +144,7 @@ def limited_gains(n: Tensor, r: Tensor, g: Tensor, last: Tensor | None, *, more:
         r: of R.
         g: of G.
         last: |S| of the last step, (b,), fp32, which becomes this one's; None is no limiter.
+            Those of several matrices may lie :class:`lissom.kernels.apart.Apart`.
         more: how many times more entries than N's the columns have that the factors are for.
         eps: keeps quotients finite.
         leak: c_i is that of G - R + leak R, where R is orthogonal to what it leaves; None for G.
@@ -158,10 +163,17 @@ def limited_gains(n: Tensor, r: Tensor, g: Tensor, last: Tensor | None, *, more:
     for name, x in (("n", n), ("r", r), ("g", g)):
         check(name, x, shape=tuple(n.shape), dtypes=(torch.float64,), device=n.device)
     if last is not None:
-        check("last", last, shape=tuple(n.shape[:1]), dtypes=(torch.float32,), device=n.device)
-    if total is not None or not use_triton(backend, n.device):
+        shape = (len(n), *[1] * (last.ndim - 1 if isinstance(last, Apart) else 0))
+        check("last", last, shape=shape, dtypes=(torch.float32,), device=n.device)
+    if isinstance(last, Apart) and not use_triton(backend, n.device):
+        return torch.cat([limited_gains(n_, r_, g_, last_.view(-1), more=more, eps=eps, leak=leak,
+                                        limiter=limiter, count=count, backend=backend)
+                          for n_, r_, g_, last_ in zip(n.split(1), r.split(1), g.split(1), last,
+                                                       strict=True)])
+    if not isinstance(last, Apart) and (total is not None or not use_triton(backend, n.device)):
         return limited_gains_ref(n, r, g, last, more=more, eps=eps, leak=leak, limiter=limiter,
                                  count=count, total=total)
     out = torch.empty_like(n)
-    _op(n, r, g, last, out, _CAP * math.sqrt(more), count or n.shape[-1], eps, leak, limiter)
+    run = _limit if isinstance(last, Apart) else _op
+    run(n, r, g, last, out, _CAP * math.sqrt(more), count or n.shape[-1], eps, leak, limiter)
     return out

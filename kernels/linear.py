@@ -8,12 +8,14 @@ codes to a byte, low half first. The largest error is scale / 2. Zero is exact.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
+from .apart import Apart, Matrices, address, alignment, item_ptr, kind
 from .blocks import (
     BLOCK,
     WARPS,
@@ -104,7 +106,13 @@ def _quantize_linear_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: t
 @jit
 def _dequantize_linear_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.tensor,
                               rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
-                              BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
+                              BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+                              CODES: tl.constexpr = None, ALIGN: tl.constexpr = 1) -> None:
+    if CODES is not None:  # several tensors, of which each program has a part of one
+        item = tl.program_id(1).to(tl.int64)
+        codes_ptr = item_ptr(codes_ptr, item, 0, CODES, ALIGN)
+        scale_ptr = item_ptr(scale_ptr, item, 0, tl.float32, ALIGN)
+        out_ptr += item * (tl.cast(rows, tl.int64) * columns)
     row, first, block, inside = block_place(rows, columns, R, W)
     codes = load_codes(codes_ptr, row, first, inside, width, BITS, W)
     if BITS == 4:
@@ -132,15 +140,21 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, triton: bool) 
         torch.autograd.graph.increment_version([codes, scale])
 
 
-def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, triton: bool) -> None:
+def _dequantize(codes: Matrices, scale: Matrices, out: Tensor, bits: int, triton: bool) -> None:
+    """Of several tensors codes and scales lie apart, and what they stand for is stacked."""
     columns = out.shape[-1]
     if not triton:
-        out.copy_(dequantize_linear_ref(codes, scale, columns, bits))
+        each: Any = zip(codes, scale, out, strict=True) if isinstance(codes, Apart) else [
+            (codes, scale, out)]
+        for codes_, scale_, out_ in each:
+            out_.copy_(dequantize_linear_ref(codes_, scale_, columns, bits))
     elif out.numel():
-        rows = out.numel() // columns
+        count = len(codes) if isinstance(codes, Apart) else 1
+        rows = out.numel() // columns // count
         height, width = tile(rows, columns)
-        launch(_dequantize_linear_kernel, cdiv(scale.numel(), height), out.device, codes, scale,
-               out, rows, columns, code_bytes(columns, bits), BITS=bits, R=height, W=width,
+        launch(_dequantize_linear_kernel, (cdiv(scale.numel() // count, height), count), out.device,
+               address(codes), address(scale), out, rows, columns, code_bytes(columns, bits),
+               BITS=bits, R=height, W=width, CODES=kind(codes), ALIGN=alignment(codes, scale),
                num_warps=WARPS)
 
 
@@ -181,13 +195,14 @@ def quantize_linear(x: Tensor, bits: int, *, out: tuple[Tensor, Tensor] | None =
     return codes, scale
 
 
-def dequantize_linear(codes: Tensor, scale: Tensor, columns: int, bits: int, *,
+def dequantize_linear(codes: Matrices, scale: Matrices, columns: int, bits: int, *,
                       dtype: torch.dtype = torch.float32, out: Tensor | None = None,
                       backend: str | None = None) -> Tensor:
     """The tensor (..., columns) that the codes stand for: :func:`dequantize_linear_ref`, rounded.
 
     Args:
-        codes: as from :func:`quantize_linear`, contiguous.
+        codes: as from :func:`quantize_linear`, contiguous; those of several tensors may lie
+            :class:`lissom.kernels.apart.Apart`, and what they stand for is stacked.
         scale: the scales beside them.
         columns: length of the last dimension, which packed codes do not tell.
         bits: 8 or 4.
@@ -206,5 +221,6 @@ def dequantize_linear(codes: Tensor, scale: Tensor, columns: int, bits: int, *,
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
     check("out", out, shape=shape, dtypes=_FLOATS, device=device)
-    _dequantize_op(codes, scale, out, bits, use_triton(backend, device))
+    run = _dequantize if isinstance(codes, Apart) else _dequantize_op
+    run(codes, scale, out, bits, use_triton(backend, device))
     return out

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, define, jit, launch, tl, use_triton
+from .apart import Apart, Matrices, address, alignment, item_ptr, kind
 from .tiles import stacked
 
 __all__ = ["row_norms", "row_norms_ref", "row_squares"]
@@ -74,44 +75,47 @@ def row_squares(x_ptr: tl.tensor, row: tl.tensor, m: tl.tensor, x_row: tl.tensor
 def _row_norms_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, m: tl.tensor, n: tl.tensor,
                       x_batch: tl.tensor, x_row: tl.tensor, x_column: tl.tensor,
                       tiles: tl.tensor, share: tl.tensor, R: tl.constexpr, C: tl.constexpr,
-                      ROOT: tl.constexpr) -> None:
+                      ROOT: tl.constexpr, KIND: tl.constexpr = None, ALIGN: tl.constexpr = 1
+                      ) -> None:
     # One program takes R rows of a part of the columns.
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles).to(tl.int64) * R + tl.arange(0, R)  # [R]
     begin = tl.program_id(1) * share
-    total = row_squares(x_ptr + batch * x_batch, row, m, x_row, x_column, begin,
-                        tl.minimum(n, begin + share), R, C)
+    total = row_squares(item_ptr(x_ptr, batch, x_batch, KIND, ALIGN), row, m, x_row, x_column,
+                        begin, tl.minimum(n, begin + share), R, C)
     if ROOT:
         total = tl.sqrt(total)
     tl.store(out_ptr + (batch * tl.num_programs(1) + tl.program_id(1)) * m + row, total,
              mask=row < m)
 
 
-def _split(x: Tensor) -> tuple[int, int, int, int]:
+def _split(x: Matrices) -> tuple[int, int, int, int]:
     """Rows of a program, columns at once, columns of a program, and in how many parts they are."""
     batch, m, n = x.shape
-    rows, columns = _ACROSS if x.stride(1) == 1 and m > 1 else _ALONG
+    rows, columns = _ACROSS if x.stride()[1] == 1 and m > 1 else _ALONG
     parts = min(cdiv(_BUSY, batch * cdiv(m, rows)), cdiv(n, 4 * columns))
     share = cdiv(cdiv(n, parts), columns) * columns
     return rows, columns, share, cdiv(n, share)
 
 
-def _row_norms(x: Tensor, out: Tensor) -> None:
+def _row_norms(x: Matrices, out: Tensor) -> None:
     batch, m, n = x.shape
     rows, columns, share, parts = _split(x)
     tiles = cdiv(m, rows)
-    launch(_row_norms_kernel, (batch * tiles, parts), x.device, x, out, m, n, *x.stride(), tiles,
-           share, R=rows, C=columns, ROOT=parts == 1)
+    launch(_row_norms_kernel, (batch * tiles, parts), x.device, address(x), out, m, n,
+           *x.stride(), tiles, share, R=rows, C=columns, ROOT=parts == 1, KIND=kind(x),
+           ALIGN=alignment(x))
 
 
 _norms_op = define("row_norms(Tensor x, Tensor(a!) out) -> ()", _row_norms)
 
 
-def row_norms(x: Tensor, *, backend: str | None = None) -> Tensor:
+def row_norms(x: Matrices, *, backend: str | None = None) -> Tensor:
     """Euclidean norms of the rows of a matrix, or of a batch of them.
 
     Args:
-        x: (..., m, n), fp32, bf16 or fp16 (float64 in torch), any strides.
+        x: (..., m, n), fp32, bf16 or fp16 (float64 in torch), any strides; several matrices may
+            lie :class:`lissom.kernels.apart.Apart`.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
     Returns:
@@ -126,14 +130,14 @@ def row_norms(x: Tensor, *, backend: str | None = None) -> Tensor:
         raise ValueError(f"x: expected (..., m, n), got shape {tuple(x.shape)}")
     triton = use_triton(backend, x.device)
     if not triton or (x.dtype == torch.float64 and backend is None):
-        return row_norms_ref(x)
+        return torch.stack([*map(row_norms_ref, x)]) if isinstance(x, Apart) else row_norms_ref(x)
     if x.dtype not in _FLOATS:
         raise TypeError(f"x: expected {' or '.join(map(str, _FLOATS))}, got {x.dtype}")
     lead = x.shape[:-1]
     if not x.numel():
         return torch.zeros(lead, dtype=torch.float64, device=x.device)
-    stack = stacked(x)
+    stack = x if isinstance(x, Apart) else stacked(x)
     parts = _split(stack)[-1]
     out = torch.empty(len(stack), parts, stack.shape[1], dtype=torch.float64, device=x.device)
-    _norms_op(stack, out)
+    (_row_norms if isinstance(x, Apart) else _norms_op)(stack, out)
     return (out if parts == 1 else out.sum(1).sqrt_()).view(lead)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._triton import INTERPRETED, cdiv, jit, tl
+from .apart import Matrices
 
 __all__ = ["LARGE", "MEDIUM", "SMALL", "WIDE", "Tiles", "dot_tile", "fits", "place_tile",
            "precision", "stacked", "tiles_for", "widened"]
@@ -48,7 +49,7 @@ def fits(device: torch.device, size: int) -> bool:
     return size <= int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
 
 
-def tiles_for(x: Tensor, batch: int, m: int, n: int,
+def tiles_for(x: Matrices, batch: int, m: int, n: int,
               sizes: tuple[Tiles, ...] = (LARGE, MEDIUM)) -> Tiles:
     """Tiles of a product of 16-bit panels, or of fp32 ones.
 
@@ -74,7 +75,7 @@ def precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def widened(x: Tensor) -> bool:
+def widened(x: Matrices) -> bool:
     """Whether a kernel must multiply in fp32: the interpreter takes bf16's bits for integers."""
     return INTERPRETED and x.dtype == torch.bfloat16
 

@@ -26,6 +26,7 @@ __all__ = ["APOLLO"]
 class _Scaling(Residual):
     """u = scale * G diag(s), s_j = |N_j| / |R_j| along the longer side, or one s for all."""
 
+    apart = True
     needs_low = True
     needs_gradient = True
 

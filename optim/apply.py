@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.adam8 import adamw8
+from ..kernels.apart import Apart, Matrices, parts_of
 from ..kernels.lift import lift
 from . import codec
 from .codec import Slot
@@ -51,7 +52,7 @@ def negated(g: Tensor, o: Mapping[str, Any]) -> Tensor:
     return -g if o["maximize"] else g
 
 
-def step_adamw(p: Tensor, g: Tensor, stored: dict[str, Tensor], slots: Mapping[str, Slot],
+def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mapping[str, Slot],
                o: dict[str, Any], t: int | Tensor, rows: Rows | None = None) -> None:
     """AdamW in one operation, or on row blocks: no temporary is larger than a block.
 
@@ -106,16 +107,19 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(torch.split(x, rows) for x in tensors), strict=True)
 
 
-def _in_one_pass(p: Tensor, u: Update, kept: Mapping[str, Tensor]) -> bool:
+def _in_one_pass(p: Matrices, u: Update, kept: Mapping[str, Tensor]) -> bool:
     """Whether a kernel applies the update: on a GPU, but for products in fp32 and split weights."""
     product = u.left is None or (u.left.element_size() == 2 and p.element_size() == 2)
     return (product and by_kernel(p) and p.dtype != torch.float64 and "master" not in kept
             and p.is_contiguous())
 
 
-def apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any],
+def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any],
           t: int | Tensor, start: int = 0) -> None:
-    """P <- (1 - lr * weight_decay) p - lr * u, rounded once. p is (m, n) or (b, m, n)."""
+    """P <- (1 - lr * weight_decay) p - lr * u, rounded once.
+
+    p is (m, n), a batch (b, m, n) of one parameter, or several parameters.
+    """
     lr = o["lr"]
     keep: Tensor | float = 1 - lr * o["weight_decay"] if u.keep is None else u.keep.expand(p.shape)
     if isinstance(lr, Tensor):  # no number is read: lr is in keep and gain, and 1 elsewhere
@@ -127,8 +131,15 @@ def apply(p: Tensor, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any]
         lr, o = 1.0, {**o, "lr": 1.0}
     if _in_one_pass(p, u, kept):
         lift(p, u.left, u.right, alpha=-lr * u.factor, keep=keep, dense=u.dense, gain=u.gain,
-             beta=-lr, key=codec.key_of(kept, o) if codec.random_rounding(p, o) else None, t=t,
+             beta=-lr, key=codec.keys_of(kept, o) if codec.random_rounding(p, o) else None, t=t,
              start=start)
+        return
+    if isinstance(p, Apart):  # in fp32, whose product a library computes
+        assert isinstance(kept, codec.Together)
+        each = zip(*(parts_of(x, len(p)) for x in (p, u.left, u.right, u.dense, u.gain)),
+                   kept.states, strict=True)
+        for p_, left, right, dense, gain, kept_ in each:
+            apply(p_, Update(left, right, u.factor, dense, gain), kept_, o, t)
         return
     master = kept["master"].view(p.shape) if "master" in kept else None
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain

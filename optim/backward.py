@@ -417,7 +417,7 @@ class UpdateInBackward(InBackward):
         spoilt([work])
         if self.limit is not None:
             clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
-        optimizer._run([work], [])
+        optimizer._run([[work]], [])
         self._done.add(p)
         p.grad = None
 

@@ -26,13 +26,15 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
+from ..kernels.apart import Apart
 from . import codec, metrics, sharding
 from .apply import Update, apply, negated, step_adamw
+from .batches import Work, windows
 from .checks import (
     TORCH_ONLY,
     check_capturable,
@@ -57,23 +59,10 @@ __all__ = ["MatrixOptimizer", "PartialStepError", "Work", "numbers", "spoilt"]
 
 # Values of ``index`` from here on are of parameters that get AdamW.
 _DENSE = 1 << 31
-# Elements of all parameters whose updates wait together, or as many as the largest of them has:
-# batches are worth a fifth of Muon's step on LLaMA-60M, and their temporaries stay below 150 MiB.
-# Of sharded ones a rank's rows count, so that there is work for every rank at once.
-_WINDOW = 1 << 22
 
 
 class PartialStepError(RuntimeError):
     """A step failed after some parameters had moved; the message names them."""
-
-
-class Work(NamedTuple):
-    """One parameter of a step: its name, itself, its gradient, its options."""
-
-    name: str
-    p: Tensor
-    g: Tensor
-    o: dict[str, Any]
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -177,6 +166,22 @@ class MatrixOptimizer(torch.optim.Optimizer):
             t: 1-based count of the update.
         """
         return False
+
+    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> int:
+        """Whether update t of p can be one with those of matrices that are like it, on a GPU.
+
+        Then g, ``s["weight"]`` and the slots of s may be :class:`lissom.kernels.apart.Apart`.
+
+        Args:
+            p: the parameter, of the own rule.
+            s: its state as it is kept.
+            o: options of its group.
+            t: 1-based count of the update.
+
+        Returns:
+            Elements that its update then holds beside those of the others; 0 if it goes alone.
+        """
+        return 0
 
     def before_updates(self, work: list[Work]) -> list[str]:
         """What a step does to parameters that act together, after all checks of the step.
@@ -505,7 +510,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._backward.before(work)
         before = self.before_updates(work)
         moved: list[str] = []
-        for window in self._windows(work):
+        for window in windows(self, work):
             self._run(window, moved, before)
         if self._backward is not None:
             self._backward.end()
@@ -517,22 +522,24 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._backward is not None:
             self._backward.clear()
 
-    def _run(self, window: Sequence[Work], moved: list[str], before: Sequence[str] = ()) -> None:
+    def _run(self, batches: Sequence[Sequence[Work]], moved: list[str],
+             before: Sequence[str] = ()) -> None:
         """Update parameters together.
 
         Args:
-            window: them.
+            batches: them; those of one batch have one update.
             moved: names of those that were updated before, to which theirs are added.
             before: names of those that :meth:`before_updates` has moved.
         """
+        window = [w for batch in batches for w in batch]
         touched = [self._touched(w.p) for w in window]
         versions = [[x._version for x in xs] for xs in touched]
         measured = metrics.before(self, window)
-        updates = [self._step_one(w.p, w.g, w.o) for w in window]
+        updates = [self._step_batch(batch) for batch in batches]
         done: set[str] = set()
         try:
             for i in answered(updates):
-                done.add(window[i].name)
+                done.update(w.name for w in batches[i])
         except Exception as error:
             moved += [w.name for w in window if w.name in done]
             rest = [w.name for w in window if w.name not in done]
@@ -553,28 +560,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """What an update of p writes to: p and its state, of which this rank holds."""
         tensors = [p, *self.state[p].values()]
         return [*map(sharding.local, tensors)] if sharding.is_sharded(p) else tensors
-
-    def _windows(self, work: Sequence[Work]) -> Iterator[list[Work]]:
-        """Parameters whose updates run together: one, or as many as fit where they may wait."""
-        if not self.waits:
-            yield from ([item] for item in work)
-            return
-        window: list[Work] = []
-        sizes = [sharding.share(item.p, self._rows(item.p, item.o)) for item in work]
-        dense = [self._reason(item.p, item.o) is not None for item in work]
-        held, most = 0, max([_WINDOW, *(item.p.numel() for item, apart in zip(
-            work, dense, strict=True) if not apart)])
-        for item, size, apart in zip(work, sizes, dense, strict=True):
-            if apart:
-                yield [item]
-                continue
-            if window and held + size > most:
-                yield window
-                window, held = [], 0
-            window.append(item)
-            held += size
-        if window:
-            yield window
 
     def _checked_work(self) -> list[Work]:
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
@@ -608,20 +593,30 @@ class MatrixOptimizer(torch.optim.Optimizer):
             apart = p.ndim > 1 or not any(slot.bits for slot in self._layouts[p].values())
         return rows if apart else None
 
-    def _step_one(self, p: Tensor, g: Tensor, o: dict[str, Any]) -> Waiting[None]:
-        """From gradient to parameter, for one parameter; waits where its update does."""
+    def _step_batch(self, batch: Sequence[Work]) -> Waiting[None]:
+        """From gradient to parameter, for one parameter or several that are alike.
+
+        It waits where the update does. Several are one matrix with a leading dimension.
+        """
+        p, o = batch[0].p, batch[0].o
         state, slots, rows = self.state[p], self._layouts[p], self._rows(p, o)
         # On the host, or where it is captured a tensor.
         t: Any = state["step"].long() + 1 if o["capturable"] else int(state["step"]) + 1
-        x, stored, sharded = p, state, sharding.is_sharded(p)
-        if sharded:
+        x: Any = p
+        g: Any = batch[0].g
+        stored: Mapping[str, Tensor] = state
+        sharded, several = sharding.is_sharded(p), len(batch) > 1
+        if several:
+            x, g = Apart([w.p for w in batch]), Apart([w.g for w in batch])
+            stored = codec.Together([self.state[w.p] for w in batch])
+        elif sharded:
             gather = sharding.whole if rows is None else sharding.local
             x, g, *rest = map(gather, (p, g, *state.values()))
             stored = dict(zip(state, rest, strict=True))
         if self._reason(p, o) is not None:
             step_adamw(x, g, stored, slots, o, t, rows)
         else:
-            shape = self.matrix_shape(p, o)
+            shape = x.shape if several else self.matrix_shape(p, o)
             shape = shape if rows is None else (len(x), *shape[1:])
             # a copy where the memory format allows no view
             matrix = x if x.shape == shape else x.reshape(shape)
@@ -643,7 +638,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for name, kept in stored.items():
                 sharding.keep(state[name], kept)
             sharding.keep(p, x)
-        state["step"].fill_(t)
+        if several:
+            torch._foreach_add_([self.state[w.p]["step"] for w in batch], 1)
+        else:
+            state["step"].fill_(t)
         if self._backward is not None:
             self._backward.consumed(p)
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels.apart import Apart, Keys, Matrices
 from ..kernels.blocks import linear_shapes
 from ..kernels.linear import dequantize_linear, quantize_linear
 from ..kernels.philox import random_bits16_ref, stochastic_round
@@ -29,10 +30,10 @@ from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
 if TYPE_CHECKING:
     from .sharding import Rows
 
-__all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "counter", "encode", "fill", "held",
-           "key_of", "master_slots", "moment", "name_key", "pieces", "plain_name",
-           "random_rounding", "read", "read_weight", "rounded", "row_sum", "rows_of", "stored",
-           "whole_shape", "wide", "write", "write_weight"]
+__all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "Together", "counter", "encode", "fill",
+           "held", "key_of", "keys_of", "master_slots", "moment", "name_key", "pieces",
+           "plain_name", "random_rounding", "read", "read_weight", "rounded", "row_sum", "rows_of",
+           "stored", "whole_shape", "wide", "write", "write_weight"]
 
 # Their positions are the streams of random bits that round them.
 _ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
@@ -193,10 +194,13 @@ def _pack(codes: Tensor, scale: Tensor, x: Tensor, quantize: Callable[..., Any])
         quantize(x_, out=(codes_, scale_))
 
 
-def _unpacked(codes: Tensor, scale: Tensor, columns: int, dequantize: Callable[..., Any],
+def _unpacked(codes: Matrices, scale: Matrices, columns: int, dequantize: Callable[..., Any],
               dtype: torch.dtype = torch.float32) -> Tensor:
     """What a store stands for, piece by piece."""
     out = torch.empty((*codes.shape[:-1], columns), dtype=dtype, device=codes.device)
+    if isinstance(codes, Apart) or isinstance(scale, Apart):
+        dequantize(codes, scale, out=out)
+        return out
     for out_, codes_, scale_ in pieces(out, codes, scale):
         dequantize(codes_, scale_, out=out_)
     return out
@@ -246,9 +250,45 @@ def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
 
     For one seed different keys give different words.
     """
-    seed, key = int(o["seed"]), int(s["key"])
+    return _words(int(o["seed"]), int(s["key"]))
+
+
+def keys_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Keys:
+    """The same, for each of several parameters where s is of them."""
+    key: Matrices = s["key"]
+    seed = int(o["seed"])
+    return [_words(seed, int(x)) for x in key.parts] if isinstance(key, Apart) else key_of(s, o)
+
+
+def _words(seed: int, key: int) -> tuple[int, int]:
     # Philox takes 32 bits: the upper half of a longer seed is mixed into the lower.
     return (seed ^ (seed >> 32) * 0x9E3779B9 ^ key >> 32) & 0xFFFFFFFF, key & 0xFFFFFFFF
+
+
+class Together(Mapping[str, Tensor]):
+    """State of several parameters of one layout: each slot is an :class:`Apart` of theirs.
+
+    Args:
+        states: one for each parameter.
+    """
+
+    def __init__(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        self.states = states
+        self._found: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._found:
+            self._found[name] = Apart([s[name] for s in self.states])
+        return self._found[name]  # type: ignore[no-any-return]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.states[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.states[0])
+
+    def __len__(self) -> int:
+        return len(self.states[0])
 
 
 class Decoded(MutableMapping[str, Tensor]):
@@ -315,7 +355,7 @@ class Decoded(MutableMapping[str, Tensor]):
         return {"m": m, "v": v, "m_scale": self.kept.get("exp_avg.scale"),
                 "v_scale": self.kept.get("exp_avg_sq.scale"), "bits": bits,
                 "beta1": o["betas"][0], "beta2": o["betas"][1], "eps": o["eps"],
-                "key": key_of(self, o), "start": self.first("exp_avg")}
+                "key": keys_of(self, o), "start": self.first("exp_avg")}
 
     def first(self, name: str) -> int:
         """Index in the whole slot of the first element of what is here of it."""
@@ -420,7 +460,7 @@ def _split_weight(p: Tensor, x: Tensor, master: Tensor, random: Tensor | None) -
     master.copy_(torch.where(finite, low >> 8 if eight else low, 0))
 
 
-def random_rounding(p: Tensor, o: Mapping[str, Any]) -> bool:
+def random_rounding(p: Matrices, o: Mapping[str, Any]) -> bool:
     """Whether results are rounded into this weight at random: by default where it is 16-bit."""
     return (o["rounding"] != "nearest" and p.dtype in (torch.bfloat16, torch.float16)
             and not (o["master_bits"] == 16 and p.dtype == torch.bfloat16))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._triton import use_triton
+from ..kernels.apart import Apart, Matrices
 from ..kernels.project import project as product
 from . import codec
 from .sharding import Rows
@@ -47,12 +48,14 @@ def rows(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (d if kind == 2 else d.mT).to(device=device, dtype=dtype).contiguous()
 
 
-def columns(index: Tensor, n: int, kind: int, like: Tensor) -> Tensor:
+def columns(index: Matrices, n: int, kind: int, like: Tensor) -> Tensor:
     """The chosen columns of Q: index (..., r) to (..., n, r), in the dtype and place of ``like``.
 
     Its transpose is contiguous, which is the factor that a lift multiplies with.
     """
     table = rows(n, kind, like.dtype, like.device)
+    if isinstance(index, Apart):
+        index = torch.stack(index.parts)
     index = index if index.device == table.device else index.to(table.device)
     # Unlike an index in brackets this takes int32 as it is.
     chosen: Tensor = table.index_select(0, index) if index.ndim == 1 else table[index]

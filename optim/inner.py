@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kernels._triton import use_triton
 from ..kernels.adam8 import adam8
+from ..kernels.apart import Matrices
 from . import codec
 from .codec import Slot
 
@@ -131,7 +132,7 @@ def _decoded_pair(r: Tensor, s: State, o: Options) -> dict[str, Any] | None:
     return {"m": m, "v": v, "bits": 32, "beta1": beta1, "beta2": beta2, "eps": o["eps"]}
 
 
-def by_kernel(x: Tensor) -> bool:
+def by_kernel(x: Matrices) -> bool:
     """Whether kernels do the arithmetic on x; traced, they would be compiled anew for each rate."""
     return use_triton(None, x.device) and not torch.compiler.is_compiling()
 

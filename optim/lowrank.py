@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..kernels.apart import Apart, Matrices
 from . import codec, dct, metrics, project
 from .apply import Update
 from .base import MatrixOptimizer
@@ -242,6 +243,16 @@ class LowRankOptimizer(MatrixOptimizer):
         apart = o["projection"] in ("dct", "random") and o["keep_energy"] is None
         return apart or not self.due(s, o, t)
 
+    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> int:
+        """Matrices without a refresh, whose R and decoded bases are then held at once."""
+        able = (p.ndim == 2 and p.dtype in (torch.bfloat16, torch.float32)
+                and o["inner"] == "adamw" and not o["amsgrad"] and not o["maximize"]
+                and self.residual(o).apart)
+        if not able or self.due(s, o, t):
+            return 0
+        r, *_ = self.describe(p, o)
+        return (r or 0) * sum(p.shape)
+
     # ---------------------------------------------------------------- the update
 
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
@@ -296,13 +307,12 @@ class LowRankOptimizer(MatrixOptimizer):
     def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
                   ) -> Projected:
         """P, Q and R = P^T G Q: the stored bases, or new ones where a refresh is due."""
-        born, cosines = int(s["basis_step"]), o["projection"] == "dct"
-        due = self.due(s, o, t)
-        # A new choice of cosine columns needs the indices of the last one, not the columns.
-        old = Bases(None, None) if due and cosines and o["keep_energy"] is None else (
-            self.bases(g, s, o, born))
-        if not due:
+        if not self.due(s, o, t):
+            old = self.bases(g, s, o)
             return Projected(old, old.down(g))
+        born, cosines = int(s["basis_step"]), o["projection"] == "dct"
+        # A new choice of cosine columns needs the indices of the last one, not the columns.
+        old = Bases(None, None) if cosines and o["keep_energy"] is None else self.bases(g, s, o)
         if born and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
             low = old.down(g)
             if _energy(low, g) >= o["keep_energy"] * s["basis_energy"].item():
@@ -318,18 +328,20 @@ class LowRankOptimizer(MatrixOptimizer):
         return Projected(new.bases, new.low, new.turns if born else None, writes, new.more)
 
     def due(self, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
-        """Whether update t looks for new bases."""
-        return not int(s["basis_step"]) or not (
-            t - 1 + self._phase(s, o)) % int(o["update_proj_gap"])
+        """Whether update t looks for new bases; several matrices come together where none does."""
+        found: Matrices = s["basis_step"]
+        return isinstance(found, Tensor) and (not int(found) or not (
+            t - 1 + self._phase(s, o)) % int(o["update_proj_gap"]))
 
-    def bases(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], born: int) -> Bases:
+    def bases(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any],
+              born: int | None = None) -> Bases:
         """The bases in the state, or regenerated from what is stored of them.
 
         Args:
             g: a gradient, of which shape, dtype and device count.
             s: state.
             o: options.
-            born: update at which they were found; 0 where none were.
+            born: update at which they were found; 0 where none were; None for what the state says.
         """
         *batch, m, n = codec.whole_shape(g, s)
         side, r = project.side_of(m, n, o["proj_type"]), min(o["rank"], m, n)
@@ -338,8 +350,7 @@ class LowRankOptimizer(MatrixOptimizer):
             basis = None
             if side in (name, "full"):
                 if o["projection"] == "random":
-                    basis = self.draw(length, r, tuple(batch), codec.key_of(s, o),
-                                      2 * born + number, g)
+                    basis = self._drawn(length, r, tuple(batch), s, o, born, number, g)
                 elif o["projection"] == "dct":
                     basis = dct.columns(s[f"columns_{name}"], length, o["dct_basis"], g)
                 else:
@@ -349,6 +360,16 @@ class LowRankOptimizer(MatrixOptimizer):
                     basis = basis if basis.dtype == g.dtype else basis.to(g.dtype)
             bases.append(basis)
         return Bases(*bases)
+
+    def _drawn(self, length: int, r: int, batch: tuple[int, ...], s: Mapping[str, Any],
+               o: Mapping[str, Any], born: int | None, number: int, g: Tensor) -> Any:
+        """A random basis, or one for each of several matrices."""
+        steps: Any = s["basis_step"] if born is None else born
+        if isinstance(steps, Apart):
+            keys: Any = codec.keys_of(s, o)
+            return Apart([self.draw(length, r, batch[1:], key, 2 * int(at) + number, g)
+                          for key, at in zip(keys, steps, strict=True)])
+        return self.draw(length, r, batch, codec.key_of(s, o), 2 * int(steps) + number, g)
 
     draw = staticmethod(project.random_basis)
 

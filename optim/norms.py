@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._triton import use_triton
+from ..kernels.apart import Apart, Matrices
 from ..kernels.norms import row_norms
 from . import codec
 
@@ -17,7 +18,7 @@ ALONG = {"left": (-2,), "right": (-1,), "full": (-2, -1)}
 _BLOCK = 1 << 18
 
 
-def norms(x: Tensor, side: str) -> Tensor:
+def norms(x: Matrices, side: str) -> Tensor:
     """Euclidean norms along the dimensions of a side, kept as 1, in float64.
 
     Squares of entries near 1e30 overflow in fp32, and the differences of squares that follow
@@ -32,6 +33,7 @@ def norms(x: Tensor, side: str) -> Tensor:
             norm = torch.linalg.vector_norm(norm, dim=-1)
             return norm[..., None, None]
         return norm.unsqueeze(dim[0])
+    assert not isinstance(x, Apart), "several matrices are there where kernels work on them"
     if (x.device.type != "cpu" or x.dtype == torch.float64 or not x.numel()
             or torch.compiler.is_compiling()):
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.apart import Matrices
 from ..kernels.lift import lift
 from ..kernels.limit import limited_gains
 from . import codec
@@ -31,8 +32,10 @@ __all__ = ["RESIDUALS", "Fira", "Residual", "gains", "residual_of"]
 
 
 class Residual:
-    """No residual: what is outside the subspace is dropped (GaLore). Base of the others."""
+    """Base of all: what is outside the subspace is dropped."""
 
+    #: Whether it works on several matrices that lie :class:`lissom.kernels.apart.Apart`.
+    apart = False
     #: Whether R is read after the inner rule, which otherwise may overwrite it. It is then in fp32,
     #: or as it was projected where kernels read it.
     needs_low = False
@@ -68,6 +71,12 @@ class Residual:
         return Update(left, right, o["scale"])
 
 
+class Dropped(Residual):
+    """No residual (GaLore)."""
+
+    apart = True
+
+
 class Fira(Residual):
     """u = scale * (P N + S), S = (G - P R) diag(phi) / c with the factors phi = |N_i| / |R_i|.
 
@@ -80,6 +89,7 @@ class Fira(Residual):
     Source: Chen et al., arXiv 2410.01623.
     """
 
+    apart = True
     needs_low = True
     needs_gradient = True
 
@@ -163,7 +173,7 @@ class ErrorFeedback(Residual):
 
 
 #: Values of the option ``residual``.
-RESIDUALS: dict[str, Residual] = {"none": Residual(), "fira": Fira(), "sign": Sign(),
+RESIDUALS: dict[str, Residual] = {"none": Dropped(), "fira": Fira(), "sign": Sign(),
                                   "error_feedback": ErrorFeedback()}
 
 
@@ -210,7 +220,9 @@ def gains(size_n: Tensor, size_r: Tensor, size_g: Tensor, more: float, s: Mappin
     batch = math.prod(size_n.shape[:-2])
     n, r, g = (x.reshape(batch, -1) for x in (size_n, size_r, size_g))
     rows = codec.rows_of(s)
-    last = s["limiter"].view(-1) if "limiter" in s else None
+    last: Matrices | None = s.get("limiter")
+    if isinstance(last, Tensor):
+        last = last.view(-1)
     gain = limited_gains(n, r, g, last, more=more, eps=o["eps"], leak=leak,
                          limiter=o["limiter"] or 1.0,
                          count=math.prod(codec.whole_shape(size_n, s)[-2:]),

@@ -41,7 +41,7 @@ def keep_bases(optimizer, p, o):
 
 
 def arithmetic(optimizer, o, slots, p, g, kept, lr, t):
-    """From gradient to weight, as ``_step_one`` has it for one plain parameter."""
+    """From gradient to weight, as ``_step_batch`` has it for one plain parameter."""
     o = {**o, "lr": lr}
     if optimizer._reason(p, o) is not None:
         step_adamw(p, g, kept, slots, o, t)

@@ -428,15 +428,16 @@ def test_failure_in_the_middle_names_what_moved(case, monkeypatch):
     run(optimizer, ps, range(2))
     feed(ps, 5)
     before = snapshot(optimizer)
-    inner = type(optimizer)._step_one
-    monkeypatch.setattr("lissom.optim.base._WINDOW", 1)  # one after the other, also where they wait
+    inner = type(optimizer)._step_batch
+    # One after the other, also where they wait.
+    monkeypatch.setattr("lissom.optim.batches._WINDOW", 1)
 
-    def fails(self, p, g, o):
-        if p is ps[1]:
+    def fails(self, batch):
+        if batch[0].p is ps[1]:
             raise torch.OutOfMemoryError("no memory")
-        yield from inner(self, p, g, o)
+        yield from inner(self, batch)
 
-    monkeypatch.setattr(type(optimizer), "_step_one", fails)
+    monkeypatch.setattr(type(optimizer), "_step_batch", fails)
     # those that wait come after those that do not
     moved = "2 parameters.*: p0, p2$" if case.make.waits else "1 parameters.*: p0$"
     with pytest.raises(PartialStepError, match=f"'p1'.*no memory.*{moved}") as error:
@@ -467,7 +468,7 @@ def test_alone_or_in_a_batch(case, monkeypatch):
     shapes = [(6, 4), (4, 6), (6, 4), (3, 6, 4), (6, 4)]
     results = []
     for window in (1, 1 << 24):
-        monkeypatch.setattr("lissom.optim.base._WINDOW", window)
+        monkeypatch.setattr("lissom.optim.batches._WINDOW", window)
         ps = case.parameters(shapes)
         optimizer = case(ps, lr=1e-2)
         run(optimizer, ps, range(5))
@@ -853,10 +854,10 @@ def test_a_failure_says_what_is_partly_written(case, monkeypatch):
         raise torch.OutOfMemoryError("no memory")
         yield
 
-    monkeypatch.setattr(type(optimizer), "_step_one", fails)
+    monkeypatch.setattr(type(optimizer), "_step_batch", fails)
     with pytest.raises(PartialStepError, match=r"'p0'.*partly updated; 0 parameters"):
         optimizer.step()
-    monkeypatch.setattr(type(optimizer), "_step_one", lambda *a: 1 / 0)
+    monkeypatch.setattr(type(optimizer), "_step_batch", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         optimizer.step()
 

@@ -77,9 +77,12 @@ from lissom.bench import host
 assert host.main(["--repeats", "2", "--json", FILE]) == 0
 rows = json.load(open(FILE))
 assert [row["optimizer"] for row in rows] == [*host._STEPS]
-assert {row["optimizer"]: row["launches_per_matrix"] for row in rows if "Adam" in row["optimizer"]
-        } == {"AdamW": 1, "AdamW, 8 bits": 1, "GaLoreAdamW": 2, "GaLoreAdamW, 8 bits": 3,
-              "DCTAdamW, gap 200, 8 bits": 2, "FiraAdamW, 8 bits": 8}
+launches = {row["optimizer"]: row["launches_per_matrix"] for row in rows}
+# All 56 at once, but for the few that are refreshed at a step.
+for name, each in (("AdamW", 1), ("AdamW, 8 bits", 1), ("GaLoreAdamW", 2),
+                   ("GaLoreAdamW, 8 bits", 3), ("DCTAdamW, gap 200, 8 bits", 2),
+                   ("FiraAdamW, 8 bits", 8), ("APOLLO, 8 bits", 6)):
+    assert each <= 56 * launches[name] <= (1 if name.startswith("AdamW") else 3) * each, launches
 assert all(row["us_per_matrix"] > 0 for row in rows)
 """
 
@@ -87,5 +90,5 @@ assert all(row["us_per_matrix"] > 0 for row in rows)
 @pytest.mark.slow
 @pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
 def test_host_time_is_taken_without_a_gpu(tmp_path):
-    """One kernel for dense AdamW, two to eight beside the product for a projected rule."""
+    """One kernel for all of dense AdamW, two to eight beside products for a projected rule."""
     compile_for_a_gpu(f"FILE = {str(tmp_path / 'rows.json')!r}\n{HOST}", tmp_path)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import LLAMA
 from lissom.optim import Muon, owners, param_groups, sharding
-from lissom.optim.base import Work
+from lissom.optim.batches import Work, windows
 from lissom.optim.sharding import Rows
 
 
@@ -38,7 +38,8 @@ def test_no_rank_of_a_large_model_waits_long_for_another(monkeypatch, ranks, mos
         p.shape[1:]))
     work = [Work(name, p, p, o) for name, p, o in optimizer._named()]
     busiest = total = 0
-    for window in optimizer._windows(work):
+    for window in windows(optimizer, work):
+        window = [w for batch in window for w in batch]
         if optimizer._reason(window[0].p, window[0].o) is not None:
             assert len(window) == 1
             continue

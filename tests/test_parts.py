@@ -190,7 +190,7 @@ def test_temporaries_are_bounded_by_the_largest_matrix(options, dtype):
     functools.partial(GaLoreAdamW, residual="sign", state_bits=4, basis_bits=4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temporaries_of_the_family_are_bounded(make, dtype, monkeypatch):
-    monkeypatch.setattr("lissom.optim.base._WINDOW", 1)  # else by the window, if that is larger
+    monkeypatch.setattr("lissom.optim.batches._WINDOW", 1)  # else by the window, if that is larger
     ps = parameters([(1376, 512), (512, 1376), (2048, 512), (512,)], dtype=dtype)
     optimizer = make(ps, rank=64)
     for i in range(2):

@@ -1,0 +1,381 @@
+"""Several tensors in one launch: the same, bit for bit, as one after the other."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from lissom.bench.llama import Llama
+from lissom.bench.shapes import LLAMA
+from lissom.kernels import _triton, apart
+from lissom.kernels.adam8 import adam8, adamw8
+from lissom.kernels.apart import Apart
+from lissom.kernels.lift import lift
+from lissom.kernels.limit import limited_gains
+from lissom.kernels.linear import dequantize_linear, quantize_linear
+from lissom.kernels.norms import row_norms
+from lissom.kernels.quant8 import quantize_dynamic
+from lissom.optim import GaLoreAdamW, Muon, PartialStepError, batches, param_groups
+from lissom.optim.batches import Work, windows
+
+from .aot import compile_for_a_gpu
+from .cases import CASES, all_slow_but, first_of_each_class
+from .helpers import named, run
+
+COUNT = 3
+KEYS = [(1, 2), (3, 4), (5, 2**32 - 1)]
+needs_triton = pytest.mark.skipif(not _triton.INTERPRETED and not torch.cuda.is_available(),
+                                  reason="needs triton's interpreter or a GPU")
+BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.fixture
+def device():
+    return "cpu" if _triton.INTERPRETED or not torch.cuda.is_available() else "cuda"
+
+
+@pytest.fixture
+def through_kernels(monkeypatch):
+    """Kernels in place of torch, as on a GPU."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lissom.") and hasattr(module, "use_triton"):
+            monkeypatch.setattr(module, "use_triton", lambda backend, device: backend != "torch")
+
+
+def moments(shape, bits, device):
+    """M, V and their scales, as they are stored, of COUNT tensors."""
+    made = []
+    for i in range(COUNT):
+        g = torch.Generator().manual_seed(i)
+        m, v = torch.randn(shape, generator=g), torch.rand(shape, generator=g)
+        if bits >= 16:
+            kind = torch.float32 if bits == 32 else torch.bfloat16
+            made.append([m.to(device, kind), v.to(device, kind), None, None])
+        else:
+            (m, m_scale), (v, v_scale) = quantize_dynamic(m, bits, True), quantize_dynamic(
+                v, bits, False)
+            made.append([x.to(device) for x in (m, v, m_scale, v_scale)])
+    return made
+
+
+def listed(made):
+    return [None if x[0] is None else Apart(x) for x in zip(*made, strict=True)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 300), (5, 8), (3,)])
+def test_adam_of_several(device, shape, kind, bits, backend):
+    numbers = {"bits": bits, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "t": 3, "backend": backend}
+    g = torch.randn(COUNT, *shape, generator=torch.Generator().manual_seed(9)).to(device, kind)
+    one, several = moments(shape, bits, device), moments(shape, bits, device)
+    expected = [adam8(x, *kept, key=key, **numbers)
+                for x, kept, key in zip(g, one, KEYS, strict=True)]
+    out = adam8(g, *listed(several), key=KEYS, **numbers)
+    assert torch.equal(out, torch.stack(expected))
+    assert all(torch.equal(a, b) for x, y in zip(one, several, strict=True)
+               for a, b in zip(x, y, strict=True) if a is not None)
+
+    one, several = moments(shape, bits, device), moments(shape, bits, device)
+    p = torch.randn(COUNT, *shape, generator=torch.Generator().manual_seed(8)).to(device, kind)
+    ps, qs = [x.clone() for x in p], [x.clone() for x in p]
+    numbers |= {"lr": 0.1, "weight_decay": 0.1, "stochastic": True}
+    for x, y, kept, key in zip(ps, g, one, KEYS, strict=True):
+        adamw8(x, y.clone(), *kept, key=key, **numbers)
+    versions = [x._version for x in qs]
+    adamw8(Apart(qs), Apart([y.clone() for y in g]), *listed(several), key=KEYS, **numbers)
+    assert all(map(torch.equal, ps, qs))
+    assert all(torch.equal(a, b) for x, y in zip(one, several, strict=True)
+               for a, b in zip(x, y, strict=True) if a is not None)
+    assert [x._version > v for x, v in zip(qs, versions, strict=True)] == [True] * COUNT
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("left_apart", [False, True])
+@pytest.mark.parametrize("varies", ["columns", "rows", "nothing"])
+def test_lift_of_several(device, kind, left_apart, varies, backend):
+    m, n, r = 33, 70, 5
+    draw = torch.Generator().manual_seed(1)
+    p, left, right, g = (torch.randn(COUNT, *shape, generator=draw).to(device, kind)
+                         for shape in ((m, n), (m, r), (n, r), (m, n)))
+    gain = torch.rand(COUNT, *{"columns": (1, n), "rows": (m, 1), "nothing": (1, 1)}[varies],
+                      generator=draw).to(device)
+    ps, qs = [x.clone() for x in p], [x.clone() for x in p]
+    terms = {"alpha": 0.3, "keep": 0.9, "beta": 0.2, "t": 4, "backend": backend}
+    for i, x in enumerate(ps):
+        lift(x, left[i], right[i].mT, dense=g[i], gain=gain[i], key=KEYS[i], **terms)
+    lift(Apart(qs), Apart([*left]) if left_apart else left,
+         Apart([x.clone() for x in right]).mT if not left_apart else right.mT,
+         dense=Apart([x.clone() for x in g]), gain=gain, key=KEYS, **terms)
+    assert all(map(torch.equal, ps, qs))
+    # Without a key, to nearest; without a product or a rest.
+    for x in ps:
+        lift(x, left[0], right[0].mT, keep=0.5, backend=backend)
+        lift(x, dense=g[0], backend=backend)
+    lift(Apart(qs), left[:1].expand(COUNT, m, r), Apart([right[0]] * COUNT).mT, keep=0.5,
+         backend=backend)
+    lift(Apart(qs), dense=Apart([g[0]] * COUNT), backend=backend)
+    assert all(map(torch.equal, ps, qs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_norms_and_limiters_of_several(device, bits, backend):
+    draw = torch.Generator().manual_seed(2)
+    x = torch.randn(COUNT, 5, 301, generator=draw).to(device)
+    stored = [quantize_linear(y, bits) for y in x]
+    codes, scales = (Apart([y[i] for y in stored]) for i in range(2))
+    for kind in (torch.float32, torch.bfloat16):
+        out = dequantize_linear(codes, scales, 301, bits, dtype=kind, backend=backend)
+        assert torch.equal(out, torch.stack([dequantize_linear(
+            *y, 301, bits, dtype=kind, backend=backend) for y in stored]))
+    for whole, each in ((Apart([*x]), [*x]), (Apart([*x]).mT, [*x.mT])):
+        torch.testing.assert_close(row_norms(whole, backend=backend), torch.stack(
+            [row_norms(y, backend=backend) for y in each]), rtol=1e-6, atol=0)
+
+    n, r, g = (torch.rand(COUNT, 9, generator=draw, dtype=torch.float64).to(device)
+               for _ in range(3))
+    last = torch.tensor([0.0, 0.1, 0.2], device=device)
+    each = [y.reshape(1, 1).clone() for y in last]
+    numbers = {"more": 2.0, "eps": 1e-8, "limiter": 1.01, "backend": backend}
+    expected = limited_gains(n, r, g, last, **numbers)
+    found = limited_gains(n, r, g, Apart(each), **numbers)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat(each).view(-1), last, rtol=1e-6, atol=0)
+
+
+@needs_triton
+def test_addresses_that_are_no_multiples(device):
+    """Views into a tensor: their loads are not wide."""
+    whole = torch.randn(COUNT * 8 + 1, generator=torch.Generator().manual_seed(3)).to(device)
+    ps = [whole[1 + 8 * i: 9 + 8 * i] for i in range(COUNT)]
+    assert apart.alignment(Apart(ps)) == 1
+    assert apart.alignment(Apart([x.clone() for x in ps]), None, whole) == 16
+    made = moments((8,), 32, device)
+    expected = [x.clone() for x in ps]
+    numbers = {"bits": 32, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "t": 3, "lr": 0.1,
+               "weight_decay": 0.0, "backend": "triton"}
+    for x, kept in zip(expected, moments((8,), 32, device), strict=True):
+        adamw8(x, torch.ones(8, device=device), *kept, **numbers)
+    first = whole[0].item()
+    adamw8(Apart(ps), Apart([torch.ones(8, device=device)] * COUNT), *listed(made), **numbers)
+    assert all(map(torch.equal, ps, expected))
+    assert whole[0].item() == first
+
+
+def test_a_stack_that_is_none():
+    x = torch.arange(6.0).view(2, 3)
+    several = Apart([x, x + 1])
+    assert several.shape == (2, 2, 3)
+    assert several.mT.shape == (2, 3, 2)
+    assert several.mT.mT.shape == several.shape
+    assert (several.ndim, several.numel(), several.element_size(), len(several)) == (3, 12, 4, 2)
+    assert several.stride() == (0, 3, 1)
+    assert several.mT.stride() == (0, 1, 3)
+    assert several.is_contiguous()
+    assert not several.mT.is_contiguous()
+    stack = torch.stack([x, x + 1])
+    b = torch.randn(2, 3, 4)
+    assert torch.equal(several @ b, stack @ b)
+    assert torch.equal(several @ Apart([*b]), stack @ b)
+    assert torch.equal(b.mT @ several.mT, b.mT @ stack.mT)
+    assert several.to(torch.float32) is several
+    assert torch.equal(several.mT.to(torch.float64), stack.mT.double())
+    for other in (x.T, x.double(), x[:1], x[:, ::2]):
+        with pytest.raises(ValueError, match="expected tensors of shape"):
+            Apart([x, other])
+
+
+# ------------------------------------------------------------------------ optimizers
+
+SHAPES = [(12, 8), (8, 12), (12, 8), (6,), (8, 12), (12, 8), (6,)]
+#: Rules whose matrices are worked on together, where they have no refresh.
+TOGETHER = ("GaLoreAdamW", "GaLoreAdamW8bit", "DCTAdamW", "FiraAdamW", "APOLLO",
+            "GradNormLoRPAdamW")
+
+
+def sizes(monkeypatch, optimizer):
+    """Numbers of parameters that are updated at once, which are put down as they come."""
+    found = []
+    inner = type(optimizer)._step_batch
+
+    def counted(self, batch):
+        found.append((len(batch), self._reason(batch[0].p, batch[0].o) is None))
+        return inner(self, batch)
+
+    monkeypatch.setattr(type(optimizer), "_step_batch", counted)
+    return found
+
+
+@needs_triton
+@pytest.mark.parametrize("case", all_slow_but(first_of_each_class(), CASES), ids=lambda c: c.name)
+@pytest.mark.parametrize("kind", [torch.bfloat16,
+                                  pytest.param(torch.float32, marks=pytest.mark.slow)])
+def test_together_as_one_after_the_other(device, case, kind, through_kernels, monkeypatch):
+    """Over steps with and without a refresh: weights and all that is kept, bit for bit."""
+    monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
+    more = {"update_proj_gap": 3} if case.option("update_proj_gap") else {}
+    results = []
+    for alone in (True, False):
+        with monkeypatch.context() as patch:
+            if alone:
+                patch.setattr(batches, "_by_address", lambda p, g: False)
+            ps = [torch.nn.Parameter(p.detach().to(device), p.requires_grad)
+                  for p in case.parameters(SHAPES, dtype=kind)]
+            optimizer = case(named(ps), lr=1e-2, **more)
+            found = sizes(patch, optimizer)
+            run(optimizer, ps, range(4))
+        trained = [p for p in ps if p in optimizer.state]
+        results.append((trained, [optimizer.state[p] for p in trained]))
+        together = {own for count, own in found if count > 1}
+        if alone:
+            assert not together
+            continue
+        plain = not any(case.option(x) for x in ("amsgrad", "master_bits", "capturable"))
+        assert (False in together) == (plain or (kind == torch.float32 and not (
+            case.option("amsgrad") or case.option("capturable"))))
+        if True in together:
+            assert type(optimizer).__name__ in TOGETHER
+    (ps, kept), (qs, others) = results
+    for p, q, a, b in zip(ps, qs, kept, others, strict=True):
+        assert a.keys() == b.keys()
+        for x, y in [(p, q), *((a[name], b[name]) for name in a)]:
+            if kind == torch.float32:  # a library's product of another layout has another order
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+            else:
+                assert torch.equal(x, y)
+
+
+@needs_triton
+@pytest.mark.parametrize("options", [
+    {}, {"state_bits": 8, "basis_bits": 8}, {"state_bits": 4, "basis_bits": 4},
+    {"state_bits": 16}, {"projection": "dct"}, {"residual": "fira"}, {"proj_type": "full"},
+    {"proj_type": "left"}, {"projection": "random"},
+    {"residual": "fira", "proj_type": "left", "state_bits": 8},
+    {"residual": "fira", "residual_scale": "released", "projection": "dct"},
+], ids=str)
+def test_which_go_together(device, options, through_kernels, monkeypatch):
+    """Those without a refresh at this step, of one shape; each refresh is alone."""
+    ps = [torch.nn.Parameter(torch.randn(48, 32, device=device).bfloat16()) for _ in range(8)]
+    optimizer = GaLoreAdamW(ps, rank=4, update_proj_gap=4, **options)
+    found = sizes(monkeypatch, optimizer)
+    run(optimizer, ps, range(1))
+    assert found == [(1, True)] * 8
+    for step in range(1, 5):
+        found.clear()
+        run(optimizer, ps, range(step, step + 1))
+        assert sorted(count for count, _ in found) == [1, 1, 6]
+
+
+@needs_triton
+def test_what_goes_alone(device, through_kernels, monkeypatch):
+    def parameters():
+        return [torch.nn.Parameter(torch.randn(16, 8, device=device).bfloat16())
+                for _ in range(4)]
+
+    for options in ({"inner": "lion"}, {"inner": "factored"}, {"amsgrad": True},
+                    {"maximize": True}, {"metrics": True},
+                    {"residual": "sign"}, {"residual": "error_feedback"}, {"master_bits": 8}):
+        ps = parameters()
+        optimizer = GaLoreAdamW(ps, rank=2, **options)
+        with monkeypatch.context() as patch:
+            found = sizes(patch, optimizer)
+            run(optimizer, ps, range(3))
+        assert {count for count, _ in found} == {1}, options
+    ps = parameters()
+    ps[1] = torch.nn.Parameter(ps[1].detach().t().contiguous().t())
+    optimizer = GaLoreAdamW([{"params": ps[:3]}, {"params": ps[3:]}], rank=2)
+    found = sizes(monkeypatch, optimizer)
+    run(optimizer, ps, range(2))
+    # The transposed one and the one of another group are alone; so is one that has no gradient.
+    assert sorted(count for count, _ in found[4:]) == [1, 1, 2]
+    found.clear()
+    ps[0].grad = None
+    optimizer.step()
+    assert [count for count, _ in found] == [1, 1, 1]
+    found.clear()
+    run(optimizer, ps, range(2))  # its count is behind the others'
+    assert [count for count, _ in found] == [1] * 8
+
+
+@needs_triton
+def test_a_failure_names_all_that_were_updated_together(device, through_kernels, monkeypatch):
+    ps = [torch.nn.Parameter(torch.randn(16, 8, device=device).bfloat16()) for _ in range(4)]
+    optimizer = GaLoreAdamW([*named(ps[:3]), ("last", ps[3])], rank=2)
+    run(optimizer, ps, range(1))
+    before = [p.detach().clone() for p in ps]
+    failed = torch.OutOfMemoryError("no memory")
+
+    def fails(*args, **kwargs):
+        raise failed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(apart.torch, "mm", fails)  # nothing is written yet
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    assert all(map(torch.equal, ps, before))
+    with monkeypatch.context() as patch:
+        patch.setattr("lissom.optim.apply.lift", fails)  # moments are
+        with pytest.raises(PartialStepError, match=r"'p0', 'p1', 'p2', 'last' .*is partly updated"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize(("size", "rank", "batches"), [("llama-60m", 128, 5),
+                                                       ("llama-7b", 256, 30),
+                                                       ("llama-7b", 1024, 110)])
+def test_what_a_batch_holds_is_bounded(size, rank, batches, monkeypatch):
+    """Projected gradients and decoded bases of all together: no more than the largest matrix."""
+    with torch.device("meta"):
+        model = Llama(LLAMA[size])
+    monkeypatch.setattr(batches, "_by_address", lambda p, g: True)
+    monkeypatch.setattr(GaLoreAdamW, "due", lambda self, s, o, t: False)
+    optimizer = GaLoreAdamW(param_groups(model, rank=rank))
+    for state in optimizer.state.values():
+        state["step"] = torch.zeros(())
+    work = [Work(name, p, p, o) for name, p, o in optimizer._named()]
+    found = [batch for window in windows(optimizer, work) for batch in window]
+    assert sorted(w.name for batch in found for w in batch) == sorted(w.name for w in work)
+    most = max(p.numel() for p in model.parameters() if p.ndim > 1 and 32000 not in p.shape)
+    own = [batch for batch in found if optimizer._reason(batch[0].p, batch[0].o) is None]
+    assert len(own) <= batches
+    for batch in own:
+        held = sum(rank * sum(w.p.shape) for w in batch)
+        assert held <= max(most, batches._WINDOW)
+        assert len({w.p.shape for w in batch}) == 1
+    # Norms are of one shape, and nothing of them is held.
+    assert len(found) - len(own) <= 3
+
+
+def test_rules_that_wait_have_dense_parameters_together(monkeypatch):
+    with torch.device("meta"):
+        model = Llama(LLAMA["llama-60m"])
+    monkeypatch.setattr(batches, "_by_address", lambda p, g: True)
+    optimizer = Muon(param_groups(model))
+    for state in optimizer.state.values():
+        state["step"] = torch.zeros(())
+    work = [Work(name, p, p, o) for name, p, o in optimizer._named()]
+    found = [batch for window in windows(optimizer, work) for batch in window]
+    assert sorted(w.name for batch in found for w in batch) == sorted(w.name for w in work)
+    assert max(map(len, found)) > 4
+    assert all(len(batch) == 1 for batch in found
+               if optimizer._reason(batch[0].p, batch[0].o) is None)
+
+
+COMPILE = """
+import re
+for case in cases():
+    if case.name.endswith("several"):
+        alone = next(c for c in cases() if c.name == re.sub(",? of several", "", case.name))
+        several, one = cost(case, 90), cost(alone, 90)
+        assert several.programs == one.programs and several.spilled == 0, (several, one)
+        # Addresses from a table are as wide as others.
+        assert several.instructions <= 1.05 * one.instructions, (several, one)
+"""
+
+
+@pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
+def test_addresses_from_a_table_cost_nothing(tmp_path):
+    compile_for_a_gpu(COMPILE, tmp_path)
