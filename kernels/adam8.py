@@ -35,6 +35,7 @@ from .apart import (
     key_words,
     kind,
     parts_of,
+    stack,
     writable,
 )
 from .blocks import (
@@ -112,8 +113,8 @@ def _numbers(lr: float | Tensor, weight_decay: float, beta1: float, beta2: float
 
 def _moments_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
                  bits: int, beta1: float, beta2: float, eps: float, t: int | Tensor,
-                 correction: float | Tensor, key: tuple[int, int], start: int
-                 ) -> tuple[Tensor, Tensor]:
+                 correction: float | Tensor, key: tuple[int, int], start: int,
+                 source: Tensor | None = None, rows_move: bool = False) -> tuple[Tensor, Tensor]:
     """Update the stored moments; M and sqrt(V / (1 - b2^t)) + eps in fp32."""
     g = g.float()
     if not bounded(g, _LIMIT):
@@ -121,6 +122,13 @@ def _moments_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scal
     columns = g.shape[-1] if g.ndim else 1
     wide_m = _decode_ref(m, m_scale, columns, bits, True)
     wide_v = _decode_ref(v, v_scale, columns, bits, False)
+    if source is not None:
+        dim = -2 if rows_move else -1
+        new = (source < 0).unsqueeze(-1 if rows_move else -2)
+        old_m, old_v = (x.index_select(dim, source.clamp(min=0)).masked_fill_(new, 0.0)
+                        for x in (wide_m, wide_v))
+        wide_m, wide_v = (x.copy_(y) if bits == 32 else y
+                          for x, y in ((wide_m, old_m), (wide_v, old_v)))
     wide_m.lerp_(g, 1 - beta1)
     wide_v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     denominator = torch.sqrt(wide_v).div_(correction).add_(eps)
@@ -131,10 +139,11 @@ def _moments_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scal
 
 def adam8_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
               v_scale: Tensor | None = None, *, bits: int, beta1: float, beta2: float, eps: float,
-              t: int, key: tuple[int, int] = (0, 0), start: int = 0) -> Tensor:
+              t: int, key: tuple[int, int] = (0, 0), start: int = 0,
+              source: Tensor | None = None, rows_move: bool = False) -> Tensor:
     """Define :func:`adam8`."""
     numerator, denominator = _moments_ref(g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t,
-                                          math.sqrt(1 - beta2**t), key, start)
+                                          math.sqrt(1 - beta2**t), key, start, source, rows_move)
     return torch.div(numerator, denominator, out=denominator).mul_(1 / (1 - beta1**t))
 
 
@@ -180,11 +189,30 @@ def _quotient(x: tl.tensor, y: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
 
 
 @jit
+def _moved(ptr: tl.tensor, scale_ptr: tl.tensor, book_ptr: tl.tensor, row: tl.tensor,
+           column: tl.tensor, mask: tl.tensor, columns: tl.tensor, width: tl.tensor,
+           per_row: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    """A stored moment at rows and columns that broadcast to [R, W]; zero outside the mask."""
+    if BITS >= 16:
+        return tl.load(ptr + row * columns + column, mask=mask, other=0.0).to(tl.float32)
+    else:
+        if BITS == 8:
+            codes = tl.load(ptr + row * width + column, mask=mask, other=0).to(tl.int32)
+        else:
+            codes = tl.load(ptr + row * width + column // 2, mask=mask, other=0).to(tl.int32)
+            codes = (codes >> 4 * (column % 2)) & 15
+        scale = tl.load(scale_ptr + row * per_row + column // 256, mask=mask, other=0.0)
+        return tl.where(mask, block_values(codes, scale, book_ptr, BITS), 0.0)
+
+
+@jit
 def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor,
                  m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, m_book_ptr: tl.tensor,
                  v_book_ptr: tl.tensor, m_lines_ptr: tl.tensor, m_ends_ptr: tl.tensor,
-                 v_lines_ptr: tl.tensor, v_ends_ptr: tl.tensor, rows: tl.tensor,
-                 columns: tl.tensor, width: tl.tensor, start: tl.tensor, seed: tl.tensor,
+                 v_lines_ptr: tl.tensor, v_ends_ptr: tl.tensor, m_old_ptr: tl.tensor,
+                 v_old_ptr: tl.tensor, m_old_scale_ptr: tl.tensor, v_old_scale_ptr: tl.tensor,
+                 source_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
+                 start: tl.tensor, seed: tl.tensor,
                  parameter: tl.tensor, step: tl.tensor,
                  weight1: tl.tensor, beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor,
                  correction: tl.tensor, keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr,
@@ -192,7 +220,7 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
                  HELD: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
                  TARGET: tl.constexpr = None, GRADIENT: tl.constexpr = None,
                  MOMENT: tl.constexpr = None, ALIGN: tl.constexpr = 1,
-                 KEYED: tl.constexpr = False) -> None:
+                 KEYED: tl.constexpr = False, MOVED: tl.constexpr = 0) -> None:
     # Of the root of V: at 8 and 4 bits its factor, else its divisor.
     if HELD:  # what changes from step to step is read, not given
         keep = tl.load(correction + 1)
@@ -225,11 +253,33 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
     # Infinities and NaN stay.
     g = tl.where(tl.abs(g) < float("inf"), tl.clamp(g, -limit, limit), g)
 
-    if BITS < 16:
+    if MOVED > 0:  # from copies of what is stored, which other programs write to
+        per_row = (columns + W - 1) // W
+        item = tl.program_id(1).to(tl.int64)
+        size = tl.cast(rows, tl.int64)
+        if MOVED == 1:
+            source = tl.load(source_ptr + item * rows + row, mask=inside, other=-1)[:, None]
+            from_row, from_column = tl.maximum(source, 0).to(tl.int64), column
+        else:
+            source = tl.load(source_ptr + item * columns + column, mask=mask, other=-1)
+            from_row, from_column = row[:, None], tl.maximum(source, 0)
+        there = mask & (source >= 0)
+        m_old_ptr += item * size * width
+        v_old_ptr += item * size * width
+        if BITS < 16:
+            m_old_scale_ptr += item * size * per_row
+            v_old_scale_ptr += item * size * per_row
+        m = _moved(m_old_ptr, m_old_scale_ptr, m_book_ptr, from_row, from_column, there, columns,
+                   width, per_row, BITS)
+        v = _moved(v_old_ptr, v_old_scale_ptr, v_book_ptr, from_row, from_column, there, columns,
+                   width, per_row, BITS)
+    elif BITS < 16:
         m = block_values(load_codes(m_ptr, row, first, inside, width, BITS, W),
-                         tl.load(m_scale_ptr + block, mask=inside, other=0.0), m_book_ptr, BITS)
+                         tl.load(m_scale_ptr + block, mask=inside, other=0.0)[:, None],
+                         m_book_ptr, BITS)
         v = block_values(load_codes(v_ptr, row, first, inside, width, BITS, W),
-                         tl.load(v_scale_ptr + block, mask=inside, other=0.0), v_book_ptr, BITS)
+                         tl.load(v_scale_ptr + block, mask=inside, other=0.0)[:, None],
+                         v_book_ptr, BITS)
         # Beyond a row's end codes are 0: M's lowest value, which would count in its scale, and
         # V's smallest, which cannot.
         m = tl.where(mask, m, 0.0)
@@ -293,23 +343,25 @@ def _tables(bits: int, device: torch.device) -> tuple[Tensor, ...]:
 def _adam8(target: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices | None,
            v_scale: Matrices | None, bits: int, beta1: float, beta2: float, eps: float, t: int,
            lr: float | None, weight_decay: float, maximize: bool, key: Keys, stochastic: bool,
-           start: int, triton: bool, held_lr: Tensor | None = None, held_t: Tensor | None = None
-           ) -> None:
+           start: int, triton: bool, held_lr: Tensor | None = None, held_t: Tensor | None = None,
+           source: Tensor | None = None, rows_move: bool = False) -> None:
     """Both operations: with ``lr`` the target is the weight, else the direction's place.
 
     Where ``held_t`` is given it is t, and ``held_lr``, if given, lr. Of several tensors moments
     and scales lie apart, target and gradient do or are stacked, and there is a key for each.
+    With ``source`` columns of moments, or with ``rows_move`` rows, come from where it says.
     """
     if not g.numel():
         return
     several = isinstance(m, Apart)
     tensors: tuple[Any, ...] = (target, g, m, v, m_scale, v_scale)
     if not triton:
-        each = zip(*(parts_of(x, len(m)) for x in tensors), strict=True) if several else [tensors]
-        for tensors_, words in zip(each, key if several else [key], strict=True):
-            _adam8_torch(tensors_, bits, beta1, beta2, eps, t if held_t is None else held_t,
+        each = zip(*(parts_of(x, len(m)) for x in (*tensors, source)), strict=True
+                   ) if several else [(*tensors, source)]
+        for (*tensors_, from_), words in zip(each, key if several else [key], strict=True):
+            _adam8_torch(tuple(tensors_), bits, beta1, beta2, eps, t if held_t is None else held_t,
                          lr if held_lr is None else held_lr, weight_decay, maximize, words,
-                         stochastic, start)
+                         stochastic, start, from_, rows_move)
         return
     if bits >= 16 and not several and g.numel() > _LONGEST:
         parts = (x.view(-1).split(_LONGEST) for x in tensors[:4])
@@ -320,7 +372,7 @@ def _adam8(target: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Mat
         return
     # Without scales rows mean nothing.
     count, size = (len(m), g.numel() // len(m)) if several else (1, g.numel())
-    columns = g.shape[-1] if bits < 16 else size
+    columns = g.shape[-1] if bits < 16 or source is not None else size
     rows = size // columns
     height, width = tile(rows, columns)
     tables: tuple[Tensor | None, ...] = _tables(bits, g.device) if bits < 16 else _NO_TABLES
@@ -336,22 +388,33 @@ def _adam8(target: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Mat
     if held_t is not None:
         step, numbers = held_t, (torch.stack(numbers).float(), 0.0, 0.0)
     words = key_words(key, g)
+    old: Any = (None,) * 5
+    if source is not None:
+        old = *(stack(x) if isinstance(x, Apart) else x if x is None else x.clone()
+                for x in tensors[2:]), source
     launch(_adam_kernel, (cdiv(rows * cdiv(columns, width), height), count), g.device,
-           *map(address, tensors), *tables, rows, columns, code_bytes(columns, bits), start,
+           *map(address, tensors), *tables, *old, rows, columns, code_bytes(columns, bits), start,
            *words, step, 1 - beta1, beta2, 1 - beta2, eps, *numbers, BITS=bits,
            WEIGHT=lr is not None, MAXIMIZE=maximize,
            STOCHASTIC=stochastic and target.dtype != torch.float32, HELD=held_t is not None,
            ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width,
            TARGET=kind(target), GRADIENT=kind(g), MOMENT=kind(m), ALIGN=alignment(*tensors),
-           KEYED=isinstance(words[0], Tensor), num_warps=WARPS)
+           KEYED=isinstance(words[0], Tensor), MOVED=0 if source is None else 2 - rows_move,
+           num_warps=WARPS)
     torch.autograd.graph.increment_version(writable(target, m, v, m_scale, v_scale))
 
 
 def _adam8_torch(tensors: tuple[Any, ...], bits: int, beta1: float, beta2: float, eps: float,
                  t: Any, lr: float | Tensor | None, weight_decay: float, maximize: bool,
-                 key: Any, stochastic: bool, start: int) -> None:
+                 key: Any, stochastic: bool, start: int, source: Tensor | None, rows_move: bool
+                 ) -> None:
     """The same by torch's operations, on pieces."""
     words = (key[0], key[1])
+    if source is not None:
+        target, g, *kept = tensors
+        target.copy_(adam8_ref(g, *kept, bits=bits, beta1=beta1, beta2=beta2, eps=eps, t=t,
+                               key=words, start=start, source=source, rows_move=rows_move))
+        return
     for p_, g_, m_, v_, m_scale_, v_scale_ in _pieces(tensors, bits):
         if lr is None:
             p_.copy_(adam8_ref(g_, m_, v_, m_scale_, v_scale_, bits=bits, beta1=beta1,
@@ -367,7 +430,8 @@ _op = define(
     "adam8(Tensor(a!) target, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_scale, "
     "Tensor(e!)? v_scale, int bits, float beta1, float beta2, float eps, int t, float? lr, "
     "float weight_decay, bool maximize, int[] key, bool stochastic, int start, bool triton, "
-    "Tensor? held_lr=None, Tensor? held_t=None) -> ()", _adam8)
+    "Tensor? held_lr=None, Tensor? held_t=None, Tensor? source=None, bool rows_move=False) -> ()",
+    _adam8)
 
 
 def _check(g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices | None,
@@ -404,7 +468,8 @@ def _keys(key: Keys | None, m: Matrices) -> Keys:
 def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
           v_scale: Matrices | None = None, *, bits: int, beta1: float, beta2: float, eps: float,
           t: int, key: Keys | None = None, start: int = 0, out: Tensor | None = None,
-          backend: str | None = None) -> Tensor:
+          source: Tensor | None = None, rows_move: bool = False, backend: str | None = None
+          ) -> Tensor:
     """Adam's direction N, as the module says; moments change in place.
 
     Moments and scales of several tensors may lie :class:`lissom.kernels.apart.Apart`, with
@@ -426,6 +491,9 @@ def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
         start: index in the whole parameter of g's first element.
         out: where N goes, of g's shape, such as g itself, rounded to nearest in 16 bits; None for a
             new fp32 tensor.
+        source: int64 (columns,), or (count, columns) for several: the columns that moments go on
+            from, -1 for a new one that starts at zero; None where each stays.
+        rows_move: it is rows that ``source`` tells of, of matrices.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
     Returns:
@@ -441,9 +509,16 @@ def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
         out = torch.empty_like(g, dtype=torch.float32)
     else:
         check("out", out, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
+    if source is not None:
+        of_one = g.shape[1:] if isinstance(m, Apart) else g.shape
+        if len(of_one) != 2:
+            raise ValueError(f"g: expected matrices with a source, got shape {tuple(g.shape)}")
+        lead = g.shape[:1] if isinstance(m, Apart) else ()
+        check("source", source, shape=(*lead, of_one[-2 if rows_move else -1]),
+              dtypes=(torch.int64,), device=g.device)
     run = _adam8 if isinstance(m, Apart) else _op
     run(out, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t, None, 0.0, False,
-        _keys(key, m), False, start, use_triton(backend, g.device), None, None)
+        _keys(key, m), False, start, use_triton(backend, g.device), None, None, source, rows_move)
     return out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ._triton import jit, signed32, tl
 
 __all__ = ["Apart", "Keys", "Matrices", "address", "alignment", "item_ptr", "key_words", "kind",
-           "parts_of", "writable"]
+           "parts_of", "stack", "writable"]
 
 #: (seed, parameter) of random bits, or one such pair for each tensor.
 Keys = tuple[int, int] | Sequence[tuple[int, int]]
@@ -108,6 +108,11 @@ def _products(a: Matrices, b: Matrices) -> Tensor:
     for x, y, z in zip(a, b, out.unbind(), strict=True):
         torch.mm(x, y, out=z)
     return out
+
+
+def stack(x: Matrices) -> Tensor:
+    """A stack of copies of what lies apart; a tensor as it is."""
+    return torch.stack([*x]) if isinstance(x, Apart) else x
 
 
 def parts_of(x: Any, count: int) -> Sequence[Any]:

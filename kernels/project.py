@@ -11,11 +11,13 @@ was slower than cuBLAS's and :mod:`.norms` one after the other.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
+from .apart import Apart, Matrices, address, alignment, item_ptr, kind, stack
 from .philox import nearest_bf16
 from .tiles import dot_tile, place_tile, precision, stacked, tiles_for, widened
 
@@ -44,12 +46,13 @@ def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, scores
                     b_batch: tl.tensor, b_row: tl.tensor, b_column: tl.tensor, c_batch: tl.tensor,
                     c_row: tl.tensor, c_column: tl.tensor, tiles_m: tl.tensor, tiles_n: tl.tensor,
                     SCORES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                    GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> None:
+                    GROUP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+                    KIND: tl.constexpr = None, ALIGN: tl.constexpr = 1) -> None:
     batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
     tile_m, tile_n = place_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
     row = tile_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     column = tile_n.to(tl.int64) * BN + tl.arange(0, BN)  # [BN]
-    a_ptr += batch * a_batch
+    a_ptr = item_ptr(a_ptr, batch, a_batch, KIND, ALIGN)
     total = dot_tile(a_ptr, b_ptr + batch * b_batch, row, column, m, n, k, a_row, a_column, b_row,
                      b_column, BM, BN, BK, PRECISION, WIDEN)
     mask = (row < m)[:, None] & (column < n)[None, :]
@@ -68,7 +71,7 @@ def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, scores
         tl.store(scores_ptr + (batch * tiles_m + tile_m) * n + column, part, mask=column < n)
 
 
-def _project(a: Tensor, b: Tensor, c: Tensor, scores: Tensor | None, largest: Tensor | None,
+def _project(a: Any, b: Tensor, c: Tensor, scores: Tensor | None, largest: Tensor | None,
              order: int) -> None:
     """Fill c, and scores (batch, tiles of c's rows, n) with parts, of matrices or batches."""
     batch, (m, k) = len(a) if a.ndim == 3 else 1, a.shape[-2:]
@@ -76,23 +79,25 @@ def _project(a: Tensor, b: Tensor, c: Tensor, scores: Tensor | None, largest: Te
     t = tiles_for(a, batch, m, n)
     tiles_m, tiles_n = cdiv(m, t.rows), cdiv(n, t.columns)
     strides = [s for x in (a, b, c) for s in (x.stride() if x.ndim == 3 else (0, *x.stride()))]
-    launch(_project_kernel, batch * tiles_m * tiles_n, a.device, a, b, c, scores, largest, m, n,
-           k, *strides, tiles_m, tiles_n, SCORES=order if scores is not None else 0, BM=t.rows,
-           BN=t.columns, BK=t.depth, GROUP=t.group, PRECISION=precision(), WIDEN=widened(a),
-           num_warps=t.warps, num_stages=t.stages)
+    launch(_project_kernel, batch * tiles_m * tiles_n, a.device, address(a), b, c, scores,
+           largest, m, n, k, *strides, tiles_m, tiles_n,
+           SCORES=order if scores is not None else 0, BM=t.rows, BN=t.columns, BK=t.depth,
+           GROUP=t.group, PRECISION=precision(), WIDEN=widened(a), KIND=kind(a),
+           ALIGN=alignment(a), num_warps=t.warps, num_stages=t.stages)
 
 
 _op = define("project(Tensor a, Tensor b, Tensor(a!) c, Tensor(b!)? scores, Tensor? largest, "
              "int order) -> ()", _project)
 
 
-def project(a: Tensor, b: Tensor, *, dtype: torch.dtype = torch.float32,
+def project(a: Matrices, b: Tensor, *, dtype: torch.dtype = torch.float32,
             scores: int | None = None, largest: Tensor | None = None, transposed: bool = False,
             backend: str | None = None) -> tuple[Tensor, Tensor | None]:
     """C = A B, and the norms of C's columns.
 
     Args:
-        a: (..., m, k), fp32, bf16 or fp16, any strides.
+        a: (..., m, k), fp32, bf16 or fp16, any strides; several may lie
+            :class:`lissom.kernels.apart.Apart`.
         b: (..., k, n) of a's dtype, any strides, with a's leading dimensions or none.
         dtype: of C.
         scores: 1 for the sums of absolute values of C's columns, 2 for the sums of their squares
@@ -121,12 +126,13 @@ def project(a: Tensor, b: Tensor, *, dtype: torch.dtype = torch.float32,
     if largest is not None:
         check("largest", largest, shape=(), dtypes=(torch.float32,), device=a.device)
     if not use_triton(backend, a.device) or not a.numel() or not b.numel():
-        c, columns = project_ref(a, b, dtype=dtype, scores=scores, largest=largest)
+        c, columns = project_ref(stack(a), b, dtype=dtype, scores=scores, largest=largest)
         return c.mT.contiguous().mT if transposed else c, columns
     lead, m, n = a.shape[:-2], a.shape[-2], b.shape[-1]
     c = torch.empty((*lead, n, m) if transposed else (*lead, m, n), dtype=dtype, device=a.device)
     c = c.mT if transposed else c
-    a_, b_, c_ = (x if x.ndim == 2 else stacked(x) for x in (a, b, c))
+    given: tuple[Any, ...] = (a, b, c)
+    a_, b_, c_ = (x if x.ndim == 2 or isinstance(x, Apart) else stacked(x) for x in given)
     batch = math.prod(lead)
     t = tiles_for(a, batch, m, n)
     sums = None
@@ -135,5 +141,5 @@ def project(a: Tensor, b: Tensor, *, dtype: torch.dtype = torch.float32,
     inverse = largest if largest is None else 1 / largest
     if scores == 2 and inverse is None:
         inverse = torch.ones((), device=a.device)
-    _op(a_, b_, c_, sums, inverse, scores or 0)
+    (_project if isinstance(a, Apart) else _op)(a_, b_, c_, sums, inverse, scores or 0)
     return c, None if sums is None else sums.sum(-2)

@@ -256,8 +256,8 @@ def block_codes(x: tl.tensor, lines_ptr: tl.tensor, ends_ptr: tl.tensor, BITS: t
 @jit
 def block_values(codes: tl.tensor, scale: tl.tensor, book_ptr: tl.tensor, BITS: tl.constexpr
                  ) -> tl.tensor:
-    """What codes [R, W] and scales [R] stand for."""
-    return _look_up(book_ptr, codes, 2**BITS) * scale[:, None]
+    """What codes [R, W] and scales [R, 1] or [R, W] stand for."""
+    return _look_up(book_ptr, codes, 2**BITS) * scale
 
 
 @jit
@@ -283,7 +283,8 @@ def _dequantize_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.t
     codes = load_codes(codes_ptr, row, first, inside, width, BITS, W)
     scale = tl.load(scale_ptr + block, mask=inside, other=0.0)
     column = first[:, None] + tl.arange(0, W)[None, :]
-    tl.store(out_ptr + row[:, None] * columns + column, block_values(codes, scale, book_ptr, BITS),
+    values = block_values(codes, scale[:, None], book_ptr, BITS)
+    tl.store(out_ptr + row[:, None] * columns + column, values,
              mask=inside[:, None] & (column < columns))
 
 

@@ -167,7 +167,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         return False
 
-    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> int:
+    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
+                 ) -> tuple[int, bool]:
         """Whether update t of p can be one with those of matrices that are like it, on a GPU.
 
         Then g, ``s["weight"]`` and the slots of s may be :class:`lissom.kernels.apart.Apart`.
@@ -179,9 +180,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
             t: 1-based count of the update.
 
         Returns:
-            Elements that its update then holds beside those of the others; 0 if it goes alone.
+            Elements that its update then holds beside those of the others, 0 if it goes alone; and
+            what updates of one batch have in common beside shape, options and count.
         """
-        return 0
+        return 0, False
 
     def before_updates(self, work: list[Work]) -> list[str]:
         """What a step does to parameters that act together, after all checks of the step.

@@ -74,11 +74,11 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
     """
     begun: dict[Hashable, tuple[list[Work], int]] = {}
     for w, apart in zip(work, dense, strict=True):
-        size = _held(optimizer, w, apart)
+        size, common = _held(optimizer, w, apart)
         if not size:
             yield [w]
             continue
-        alike = (apart, id(w.o), w.p.shape, w.p.dtype, w.p.device,
+        alike = (apart, common, id(w.o), w.p.shape, w.p.dtype, w.p.device,
                  int(optimizer.state[w.p]["step"]))
         batch, held = begun.pop(alike, ([], 0))
         if batch and held + size > most:
@@ -89,14 +89,14 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
     yield from (batch for batch, _ in begun.values())
 
 
-def _held(optimizer: MatrixOptimizer, w: Work, apart: bool) -> int:
-    """Elements that an update holds beside those of others; 0 if it goes alone."""
+def _held(optimizer: MatrixOptimizer, w: Work, apart: bool) -> tuple[int, bool]:
+    """What :meth:`MatrixOptimizer.together` says, for dense parameters too."""
     state, o = optimizer.state[w.p], w.o
     if (optimizer._backward is not None or o["metrics"] or o["capturable"] or "master" in state
             or not _by_address(w.p, w.g)):
-        return 0
+        return 0, False
     if apart:  # nothing is held
-        return int(w.p.dtype != torch.float64 and not o["amsgrad"])
+        return int(w.p.dtype != torch.float64 and not o["amsgrad"]), False
     return optimizer.together(w.p, state, o, int(state["step"]) + 1)
 
 

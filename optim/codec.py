@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .sharding import Rows
 
 __all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "Together", "counter", "encode", "fill",
-           "held", "key_of", "keys_of", "master_slots", "moment", "name_key", "pieces",
+           "first", "held", "key_of", "keys_of", "master_slots", "moment", "name_key", "pieces",
            "plain_name", "random_rounding", "read", "read_weight", "rounded", "row_sum", "rows_of",
            "stored", "whole_shape", "wide", "write", "write_weight"]
 
@@ -156,9 +156,13 @@ def read(s: Mapping[str, Tensor], name: str, columns: int, dtype: torch.dtype = 
     return _unpacked(stored, scale, columns, dequantize, dtype)
 
 
-def write(s: Mapping[str, Tensor], name: str, value: Tensor) -> None:
-    """Store a value under the slots of :func:`held`."""
+def write(s: Mapping[str, Any], name: str, value: Tensor) -> None:
+    """Store a value under the slots of :func:`held`; for several parameters what is no code."""
     stored, scale = s[name], s.get(f"{name}.scale")
+    if isinstance(stored, Apart):
+        each = value.unbind() if value.ndim == stored.ndim else [value] * len(stored)
+        torch._foreach_copy_(stored.parts, each)
+        return
     if scale is None:
         stored.copy_(value)
         return
@@ -309,6 +313,9 @@ class Decoded(MutableMapping[str, Tensor]):
         self.dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         #: What has been read or set.
         self.opened: dict[str, Tensor] = {}
+        #: Where moments are to come from as a kernel reads them: (source, rows_move) of
+        #: :func:`lissom.kernels.adam8.adam8`.
+        self.moved: tuple[Tensor | None, bool] = (None, False)
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.opened:
@@ -355,12 +362,22 @@ class Decoded(MutableMapping[str, Tensor]):
         return {"m": m, "v": v, "m_scale": self.kept.get("exp_avg.scale"),
                 "v_scale": self.kept.get("exp_avg_sq.scale"), "bits": bits,
                 "beta1": o["betas"][0], "beta2": o["betas"][1], "eps": o["eps"],
-                "key": keys_of(self, o), "start": self.first("exp_avg")}
+                "key": keys_of(self, o), "start": self.first("exp_avg"), **self._moved()}
+
+    def _moved(self) -> dict[str, Any]:
+        source, rows_move = self.moved
+        return {} if source is None else {"source": source, "rows_move": rows_move}
 
     def first(self, name: str) -> int:
         """Index in the whole slot of the first element of what is here of it."""
         slot = self.slots[name]
         return self.rows.start * math.prod(slot.shape[1:]) if self.rows and slot.rows else 0
+
+
+def first(s: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state itself, or of several parameters that of the first one."""
+    kept = s.kept if isinstance(s, Decoded) else s
+    return kept.states[0] if isinstance(kept, Together) else s
 
 
 def rows_of(s: Mapping[str, Tensor]) -> Rows | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._triton import use_triton
-from ..kernels.apart import Apart, Matrices
+from ..kernels.apart import Matrices, stack
 from ..kernels.project import project as product
 from . import codec
 from .sharding import Rows
@@ -54,8 +54,7 @@ def columns(index: Matrices, n: int, kind: int, like: Tensor) -> Tensor:
     Its transpose is contiguous, which is the factor that a lift multiplies with.
     """
     table = rows(n, kind, like.dtype, like.device)
-    if isinstance(index, Apart):
-        index = torch.stack(index.parts)
+    index = stack(index)
     index = index if index.device == table.device else index.to(table.device)
     # Unlike an index in brackets this takes int32 as it is.
     chosen: Tensor = table.index_select(0, index) if index.ndim == 1 else table[index]
@@ -118,7 +117,7 @@ def _inverse_fft(x: Tensor, dim: int) -> Tensor:
     return out
 
 
-def by_fft(n: int, x: Tensor, similarity: str) -> bool:
+def by_fft(n: int, x: Matrices, similarity: str) -> bool:
     """Whether a transform of length n is done by FFT; ``"auto"`` follows device and dtype of x."""
     if similarity == "auto":
         table = _FFT_FROM_16 if x.element_size() == 2 else _FFT_FROM
@@ -146,13 +145,13 @@ def dct(x: Tensor, kind: int = 2, dim: int = -1, similarity: str = "auto") -> Te
     return _take(full, place, dim) * (sign if dim == -1 else sign.unsqueeze(-1))
 
 
-def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: str,
+def project(x: Matrices, r: int, *, kind: int, dim: int, norm: int, similarity: str,
             old: Tensor | None = None, cut: Rows | None = None) -> tuple[Tensor, Tensor]:
     """The r basis vectors along dim that x has most of, and x on them, from one transform.
 
     Args:
-        x: (..., m, n). fp32 and float64 have that arithmetic; 16 bits have fp32, but for their
-            product with a basis on CUDA.
+        x: (..., m, n), or several that lie apart. fp32 and float64 have that arithmetic; 16 bits
+            have fp32, but for their product with a basis on CUDA.
         r: how many.
         kind: 2 or 3.
         dim: -1 for a right basis, -2 for a left one.
@@ -169,7 +168,7 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
     fast = by_fft(n, x, similarity)
     if not fast and x.element_size() == 2 and use_triton(None, x.device):
         return _in_one_pass(x, r, kind, dim, norm, old, cut)
-    x = codec.wide(x)
+    x = codec.wide(stack(x))
     kept: list[Tensor] = []
     scores: Tensor | float = 0.0
     largest = _largest(x, cut) if norm == 2 else 1.0
@@ -195,12 +194,12 @@ def project(x: Tensor, r: int, *, kind: int, dim: int, norm: int, similarity: st
     return index.int(), low
 
 
-def _in_one_pass(x: Tensor, r: int, kind: int, dim: int, norm: int, old: Tensor | None,
+def _in_one_pass(x: Matrices, r: int, kind: int, dim: int, norm: int, old: Tensor | None,
                  cut: Rows | None) -> tuple[Tensor, Tensor]:
     """The product with the basis and the norms of its columns from one kernel, in x's dtype."""
     n = x.shape[dim]
     q = rows(n, kind, x.dtype, x.device)
-    largest = _largest(x, cut).float() if norm == 2 else None
+    largest = _largest(stack(x), cut).float() if norm == 2 else None
     left = dim == -2
     full, scores = product(x.mT if left else x, q.mT, dtype=x.dtype, scores=norm,
                            largest=largest, transposed=left)

@@ -111,9 +111,10 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         # Of a plain weight the lengths of columns are sums over rows at many places.
         return o["roles"] is not None and super().by_rows(p, s, o, t)
 
-    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> int:
+    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
+                 ) -> tuple[int, bool]:
         # A plain weight is looked at itself.
-        return 0 if o["roles"] is None else super().together(p, s, o, t)
+        return (0, False) if o["roles"] is None else super().together(p, s, o, t)
 
     def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
         rank, side, reason = super().describe(p, o)

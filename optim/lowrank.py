@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..kernels.apart import Apart, Matrices
+from ..kernels.apart import Apart, stack
 from . import codec, dct, metrics, project
 from .apply import Update
 from .base import MatrixOptimizer
@@ -19,7 +19,7 @@ from .codec import Slot, State
 from .common import AdamWPart
 from .inner import RULES, Rule, by_kernel
 from .options import Option, choice, fraction, integer, optional, real
-from .project import Bases, Turn
+from .project import Bases, Shift, Turn
 from .residual import RESIDUALS, Residual, residual_of
 from .whole import Waiting
 
@@ -243,15 +243,21 @@ class LowRankOptimizer(MatrixOptimizer):
         apart = o["projection"] in ("dct", "random") and o["keep_energy"] is None
         return apart or not self.due(s, o, t)
 
-    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> int:
-        """Matrices without a refresh, whose R and decoded bases are then held at once."""
+    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
+                 ) -> tuple[int, bool]:
+        """R and decoded bases, and where all choose new cosine columns the whole transform."""
+        r, side, _ = self.describe(p, o)
         able = (p.ndim == 2 and p.dtype in (torch.bfloat16, torch.float32)
                 and o["inner"] == "adamw" and not o["amsgrad"] and not o["maximize"]
                 and self.residual(o).apart)
-        if not able or self.due(s, o, t):
-            return 0
-        r, *_ = self.describe(p, o)
-        return (r or 0) * sum(p.shape)
+        due = able and self.due(s, o, t)
+        if due:
+            n = p.shape[side != "left"]
+            able = (o["projection"] == "dct" and int(s["basis_step"]) > 0
+                    and o["keep_energy"] is None and o["moments"] != "reset" and side != "full"
+                    and o["column_norm"] == 1 and p.element_size() == 2
+                    and not dct.by_fft(n, p, o["similarity"]))
+        return ((r or 0) * sum(p.shape) + due * p.numel() if able else 0), due
 
     # ---------------------------------------------------------------- the update
 
@@ -291,11 +297,14 @@ class LowRankOptimizer(MatrixOptimizer):
         # Kernels widen R as they read it, if it is in 16 bits, and so does the rule by itself.
         narrow = by_kernel(space.low) or not residual.needs_low
         low = space.low if narrow else codec.wide(space.low)
-        moments = _turned(rule, s, space, o)
+        shift = _in_passing(rule, s, space, o)
+        moments = {} if shift else _turned(rule, s, space, o)
         measured = residual.measure(g, low, space, side, o)
         # N = inner(R); state is written from here on
         for name, x in moments.items():
             s[name] = x
+        if shift and isinstance(s, codec.Decoded):
+            s.moved = shift.source, shift.left
         n, factor = rule.direction(low, s, o, t, not residual.needs_low)
         if factor != 1.0:
             n.mul_(factor)
@@ -307,10 +316,11 @@ class LowRankOptimizer(MatrixOptimizer):
     def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
                   ) -> Projected:
         """P, Q and R = P^T G Q: the stored bases, or new ones where a refresh is due."""
-        if not self.due(s, o, t):
+        one = codec.first(s)  # several are all due or none
+        if not self.due(one, o, t):
             old = self.bases(g, s, o)
             return Projected(old, old.down(g))
-        born, cosines = int(s["basis_step"]), o["projection"] == "dct"
+        born, cosines = int(one["basis_step"]), o["projection"] == "dct"
         # A new choice of cosine columns needs the indices of the last one, not the columns.
         old = Bases(None, None) if cosines and o["keep_energy"] is None else self.bases(g, s, o)
         if born and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
@@ -328,10 +338,9 @@ class LowRankOptimizer(MatrixOptimizer):
         return Projected(new.bases, new.low, new.turns if born else None, writes, new.more)
 
     def due(self, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
-        """Whether update t looks for new bases; several matrices come together where none does."""
-        found: Matrices = s["basis_step"]
-        return isinstance(found, Tensor) and (not int(found) or not (
-            t - 1 + self._phase(s, o)) % int(o["update_proj_gap"]))
+        """Whether update t looks for new bases."""
+        return not int(s["basis_step"]) or not (
+            t - 1 + self._phase(s, o)) % int(o["update_proj_gap"])
 
     def bases(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any],
               born: int | None = None) -> Bases:
@@ -412,11 +421,12 @@ class LowRankOptimizer(MatrixOptimizer):
             left, name = side == "left", f"columns_{side}"
             if name not in s:
                 continue
+            old = stack(s[name])
             index, part = dct.project(g, r, kind=o["dct_basis"], dim=-2 if left else -1,
                                       norm=o["column_norm"], similarity=o["similarity"],
-                                      old=s[name] if born else None, cut=codec.rows_of(s))
+                                      old=old if born else None, cut=codec.rows_of(s))
             if o["moments"] == "rotate" and born:
-                turns[number] = project.shift(s[name], index, left)
+                turns[number] = project.shift(old, index, left)
             new[number] = dct.columns(index, g.shape[-2 if left else -1], o["dct_basis"], g)
             writes[name] = index
             low = part if low is None else low
@@ -446,6 +456,17 @@ def _coprime(gap: int) -> int:
     while math.gcd(c, gap) > 1:
         c += 1
     return c
+
+
+def _in_passing(rule: Rule, s: State, space: Projected, o: Mapping[str, Any]) -> Shift | None:
+    """A change of basis that a kernel makes as it reads the moments, if it is such a one."""
+    turns = [x for x in space.turns or () if x is not None]
+    if (len(turns) == 1 and isinstance(turns[0], Shift) and rule is RULES["adamw"]
+            and isinstance(s, codec.Decoded) and by_kernel(space.low)
+            and s.stored_pair(space.low, o) is not None
+            and space.low.ndim == 2 + isinstance(s.kept["exp_avg"], Apart)):
+        return turns[0]
+    return None
 
 
 def _turned(rule: Rule, s: Mapping[str, Tensor], space: Projected, o: Mapping[str, Any]

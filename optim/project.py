@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import codec
 
-__all__ = ["FINDERS", "Bases", "Turn", "find", "gaussian", "gaussian_basis", "generator",
+__all__ = ["FINDERS", "Bases", "Shift", "Turn", "find", "gaussian", "gaussian_basis", "generator",
            "random_basis", "shift", "side_of", "turn"]
 
 # torch.linalg.LinAlgError, which torch's annotations do not export.
@@ -258,21 +259,34 @@ def turn(old: Tensor, new: Tensor, left: bool) -> Turn:
     return turned
 
 
-def shift(old: Tensor, new: Tensor, left: bool) -> Turn:
-    """The same for columns of one orthonormal basis, given by their indices (..., r).
+@dataclass(frozen=True)
+class Shift:
+    """The same for columns of one orthonormal basis: Rot is a partial permutation, and so its
+    square; no product is needed.
 
-    Rot is a partial permutation, so no product is needed: columns that stay keep their moments,
-    new ones start at zero. Both lists ascend, so a column is found by bisection.
+    Args:
+        source: (..., r), the old column that is the new one, or -1 where it is new: its moments
+            start at zero.
+        left: of a left basis.
     """
-    place = torch.searchsorted(old, new).clamp_max_(old.shape[-1] - 1)
-    stays = old.gather(-1, place) == new
-    dim = -2 if left else -1
 
-    def turned(x: Tensor, power: int) -> Tensor:
+    source: Tensor
+    left: bool
+
+    def __call__(self, x: Tensor, power: int) -> Tensor:
+        dim, other = (-2, -1) if self.left else (-1, -2)
+        place = self.source.clamp(min=0)
         if place.ndim == 1:
             taken = x.index_select(dim, place)
         else:
-            taken = x.take_along_dim(place.unsqueeze(-1 if left else -2), dim)
-        return taken.masked_fill_(~stays.unsqueeze(-1 if left else -2), 0.0)
+            taken = x.take_along_dim(place.unsqueeze(other), dim)
+        return taken.masked_fill_((self.source < 0).unsqueeze(other), 0.0)
 
-    return turned
+
+def shift(old: Tensor, new: Tensor, left: bool) -> Shift:
+    """From old to new columns, given by their indices (..., r).
+
+    Both lists ascend, so a column is found by bisection.
+    """
+    place = torch.searchsorted(old, new).clamp_max_(old.shape[-1] - 1)
+    return Shift(torch.where(old.gather(-1, place) == new, place, -1), left)

@@ -15,8 +15,9 @@ from lissom.kernels.lift import lift
 from lissom.kernels.limit import limited_gains
 from lissom.kernels.linear import dequantize_linear, quantize_linear
 from lissom.kernels.norms import row_norms
-from lissom.kernels.quant8 import quantize_dynamic
-from lissom.optim import GaLoreAdamW, Muon, PartialStepError, batches, param_groups
+from lissom.kernels.project import project
+from lissom.kernels.quant8 import dequantize_dynamic, quantize_dynamic
+from lissom.optim import DCTAdamW, GaLoreAdamW, Muon, PartialStepError, batches, param_groups
 from lissom.optim.batches import Work, windows
 
 from .aot import compile_for_a_gpu
@@ -93,6 +94,65 @@ def test_adam_of_several(device, shape, kind, bits, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("shape", [(7, 301), (300, 6), (5, 1), (1, 9)])
+@pytest.mark.parametrize("rows_move", [False, True])
+def test_adam_on_moments_that_move(device, shape, bits, rows_move, backend):
+    """As if they had been decoded, taken from where they come, and updated."""
+    numbers = {"bits": bits, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "t": 3}
+    draw = torch.Generator().manual_seed(7)
+    g = torch.randn(COUNT, *shape, generator=draw).to(device)
+    length = shape[0 if rows_move else 1]
+    sources = torch.stack([torch.randperm(length, generator=draw) for _ in range(COUNT)])
+    sources = torch.where(torch.rand(sources.shape, generator=draw) < 0.3, -1, sources).to(device)
+    sources[0] = torch.arange(length)  # the first one's stay
+    moving = {"rows_move": rows_move, "backend": backend}
+
+    one, several, plain = (moments(shape, bits, device) for _ in range(3))
+    alone = [adam8(x, *kept, key=key, source=source, **numbers, **moving)
+             for x, kept, key, source in zip(g, one, KEYS, sources, strict=True)]
+    together = adam8(g, *listed(several), key=KEYS, source=sources, **numbers, **moving)
+    assert torch.equal(together, torch.stack(alone))
+    stayed = adam8(g[0], *plain[0], key=KEYS[0], backend=backend, **numbers)
+    assert torch.equal(stayed, alone[0])
+    kept = [x for x in zip(plain[0], one[0], strict=True) if x[0] is not None]
+    assert all(torch.equal(a, b) for a, b in kept)
+
+    for i, (m, v, m_scale, v_scale) in enumerate(moments(shape, bits, device)):
+        wide = [x.float() if scale is None else dequantize_dynamic(x, scale, shape[1], bits, signed)
+                for x, scale, signed in ((m, m_scale, True), (v, v_scale, False))]
+        dim, other = (0, 1) if rows_move else (1, 0)
+        wide = [x.index_select(dim, sources[i].clamp(min=0)).masked_fill(
+            (sources[i] < 0).unsqueeze(other), 0) for x in wide]
+        expected = adam8(g[i], *wide, **{**numbers, "bits": 32}, backend=backend)
+        torch.testing.assert_close(alone[i], expected, rtol=1e-6, atol=1e-7)
+        for x, y in ((one[i], wide), (several[i], wide)):
+            for stored, scale, value, signed in ((x[0], x[2], y[0], True),
+                                                 (x[1], x[3], y[1], False)):
+                if bits == 32:
+                    torch.testing.assert_close(stored, value, rtol=1e-6, atol=1e-7)
+                elif bits == 16:
+                    torch.testing.assert_close(stored.float(), value, rtol=2**-7, atol=1e-30)
+                else:
+                    codes, steps = quantize_dynamic(value, bits, signed)
+                    torch.testing.assert_close(scale, steps, rtol=1e-6, atol=0)
+                    assert (stored != codes).double().mean() <= 0.01
+
+
+def test_what_moves_is_refused_by_name():
+    made = moments((4, 6), 32, "cpu")
+    numbers = {"bits": 32, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "t": 3}
+    g = torch.zeros(4, 6)
+    with pytest.raises(ValueError, match=r"source: expected shape \(6,\), got \(4,\)"):
+        adam8(g, *made[0], source=torch.arange(4), **numbers)
+    with pytest.raises(TypeError, match=r"source: expected torch\.int64, got torch\.int32"):
+        adam8(g, *made[0], source=torch.arange(4, dtype=torch.int32), rows_move=True, **numbers)
+    with pytest.raises(ValueError, match=r"g: expected matrices with a source, got shape \(24,\)"):
+        adam8(g.view(-1), *(None if x is None else x.view(-1) for x in made[0]),
+              source=torch.arange(24), **numbers)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("left_apart", [False, True])
 @pytest.mark.parametrize("varies", ["columns", "rows", "nothing"])
@@ -132,6 +192,13 @@ def test_codes_norms_and_limiters_of_several(device, bits, backend):
         out = dequantize_linear(codes, scales, 301, bits, dtype=kind, backend=backend)
         assert torch.equal(out, torch.stack([dequantize_linear(
             *y, 301, bits, dtype=kind, backend=backend) for y in stored]))
+    q = torch.randn(301, 7, generator=draw).to(device)
+    for a, b in ((x, q), (x.mT, q[:5])):
+        parts = Apart([*x]) if a is x else Apart([*x]).mT
+        c, scores = project(parts, b, scores=1, backend=backend)
+        each = [project(y, b, scores=1, backend=backend) for y in a]
+        for found, expected in ((c, [y for y, _ in each]), (scores, [y for _, y in each])):
+            torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
     for whole, each in ((Apart([*x]), [*x]), (Apart([*x]).mT, [*x.mT])):
         torch.testing.assert_close(row_norms(whole, backend=backend), torch.stack(
             [row_norms(y, backend=backend) for y in each]), rtol=1e-6, atol=0)
@@ -258,7 +325,7 @@ def test_together_as_one_after_the_other(device, case, kind, through_kernels, mo
     {"residual": "fira", "residual_scale": "released", "projection": "dct"},
 ], ids=str)
 def test_which_go_together(device, options, through_kernels, monkeypatch):
-    """Those without a refresh at this step, of one shape; each refresh is alone."""
+    """Those without a refresh at this step, of one shape; a refresh is alone but for cosines."""
     ps = [torch.nn.Parameter(torch.randn(48, 32, device=device).bfloat16()) for _ in range(8)]
     optimizer = GaLoreAdamW(ps, rank=4, update_proj_gap=4, **options)
     found = sizes(monkeypatch, optimizer)
@@ -267,7 +334,30 @@ def test_which_go_together(device, options, through_kernels, monkeypatch):
     for step in range(1, 5):
         found.clear()
         run(optimizer, ps, range(step, step + 1))
-        assert sorted(count for count, _ in found) == [1, 1, 6]
+        due = [2] if options.get("projection") == "dct" else [1, 1]
+        assert sorted(count for count, _ in found) == [*due, 6]
+
+
+@needs_triton
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
+def test_new_cosine_columns_are_chosen_together(device, shape, bits, through_kernels, monkeypatch):
+    """The first bases one after the other; what is decoded to fp32 and back is nothing."""
+    ps = [torch.nn.Parameter(torch.randn(shape, device=device).bfloat16()) for _ in range(6)]
+    optimizer = DCTAdamW(ps, rank=4, state_bits=bits)
+    found = sizes(monkeypatch, optimizer)
+    run(optimizer, ps, range(1))
+    assert found == [(1, True)] * 6
+    found.clear()
+    monkeypatch.setattr("lissom.optim.codec.dequantize_dynamic", None)
+    monkeypatch.setattr("lissom.optim.codec.quantize_dynamic", None)
+    run(optimizer, ps, range(1, 4))
+    assert found == [(6, True)] * 3
+    assert all(int(optimizer.state[p]["basis_step"]) == 4 for p in ps)
+    index = optimizer.state[ps[0]]["columns_right" if shape[0] > shape[1] else "columns_left"]
+    assert index.unique().numel() == 4
+    assert not all(torch.equal(index, s["columns_right" if shape[0] > shape[1] else
+                                        "columns_left"]) for s in optimizer.state.values())
 
 
 @needs_triton
