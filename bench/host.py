@@ -37,6 +37,7 @@ _STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "GaLoreAdamW, 8 bits": ("GaLoreAdamW", {"rank": _RANK, "state_bits": 8, "basis_bits": 8}),
     "DCTAdamW, gap 200, 8 bits": ("DCTAdamW", {"rank": _RANK, "state_bits": 8,
                                                "update_proj_gap": 200}),
+    "DCTAdamW, every step, 8 bits": ("DCTAdamW", {"rank": _RANK, "state_bits": 8}),
     "FiraAdamW, 8 bits": ("FiraAdamW", {"rank": _RANK, "state_bits": 8, "basis_bits": 8}),
     "APOLLO, 8 bits": ("APOLLO", {"rank": _RANK, "state_bits": 8}),
 }

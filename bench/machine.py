@@ -176,6 +176,13 @@ def cases() -> Iterator[Case]:
                      "HELD": False, "ALIGNED": True, **none, **tile}
             yield Case(f"{name}, {bits} bits", adam8._adam_kernel, types, flags, of_blocks,
                        blocks.WARPS)
+            if bits == 8 and not weight:  # from rows or columns of a copy
+                old = {"m_old_ptr": store, "v_old_ptr": store, "m_old_scale_ptr": "*fp32",
+                       "v_old_scale_ptr": "*fp32", "source_ptr": "*i64"}
+                for moved, what in ((1, "rows"), (2, "columns")):
+                    yield Case(f"{name}, {bits} bits, moved {what}", adam8._adam_kernel,
+                               {**types, **old}, {**flags, "MOVED": moved}, of_blocks,
+                               blocks.WARPS)
             if bits == 8:
                 listed = ["m_ptr", "v_ptr", "m_scale_ptr", "v_scale_ptr", "seed"]
                 kind = tl.bfloat16 if weight else None  # directions and gradients are stacked

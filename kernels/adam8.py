@@ -461,6 +461,8 @@ def _check(g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices | None,
 def _keys(key: Keys | None, m: Matrices) -> Keys:
     """The key, or zeros: one pair, or one for each of several tensors."""
     if key is not None:
+        if isinstance(m, Apart) and len(key) != len(m):
+            raise ValueError(f"key: expected {len(m)} for as many tensors, got {len(key)}")
         return key
     return [(0, 0)] * len(m) if isinstance(m, Apart) else (0, 0)
 

@@ -28,7 +28,7 @@ _ALIGNED = 16
 
 
 class Apart:
-    """Tensors of one shape and dtype on one device, used as a stack of them, (count, ...), is.
+    """Tensors of one shape and dtype on one device, used as their stack (count, ...) would be.
 
     Args:
         parts: tensors, at least one.
@@ -120,7 +120,7 @@ def parts_of(x: Any, count: int) -> Sequence[Any]:
     return [*x] if isinstance(x, (Apart, Tensor)) else [x] * count
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1 << 14)
 def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """Numbers on a device, written there in order of a stream: gradients may move at each step,
     and nothing waits for it.

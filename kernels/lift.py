@@ -171,7 +171,9 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
     if not p.numel():
         return
     k = 0 if left is None else left.shape[-1]
-    tiles = _FLAT if left is None else tiles_for(left, batch, m, n, (_SHARED,))
+    # Of several weights as of each alone, so that sums have one order.
+    tiles = _FLAT if left is None else tiles_for(
+        left, 1 if isinstance(p, Apart) else batch, m, n, (_SHARED,))
     tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
     strides = [s for x in (left, right, dense, gains, keeps)
                for s in ((0, 0, 0) if x is None else x.stride() if x.ndim == 3 else
@@ -242,6 +244,10 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
     if dense is not None and dense.shape != p.shape:
         raise ValueError(f"dense: expected shape {tuple(p.shape)}, got {tuple(dense.shape)}")
     several = isinstance(p, Apart)
+    given: tuple[tuple[str, Any], ...] = (("left", left), ("right", right), ("key", key))
+    for name, x in given:
+        if several and x is not None and len(x) != len(p):
+            raise ValueError(f"{name}: expected {len(p)} for as many weights, got {len(x)}")
     if not use_triton(backend, p.device):
         count = len(p) if several else 1
         each: Any = zip(*(parts_of(x, count) if several else [x] for x in (

@@ -144,7 +144,7 @@ def limited_gains(n: Tensor, r: Tensor, g: Tensor, last: Matrices | None, *, mor
         r: of R.
         g: of G.
         last: |S| of the last step, (b,), fp32, which becomes this one's; None is no limiter.
-            Those of several matrices may lie :class:`lissom.kernels.apart.Apart`.
+            Those of several matrices may lie :class:`lissom.kernels.apart.Apart`, each all of one.
         more: how many times more entries than N's the columns have that the factors are for.
         eps: keeps quotients finite.
         leak: c_i is that of G - R + leak R, where R is orthogonal to what it leaves; None for G.

@@ -10,7 +10,6 @@ was slower than cuBLAS's and :mod:`.norms` one after the other.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
 from .apart import Apart, Matrices, address, alignment, item_ptr, kind, stack
 from .philox import nearest_bf16
-from .tiles import dot_tile, place_tile, precision, stacked, tiles_for, widened
+from .tiles import Tiles, dot_tile, place_tile, precision, stacked, tiles_for, widened
 
 __all__ = ["project", "project_ref"]
 
@@ -71,12 +70,17 @@ def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, scores
         tl.store(scores_ptr + (batch * tiles_m + tile_m) * n + column, part, mask=column < n)
 
 
+def _tiles(a: Any, m: int, n: int) -> Tiles:
+    """For a matrix or a batch; for several as for each alone, so that sums have one order."""
+    return tiles_for(a, len(a) if a.ndim == 3 and not isinstance(a, Apart) else 1, m, n)
+
+
 def _project(a: Any, b: Tensor, c: Tensor, scores: Tensor | None, largest: Tensor | None,
              order: int) -> None:
     """Fill c, and scores (batch, tiles of c's rows, n) with parts, of matrices or batches."""
     batch, (m, k) = len(a) if a.ndim == 3 else 1, a.shape[-2:]
     n = b.shape[-1]
-    t = tiles_for(a, batch, m, n)
+    t = _tiles(a, m, n)
     tiles_m, tiles_n = cdiv(m, t.rows), cdiv(n, t.columns)
     strides = [s for x in (a, b, c) for s in (x.stride() if x.ndim == 3 else (0, *x.stride()))]
     launch(_project_kernel, batch * tiles_m * tiles_n, a.device, address(a), b, c, scores,
@@ -133,8 +137,7 @@ def project(a: Matrices, b: Tensor, *, dtype: torch.dtype = torch.float32,
     c = c.mT if transposed else c
     given: tuple[Any, ...] = (a, b, c)
     a_, b_, c_ = (x if x.ndim == 2 or isinstance(x, Apart) else stacked(x) for x in given)
-    batch = math.prod(lead)
-    t = tiles_for(a, batch, m, n)
+    t = _tiles(a_, m, n)
     sums = None
     if scores:
         sums = torch.empty((*lead, cdiv(m, t.rows), n), dtype=torch.float32, device=a.device)

@@ -75,6 +75,7 @@ class APOLLO(LowRankOptimizer):
     """
 
     algorithm: ClassVar[str] = "apollo"
+    apart: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Option]] = {
         **{k: v for k, v in LowRankOptimizer.options.items()
            if k not in ("residual", "residual_scale", "error_feedback_bits")},

@@ -169,9 +169,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
                  ) -> tuple[int, bool]:
-        """Whether update t of p can be one with those of matrices that are like it, on a GPU.
+        """What update t of p holds beside those of matrices that are like it, on a GPU.
 
-        Then g, ``s["weight"]`` and the slots of s may be :class:`lissom.kernels.apart.Apart`.
+        Where it holds something it may be one update with theirs: then g, ``s["weight"]`` and the
+        slots of s are :class:`lissom.kernels.apart.Apart`. A class says so for itself, as one that
+        is derived from it may look at what it gets.
 
         Args:
             p: the parameter, of the own rule.
@@ -180,8 +182,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             t: 1-based count of the update.
 
         Returns:
-            Elements that its update then holds beside those of the others, 0 if it goes alone; and
-            what updates of one batch have in common beside shape, options and count.
+            Elements, 0 if it goes alone; and what updates of one batch have in common beside shape,
+            options and count.
         """
         return 0, False
 
@@ -512,7 +514,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._backward.before(work)
         before = self.before_updates(work)
         moved: list[str] = []
-        for window in windows(self, work):
+        for window in [*windows(self, work)]:
             self._run(window, moved, before)
         if self._backward is not None:
             self._backward.end()

@@ -21,6 +21,10 @@ __all__ = ["Work", "windows"]
 # Of sharded ones a rank's rows count, so that there is work for every rank at once. What the
 # updates of a batch hold has the same bound.
 _WINDOW = 1 << 22
+# Parameters of a batch: more save nothing, and tables of addresses stay small.
+_MOST = 64
+# Elements of a dense parameter that gains nothing by company.
+_LARGE = 1 << 26
 
 
 class Work(NamedTuple):
@@ -40,12 +44,12 @@ def windows(optimizer: MatrixOptimizer, work: Sequence[Work]) -> Iterator[list[l
         work: all of a step.
     """
     dense = [optimizer._reason(w.p, w.o) is not None for w in work]
-    matrices = [w for w, apart in zip(work, dense, strict=True) if not apart]
+    matrices = [w for w, plain in zip(work, dense, strict=True) if not plain]
     most = max([_WINDOW, *(w.p.numel() for w in matrices)])
     if not optimizer.waits:
         yield from ([batch] for batch in _batches(optimizer, work, dense, most))
         return
-    rest = [w for w, apart in zip(work, dense, strict=True) if apart]
+    rest = [w for w, plain in zip(work, dense, strict=True) if plain]
     yield from ([batch] for batch in _batches(optimizer, rest, [True] * len(rest), most))
     window: list[list[Work]] = []
     held = 0
@@ -73,15 +77,17 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
         most: elements that the updates of a batch may hold.
     """
     begun: dict[Hashable, tuple[list[Work], int]] = {}
-    for w, apart in zip(work, dense, strict=True):
-        size, common = _held(optimizer, w, apart)
+    for w, plain in zip(work, dense, strict=True):
+        size, common = _held(optimizer, w, plain)
         if not size:
             yield [w]
             continue
-        alike = (apart, common, id(w.o), w.p.shape, w.p.dtype, w.p.device,
-                 int(optimizer.state[w.p]["step"]))
+        p, g = w.p, w.g
+        alike = (plain, common, id(w.o), p.shape, p.stride(), g.stride(), p.dtype, p.device,
+                 int(optimizer.state[p]["step"]), p.data_ptr() % 16, g.data_ptr() % 16)
         batch, held = begun.pop(alike, ([], 0))
-        if batch and held + size > most:
+        # One that is there twice is updated twice.
+        if batch and (held + size > most or len(batch) == _MOST or any(x.p is p for x in batch)):
             yield batch
             batch, held = [], 0
         batch.append(w)
@@ -89,14 +95,15 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
     yield from (batch for batch, _ in begun.values())
 
 
-def _held(optimizer: MatrixOptimizer, w: Work, apart: bool) -> tuple[int, bool]:
+def _held(optimizer: MatrixOptimizer, w: Work, dense: bool) -> tuple[int, bool]:
     """What :meth:`MatrixOptimizer.together` says, for dense parameters too."""
     state, o = optimizer.state[w.p], w.o
     if (optimizer._backward is not None or o["metrics"] or o["capturable"] or "master" in state
             or not _by_address(w.p, w.g)):
         return 0, False
-    if apart:  # nothing is held
-        return int(w.p.dtype != torch.float64 and not o["amsgrad"]), False
+    if dense:  # whose updates hold next to nothing
+        able = w.p.dtype != torch.float64 and not o["amsgrad"] and w.p.numel() <= _LARGE
+        return int(able), False
     return optimizer.together(w.p, state, o, int(state["step"]) + 1)
 
 

@@ -36,6 +36,7 @@ class DCTAdamW(LowRankOptimizer):
     """
 
     algorithm: ClassVar[str] = "dct-adamw"
+    apart: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Option]] = {
         **LowRankOptimizer.options,
         "projection": choice("dct", "svd", "subspace", "randomized", "dct", "random"),

@@ -37,5 +37,6 @@ class FiraAdamW(LowRankOptimizer):
     """
 
     algorithm: ClassVar[str] = "fira"
+    apart: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Option]] = {
         **LowRankOptimizer.options, "residual": choice("fira", *RESIDUALS)}

@@ -74,6 +74,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     """
 
     algorithm: ClassVar[str] = "gradnormlorp"
+    apart: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Option]] = {
         **{k: v for k, v in LowRankOptimizer.options.items()
            if k not in ("residual", "residual_scale", "error_feedback_bits", "limiter")},

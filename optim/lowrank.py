@@ -152,6 +152,9 @@ class LowRankOptimizer(MatrixOptimizer):
     remedy: ClassVar[str] = (
         "Give rank= here or in a group of 2-d weights (lissom.optim.param_groups(model, rank=...) "
         "makes such groups; under FSDP1 and ZeRO weights are 1-d, use FSDP2).")
+    #: Whether updates of matrices that lie :class:`lissom.kernels.apart.Apart` can be one. Of a
+    #: class itself: those derived from it say so anew.
+    apart: ClassVar[bool] = False
     #: 0-based step, modulo the gap, of the refreshes of an unshifted matrix after the first.
     first_phase: ClassVar[int] = 0
 
@@ -247,14 +250,14 @@ class LowRankOptimizer(MatrixOptimizer):
                  ) -> tuple[int, bool]:
         """R and decoded bases, and where all choose new cosine columns the whole transform."""
         r, side, _ = self.describe(p, o)
-        able = (p.ndim == 2 and p.dtype in (torch.bfloat16, torch.float32)
-                and o["inner"] == "adamw" and not o["amsgrad"] and not o["maximize"]
-                and self.residual(o).apart)
-        due = able and self.due(s, o, t)
+        able = (vars(type(self)).get("apart") and vars(type(self.residual(o))).get("apart")
+                and p.ndim == 2 and p.dtype in (torch.bfloat16, torch.float32) and side != "full"
+                and o["inner"] == "adamw" and not o["amsgrad"] and not o["maximize"])
+        due = bool(able) and self.due(s, o, t)
         if due:
             n = p.shape[side != "left"]
             able = (o["projection"] == "dct" and int(s["basis_step"]) > 0
-                    and o["keep_energy"] is None and o["moments"] != "reset" and side != "full"
+                    and o["keep_energy"] is None and o["moments"] != "reset"
                     and o["column_norm"] == 1 and p.element_size() == 2
                     and not dct.by_fft(n, p, o["similarity"]))
         return ((r or 0) * sum(p.shape) + due * p.numel() if able else 0), due
@@ -371,12 +374,13 @@ class LowRankOptimizer(MatrixOptimizer):
         return Bases(*bases)
 
     def _drawn(self, length: int, r: int, batch: tuple[int, ...], s: Mapping[str, Any],
-               o: Mapping[str, Any], born: int | None, number: int, g: Tensor) -> Any:
+               o: Mapping[str, Any], born: int | None, number: int, g: Any) -> Any:
         """A random basis, or one for each of several matrices."""
         steps: Any = s["basis_step"] if born is None else born
         if isinstance(steps, Apart):
             keys: Any = codec.keys_of(s, o)
-            return Apart([self.draw(length, r, batch[1:], key, 2 * int(at) + number, g)
+            like = g.parts[0]
+            return Apart([self.draw(length, r, batch[1:], key, 2 * int(at) + number, like)
                           for key, at in zip(keys, steps, strict=True)])
         return self.draw(length, r, batch, codec.key_of(s, o), 2 * int(steps) + number, g)
 

@@ -34,7 +34,8 @@ __all__ = ["RESIDUALS", "Fira", "Residual", "gains", "residual_of"]
 class Residual:
     """Base of all: what is outside the subspace is dropped."""
 
-    #: Whether it works on several matrices that lie :class:`lissom.kernels.apart.Apart`.
+    #: Whether it works on several matrices that lie :class:`lissom.kernels.apart.Apart`. Of a class
+    #: itself: those derived from it say so anew.
     apart = False
     #: Whether R is read after the inner rule, which otherwise may overwrite it. It is then in fp32,
     #: or as it was projected where kernels read it.

@@ -81,7 +81,8 @@ launches = {row["optimizer"]: row["launches_per_matrix"] for row in rows}
 # All 56 at once, but for the few that are refreshed at a step.
 for name, each in (("AdamW", 1), ("AdamW, 8 bits", 1), ("GaLoreAdamW", 2),
                    ("GaLoreAdamW, 8 bits", 3), ("DCTAdamW, gap 200, 8 bits", 2),
-                   ("FiraAdamW, 8 bits", 8), ("APOLLO, 8 bits", 6)):
+                   ("DCTAdamW, every step, 8 bits", 3), ("FiraAdamW, 8 bits", 8),
+                   ("APOLLO, 8 bits", 6)):
     assert each <= 56 * launches[name] <= (1 if name.startswith("AdamW") else 3) * each, launches
 assert all(row["us_per_matrix"] > 0 for row in rows)
 """
