@@ -393,6 +393,7 @@ def lines_of_host() -> Iterator[str]:
     yield f"takes {rows['AdamW, 8 bits']:.0f} us a matrix for `AdamW`"
     yield f" {rows['GaLoreAdamW, 8 bits']:.0f} for"
     yield f"{rows['FiraAdamW, 8 bits']:.0f} for `FiraAdamW`"
+    yield f"{rows['DCTAdamW, every step, 8 bits']:.0f} for `DCTAdamW`"
 
 
 def lines_of_communication() -> Iterator[str]:
