@@ -50,7 +50,7 @@ if "$python" -c 'import pytest' 2>/dev/null; then
   # Most of the tests' time is the compiler's: they share it, as does what is timed below.
   share=()
   if [ "$device" = cuda ]; then
-    files+=(tests/test_kernels.py tests/test_lift.py tests/test_symmul.py)
+    files+=(tests/test_apart.py tests/test_kernels.py tests/test_lift.py tests/test_symmul.py)
     "$python" -c 'import xdist' 2>/dev/null && share=(-n "$(( ($(nproc) + 1) / 2 ))")
     timeout $((seconds / 9)) "$python" -m lissom.bench.kernels --repeats 1 --no-compile \
       > /dev/null 2>&1 &

@@ -28,7 +28,8 @@ class Update(NamedTuple):
     """The update u = factor * left @ right + gain * dense.
 
     No full-size tensor of the product exists, and neither of the other term where ``dense`` is
-    the gradient itself.
+    the gradient itself. Of several parameters each is stacked, or lies
+    :class:`lissom.kernels.apart.Apart`.
 
     Args:
         left, right: (..., m, r) and (..., r, n), or None for no such term.
@@ -139,7 +140,7 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
         each = zip(*(parts_of(x, len(p)) for x in (p, u.left, u.right, u.dense, u.gain)),
                    kept.states, strict=True)
         for p_, left, right, dense, gain, kept_ in each:
-            apply(p_, Update(left, right, u.factor, dense, gain), kept_, o, t)
+            apply(p_, Update(left, right, u.factor, dense, gain), kept_, o, t, start)
         return
     master = kept["master"].view(p.shape) if "master" in kept else None
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain

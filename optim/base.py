@@ -167,8 +167,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         return False
 
-    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
-                 ) -> tuple[int, bool]:
+    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
+                 rows: Rows | None) -> tuple[int, bool]:
         """What update t of p holds beside those of matrices that are like it, on a GPU.
 
         Where it holds something it may be one update with theirs: then g, ``s["weight"]`` and the
@@ -180,6 +180,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             s: its state as it is kept.
             o: options of its group.
             t: 1-based count of the update.
+            rows: which of its rows the update works on, if not all.
 
         Returns:
             Elements, 0 if it goes alone; and what updates of one batch have in common beside shape,
@@ -611,7 +612,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         stored: Mapping[str, Tensor] = state
         sharded, several = sharding.is_sharded(p), len(batch) > 1
         if several:
-            x, g = Apart([w.p for w in batch]), Apart([w.g for w in batch])
+            x = Apart([sharding.local(w.p) for w in batch])
+            g = Apart([sharding.local(w.g) for w in batch])
             stored = codec.Together([self.state[w.p] for w in batch])
         elif sharded:
             gather = sharding.whole if rows is None else sharding.local
@@ -620,8 +622,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._reason(p, o) is not None:
             step_adamw(x, g, stored, slots, o, t, rows)
         else:
-            shape = x.shape if several else self.matrix_shape(p, o)
-            shape = shape if rows is None else (len(x), *shape[1:])
+            shape = self.matrix_shape(p, o)
+            shape = x.shape if several else shape if rows is None else (len(x), *shape[1:])
             # a copy where the memory format allows no view
             matrix = x if x.shape == shape else x.reshape(shape)
             s = codec.Decoded(stored, slots, p, rows)

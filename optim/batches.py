@@ -78,16 +78,16 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
     """
     begun: dict[Hashable, tuple[list[Work], int]] = {}
     for w, plain in zip(work, dense, strict=True):
-        size, common = _held(optimizer, w, plain)
+        p, g = (sharding.local(x) for x in (w.p, w.g))
+        size, common = _held(optimizer, w, p, g, plain)
         if not size:
             yield [w]
             continue
-        p, g = w.p, w.g
         alike = (plain, common, id(w.o), p.shape, p.stride(), g.stride(), p.dtype, p.device,
-                 int(optimizer.state[p]["step"]), p.data_ptr() % 16, g.data_ptr() % 16)
+                 int(optimizer.state[w.p]["step"]), p.data_ptr() % 16, g.data_ptr() % 16)
         batch, held = begun.pop(alike, ([], 0))
         # One that is there twice is updated twice.
-        if batch and (held + size > most or len(batch) == _MOST or any(x.p is p for x in batch)):
+        if batch and (held + size > most or len(batch) == _MOST or any(x.p is w.p for x in batch)):
             yield batch
             batch, held = [], 0
         batch.append(w)
@@ -95,16 +95,32 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
     yield from (batch for batch, _ in begun.values())
 
 
-def _held(optimizer: MatrixOptimizer, w: Work, dense: bool) -> tuple[int, bool]:
-    """What :meth:`MatrixOptimizer.together` says, for dense parameters too."""
+def _held(optimizer: MatrixOptimizer, w: Work, p: Tensor, g: Tensor, dense: bool
+          ) -> tuple[int, Hashable]:
+    """What :meth:`MatrixOptimizer.together` says, for dense parameters too.
+
+    Args:
+        optimizer: of the parameter.
+        w: it.
+        p: what this rank holds of it.
+        g: and of its gradient.
+        dense: it gets AdamW.
+    """
     state, o = optimizer.state[w.p], w.o
     if (optimizer._backward is not None or o["metrics"] or o["capturable"] or "master" in state
-            or not _by_address(w.p, w.g)):
-        return 0, False
+            or not _by_address(p, g)):
+        return 0, None
+    rows = None
+    if p is not w.p:
+        rows = optimizer._rows(w.p, o)
+        if rows is None:  # gathered, which is done with one after the other
+            return 0, None
+    common = False
     if dense:  # whose updates hold next to nothing
-        able = w.p.dtype != torch.float64 and not o["amsgrad"] and w.p.numel() <= _LARGE
-        return int(able), False
-    return optimizer.together(w.p, state, o, int(state["step"]) + 1)
+        size = int(p.dtype != torch.float64 and not o["amsgrad"] and p.numel() <= _LARGE)
+    else:
+        size, common = optimizer.together(w.p, state, o, int(state["step"]) + 1, rows)
+    return size, (common, w.p.shape, rows and (rows.start, rows.group))
 
 
 def _by_address(p: Tensor, g: Tensor) -> bool:

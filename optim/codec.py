@@ -26,6 +26,7 @@ from ..kernels.blocks import linear_shapes
 from ..kernels.linear import dequantize_linear, quantize_linear
 from ..kernels.philox import random_bits16_ref, stochastic_round
 from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
+from . import sharding
 
 if TYPE_CHECKING:
     from .sharding import Rows
@@ -272,6 +273,8 @@ def _words(seed: int, key: int) -> tuple[int, int]:
 class Together(Mapping[str, Tensor]):
     """State of several parameters of one layout: each slot is an :class:`Apart` of theirs.
 
+    Of sharded ones it is of what this rank holds.
+
     Args:
         states: one for each parameter.
     """
@@ -282,7 +285,7 @@ class Together(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._found:
-            self._found[name] = Apart([s[name] for s in self.states])
+            self._found[name] = Apart([sharding.local(s[name]) for s in self.states])
         return self._found[name]  # type: ignore[no-any-return]
 
     def __contains__(self, name: object) -> bool:
@@ -388,7 +391,7 @@ def rows_of(s: Mapping[str, Tensor]) -> Rows | None:
 def whole_shape(x: Tensor, s: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Shape of the matrix of which x is all, or the rows that the state ``s`` is of."""
     rows = rows_of(s)
-    return tuple(x.shape) if rows is None else (rows.total, *x.shape[1:])
+    return tuple(x.shape) if rows is None else (*x.shape[:-2], rows.total, x.shape[-1])
 
 
 def row_sum(x: Tensor, s: Mapping[str, Tensor]) -> Tensor:

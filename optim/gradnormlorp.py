@@ -18,6 +18,7 @@ from .lowrank import LowRankOptimizer, LowRankOptions, Projected
 from .options import Option, choice, real
 from .reparam import check_factors, roles
 from .residual import RESIDUALS, Residual
+from .sharding import Rows
 
 __all__ = ["GradNormLoRPAdamW"]
 
@@ -112,10 +113,11 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         # Of a plain weight the lengths of columns are sums over rows at many places.
         return o["roles"] is not None and super().by_rows(p, s, o, t)
 
-    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
-                 ) -> tuple[int, bool]:
+    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
+                 rows: Rows | None) -> tuple[int, bool]:
         # A plain weight is looked at itself.
-        return (0, False) if o["roles"] is None else super().together(p, s, o, t)
+        return (0, False) if o["roles"] is None else super().together(
+            p, s, o, t, rows)
 
     def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
         rank, side, reason = super().describe(p, o)

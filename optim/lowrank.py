@@ -20,7 +20,8 @@ from .common import AdamWPart
 from .inner import RULES, Rule, by_kernel
 from .options import Option, choice, fraction, integer, optional, real
 from .project import Bases, Shift, Turn
-from .residual import RESIDUALS, Residual, residual_of
+from .residual import RESIDUALS, Dropped, Residual, residual_of
+from .sharding import Rows
 from .whole import Waiting
 
 __all__ = ["LowRankOptimizer", "LowRankOptions", "Projected"]
@@ -246,21 +247,24 @@ class LowRankOptimizer(MatrixOptimizer):
         apart = o["projection"] in ("dct", "random") and o["keep_energy"] is None
         return apart or not self.due(s, o, t)
 
-    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
-                 ) -> tuple[int, bool]:
+    def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
+                 rows: Rows | None) -> tuple[int, bool]:
         """R and decoded bases, and where all choose new cosine columns the whole transform."""
         r, side, _ = self.describe(p, o)
         able = (vars(type(self)).get("apart") and vars(type(self.residual(o))).get("apart")
                 and p.ndim == 2 and p.dtype in (torch.bfloat16, torch.float32) and side != "full"
-                and o["inner"] == "adamw" and not o["amsgrad"] and not o["maximize"])
+                and o["inner"] == "adamw" and not o["amsgrad"] and not o["maximize"]
+                # Of rows the others take sums over all ranks, of one matrix at a time.
+                and (rows is None or isinstance(self.residual(o), Dropped)))
         due = bool(able) and self.due(s, o, t)
         if due:
             n = p.shape[side != "left"]
             able = (o["projection"] == "dct" and int(s["basis_step"]) > 0
                     and o["keep_energy"] is None and o["moments"] != "reset"
-                    and o["column_norm"] == 1 and p.element_size() == 2
+                    and o["column_norm"] == 1 and p.element_size() == 2 and rows is None
                     and not dct.by_fft(n, p, o["similarity"]))
-        return ((r or 0) * sum(p.shape) + due * p.numel() if able else 0), due
+        m, n = p.shape if rows is None else (rows.counts[rows.rank], p.shape[1])
+        return ((r or 0) * (m + n) + due * p.numel() if able else 0), due
 
     # ---------------------------------------------------------------- the update
 

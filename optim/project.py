@@ -33,7 +33,10 @@ _DEPENDENT = 1e-6
 
 
 class Bases(NamedTuple):
-    """The basis P of the left side and Q of the right; a side without one is not projected."""
+    """The basis P of the left side and Q of the right; a side without one is not projected.
+
+    Those of several matrices are stacked, or lie :class:`lissom.kernels.apart.Apart`.
+    """
 
     left: Tensor | None
     right: Tensor | None

@@ -16,6 +16,7 @@ Without ``torch.distributed`` nothing here does anything.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,11 +66,19 @@ class Rows(NamedTuple):
 
 def is_sharded(x: Tensor) -> bool:
     """Whether x is a DTensor. A process that made one has imported their class."""
-    if type(x) is Tensor or type(x) is torch.nn.Parameter or not torch.distributed.is_available():
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:
         return False
+    return isinstance(x, _classes())
+
+
+@functools.cache
+def _classes() -> tuple[type, ...]:
+    """DTensor's class, if there is one; an import takes its time at each of many calls."""
+    if not torch.distributed.is_available():
+        return ()
     from torch.distributed.tensor import DTensor
 
-    return isinstance(x, DTensor)
+    return (DTensor,)
 
 
 def local(x: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from lissom.optim import (
     adapter_groups,
+    batches,
     codec,
     lora,
     param_groups,
@@ -79,6 +82,28 @@ def trained(mesh: DeviceMesh | None, name: str, steps: int = 20, dtype: torch.dt
         give(ps, i, mesh, places)
         optimizer.step()
     return outcome(optimizer, ps)
+
+
+def by_kernels(mesh: DeviceMesh, name: str, dtype: torch.dtype, shapes: Any, together: bool
+               ) -> dict[str, Any]:
+    """The same through kernels, as on GPUs, and how many parameters were updated at once."""
+    case, found = case_of(name), []
+    inner = case.make._step_batch
+
+    def counted(self: Any, batch: Any) -> Any:
+        found.append(len(batch))
+        return inner(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in [m for k, m in sys.modules.items() if k.startswith("lissom.")]:
+            if hasattr(module, "use_triton"):
+                patch.setattr(module, "use_triton", lambda backend, device: backend != "torch")
+        if not together:
+            patch.setattr(batches, "_by_address", lambda p, g: False)
+        patch.setattr(case.make, "_step_batch", counted)
+        more = {"update_proj_gap": 3} if case.option("update_proj_gap") else {}
+        out = trained(mesh, name, 4, dtype, shapes, **more)
+    return {**out, "found": found}
 
 
 def give(ps: list[Any], step: int, mesh: DeviceMesh | None,

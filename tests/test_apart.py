@@ -523,7 +523,7 @@ def test_nothing_is_written_where_a_method_fails_to_say(device, through_kernels,
     run(optimizer, ps, range(2))
     before = [p.detach().clone() for p in ps]
 
-    def fails(self, p, s, o, t):
+    def fails(self, p, s, o, t, rows):
         if p is ps[2]:
             raise ZeroDivisionError
         return 0, False

@@ -73,7 +73,7 @@ def test_a_step_is_frugal(case):
     Rules of whole matrices work on a batch of them, and in more than one copy.
     """
     ps = [torch.nn.Parameter(torch.randn(x, device="cuda").bfloat16())
-          for x in [(2048, 2048), (2048, 4096), (4096, 2048), (2048,)]]
+          for x in [(2048, 2048), (2048, 4096), (4096, 2048), (2048, 2048), (2048,)]]
     optimizer = case(ps, lr=1e-3, **options(case))
     run(optimizer, ps, range(2))
     torch.cuda.synchronize()
@@ -88,10 +88,14 @@ def test_a_step_is_frugal(case):
 @pytest.mark.parametrize("case", [c for c in first_of_each_class() if not c.roles],
                          ids=lambda c: c.name)
 def test_a_step_between_refreshes_waits_for_nothing(case):
-    ps = [torch.nn.Parameter(torch.randn(256, 128, device="cuda").bfloat16()),
-          torch.nn.Parameter(torch.randn(128, device="cuda").bfloat16())]
+    """Nor where gradients have moved, whose addresses are then sent anew."""
+    ps = [torch.nn.Parameter(torch.randn(shape, device="cuda").bfloat16())
+          for shape in [(256, 128)] * 3 + [(128,)] * 2]
     optimizer = case(ps, lr=1e-3, **{k: x for k, x in options(case).items() if k != "rank"})
     run(optimizer, ps, range(2))
+    moved = [p.grad.clone() for p in ps]
+    for p, g in zip(ps, moved, strict=True):
+        p.grad = g
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lissom.bench.sharding import rank_bytes
+from lissom.kernels import _triton
 from lissom.optim import GradNormLoRPAdamW, SwitchLoRAAdamW
 from torch.distributed.tensor import Replicate, Shard
 
@@ -65,6 +66,33 @@ def assert_bytes(outs: list[dict[str, Any]], ranks: int) -> None:
         expected = rank_bytes(shape, slots, ranks)
         held = [sum(out["bytes"][i].values()) for out in outs]
         assert held == expected, (i, shape, list(state))
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="needs triton's interpreter")
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("adamw8bit", torch.bfloat16), ("galoreadamw-8bit", torch.bfloat16),
+    *(pytest.param(name, dtype, marks=pytest.mark.slow) for name, dtype in [
+        ("adamw", torch.float32), ("adamw-16bit", torch.bfloat16), ("galoreadamw", torch.float32),
+        ("galoreadamw-16bit", torch.bfloat16), ("dctadamw", torch.bfloat16),
+        ("firaadamw-svd", torch.bfloat16), ("apollo", torch.bfloat16),
+        ("frugal", torch.bfloat16)])])
+def test_rows_of_several_go_together(pool, name, dtype):
+    """What ranks hold of matrices that are alike, as one after the other, bit for bit.
+
+    Seven rows are three, three and one; of one row all but one rank have nothing.
+    """
+    shapes = [(7, 5), (5, 7), (7, 5), (6,), (7, 5), (6,), (1, 5), (1, 5)]
+    given = {"name": name, "dtype": dtype, "shapes": shapes}
+    apart, together = (pool.run(jobs.by_kernels, 3, together=x, **given) for x in (False, True))
+    for a, b in zip(apart, together, strict=True):
+        assert max(a["found"]) == 1
+        assert_same(a["weights"], b["weights"], "weights")
+        for x, y in zip(a["state"], b["state"], strict=True):
+            assert_same(x, y, "state")
+    # Dense ones, and of matrices those of which rows are enough.
+    case = jobs.case_of(name)
+    rows = case.make.__name__ in ("GaLoreAdamW", "AdamW", "AdamW8bit")
+    assert max(together[0]["found"]) >= (3 if rows else 2)
 
 
 def exact(name: str) -> bool:
