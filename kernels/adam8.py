@@ -262,7 +262,7 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
             from_row, from_column = tl.maximum(source, 0).to(tl.int64), column
         else:
             source = tl.load(source_ptr + item * columns + column, mask=mask, other=-1)
-            from_row, from_column = row[:, None], tl.maximum(source, 0)
+            from_row, from_column = row[:, None], tl.maximum(source, 0).to(tl.int32)
         there = mask & (source >= 0)
         m_old_ptr += item * size * width
         v_old_ptr += item * size * width
@@ -363,7 +363,7 @@ def _adam8(target: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Mat
                          lr if held_lr is None else held_lr, weight_decay, maximize, words,
                          stochastic, start, from_, rows_move)
         return
-    if bits >= 16 and not several and g.numel() > _LONGEST:
+    if bits >= 16 and not several and source is None and g.numel() > _LONGEST:
         parts = (x.view(-1).split(_LONGEST) for x in tensors[:4])
         for target_, g_, m_, v_ in zip(*parts, strict=True):
             _adam8(target_, g_, m_, v_, None, None, bits, beta1, beta2, eps, t, lr, weight_decay,
@@ -494,7 +494,8 @@ def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
         out: where N goes, of g's shape, such as g itself, rounded to nearest in 16 bits; None for a
             new fp32 tensor.
         source: int64 (columns,), or (count, columns) for several: the columns that moments go on
-            from, -1 for a new one that starts at zero; None where each stays.
+            from, -1 for a new one that starts at zero; None where each stays. With ``rows_move``
+            (rows,) or (count, rows).
         rows_move: it is rows that ``source`` tells of, of matrices.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 

@@ -77,17 +77,23 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
         most: elements that the updates of a batch may hold.
     """
     begun: dict[Hashable, tuple[list[Work], int]] = {}
+    places: set[int] = set()
     for w, plain in zip(work, dense, strict=True):
         p, g = (sharding.local(x) for x in (w.p, w.g))
         size, common = _held(optimizer, w, p, g, plain)
-        if not size:
+        place = p.data_ptr() or id(w.p)
+        again = place in places
+        places.add(place)
+        if size and again:  # what is there twice is updated twice, one after the other
+            yield from (batch for batch, _ in begun.values())
+            begun.clear()
+        if again or not size:
             yield [w]
             continue
         alike = (plain, common, id(w.o), p.shape, p.stride(), g.stride(), p.dtype, p.device,
                  int(optimizer.state[w.p]["step"]), p.data_ptr() % 16, g.data_ptr() % 16)
         batch, held = begun.pop(alike, ([], 0))
-        # One that is there twice is updated twice.
-        if batch and (held + size > most or len(batch) == _MOST or any(x.p is w.p for x in batch)):
+        if batch and (held + size > most or len(batch) == _MOST):
             yield batch
             batch, held = [], 0
         batch.append(w)

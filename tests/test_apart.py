@@ -22,7 +22,7 @@ from lissom.optim.batches import Work, windows
 from lissom.optim.residual import Fira
 
 from .aot import compile_for_a_gpu
-from .cases import CASES, all_slow_but, first_of_each_class
+from .cases import CASES, first_of_each_class
 from .helpers import named, run
 
 COUNT = 3
@@ -281,9 +281,12 @@ def sizes(monkeypatch, optimizer):
 
 
 @needs_triton
-@pytest.mark.parametrize("case", all_slow_but(first_of_each_class(), CASES), ids=lambda c: c.name)
-@pytest.mark.parametrize("kind", [torch.bfloat16,
-                                  pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("case", "kind"), [
+    *((case, torch.bfloat16) for case in first_of_each_class()),
+    *(pytest.param(case, torch.float32, marks=pytest.mark.slow) for case in first_of_each_class()),
+    *(pytest.param(case, torch.bfloat16, marks=pytest.mark.slow) for case in CASES
+      if case.name.endswith("bit") and case.make.__name__ in (*TOGETHER, "AdamW")
+      and case not in first_of_each_class())], ids=lambda x: getattr(x, "name", str(x)))
 def test_together_as_one_after_the_other(device, case, kind, through_kernels, monkeypatch):
     """Over steps with and without a refresh: weights and all that is kept, bit for bit."""
     monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
@@ -416,19 +419,23 @@ def test_what_is_only_nearly_alike(device, through_kernels, monkeypatch):
     assert batches_of(AdamW(ps[:3]), ps[:3]) == [1, 1, 1]
     monkeypatch.setattr(batches, "_LARGE", 1 << 26)
 
-    ps, results = weights(2), []
+    ps, results = weights(3), []
     start = [p.detach().clone() for p in ps]
     for alone in (True, False):
         twice = [torch.nn.Parameter(p.clone()) for p in start]
         with pytest.warns(UserWarning, match="duplicate"):
-            optimizer = AdamW([*twice, twice[0]])
+            optimizer = AdamW([*twice[:2], twice[0], twice[2]])
         with monkeypatch.context() as patch:
             if alone:
                 patch.setattr(batches, "_by_address", lambda p, g: False)
             run(optimizer, twice, range(2))
-        results.append([*twice, optimizer.state[twice[0]]["step"]])
+        results.append([*twice, *(optimizer.state[p]["step"] for p in twice)])
     assert all(map(torch.equal, *results))
-    assert results[1][-1] == 4
+    assert results[1][3:] == [4, 2, 2]
+    # Two parameters of one memory.
+    one = weights(1)[0]
+    tied = [one, torch.nn.Parameter(one.data)]
+    assert batches_of(AdamW(tied), tied) == [1, 1]
 
 
 @needs_triton
