@@ -160,10 +160,11 @@ def alignment(*given: Matrices | None) -> int:
 
 def key_words(key: Keys, like: Matrices) -> tuple[Any, Any]:
     """Seed and parameter for a kernel; where each tensor has its own the first is a table."""
-    if isinstance(key[0], int):
-        seed, parameter = key
-        return signed32(seed), signed32(parameter)  # type: ignore[arg-type]
-    return _on(like.device, tuple([signed32(word) for pair in key for word in pair])), 0  # type: ignore[union-attr]
+    given: Any = key
+    if isinstance(given[0], int):
+        seed, parameter = given
+        return signed32(seed), signed32(parameter)
+    return _on(like.device, tuple([signed32(word) for pair in given for word in pair])), 0
 
 
 def writable(*given: Matrices | None) -> list[Tensor]:

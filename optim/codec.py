@@ -286,7 +286,8 @@ class Together(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._found:
             self._found[name] = Apart([sharding.local(s[name]) for s in self.states])
-        return self._found[name]  # type: ignore[no-any-return]
+        found: Tensor = self._found[name]
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self.states[0]
