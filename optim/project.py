@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels._triton import use_triton
+from ..kernels.project import project as product
 from . import codec
 
-__all__ = ["FINDERS", "Bases", "Shift", "Turn", "find", "gaussian", "gaussian_basis", "generator",
-           "random_basis", "shift", "side_of", "turn"]
+__all__ = ["FINDERS", "Bases", "Gradient", "Shift", "Turn", "find", "gaussian", "gaussian_basis",
+           "generator", "random_basis", "shift", "side_of", "turn"]
 
 # torch.linalg.LinAlgError, which torch's annotations do not export.
 _NOT_CONVERGED: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009
@@ -29,7 +31,9 @@ WARM_ITERATIONS = 2
 # A basis that captures less than this share of the gradient's energy is no start for the next.
 _LOST = 1e-2
 # Columns of which one is this much smaller off the others' span are too dependent for Cholesky.
-_DEPENDENT = 1e-6
+_DEPENDENT = {torch.float32: 3e-2, torch.float64: 1e-6}
+# Gradients whose largest entry is this far from 1 are scaled before their products.
+_IN_RANGE = 1e12
 
 
 class Bases(NamedTuple):
@@ -98,67 +102,139 @@ def gaussian(shape: tuple[int, ...], key: tuple[int, int], stream: int, like: Te
                        dtype=torch.float32)
 
 
-def _orthonormal(y: Tensor) -> Tensor:
-    """An orthonormal basis of y's columns."""
+def _orthonormal(y: Tensor, exact: bool = True) -> Tensor:
+    """An orthonormal basis of y's columns; ``exact=False`` for one that only keeps them apart."""
     # By Householder's reflections a refresh of a matrix of LLaMA-7B took 52 ms of an H100, and the
     # operations of its products are a tenth of that.
-    q = _by_cholesky(y) if y.device.type == "cuda" else None
+    q = _by_cholesky(y, exact) if y.device.type == "cuda" else None
     return torch.linalg.qr(y).Q if q is None else q
 
 
-def _by_cholesky(y: Tensor) -> Tensor | None:
-    """Q = Y R^-1 with R^T R = Y^T Y, twice, in float64; None where Y's columns are too dependent.
+def _by_cholesky(y: Tensor, exact: bool = True) -> Tensor | None:
+    """Q = Y R^-1 with R^T R = Y^T Y, twice; None where Y's columns are too dependent.
 
-    With columns of length 1 the first Q is orthonormal to cond(Y)^2 2^-53, the second to rounding.
+    With columns of length 1 the first Q is orthonormal to cond(Y)^2 times the rounding of its
+    arithmetic, fp32 if the columns are independent enough for that: a consumer's GPU does 64 of
+    its operations in the time of one in float64. The second Q is orthonormal to float64's
+    rounding, whatever torch takes for a product in fp32; without ``exact`` there is none.
     Source: Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", 2015.
     """
-    q = y.to(torch.float64, copy=True)
-    q /= torch.linalg.vector_norm(q, dim=-2, keepdim=True)  # how long they are does not matter
-    for least in (_DEPENDENT, 0.9):  # of an orthonormal first Q all are 1
-        factor, failed = torch.linalg.cholesky_ex(q.mT @ q, upper=True)
-        sizes = factor.diagonal(dim1=-2, dim2=-1)
-        # NaN is not above anything.
-        if bool(failed.any()) or not bool((sizes.amin(-1) > least * sizes.amax(-1)).all()):
-            return None
-        q = torch.linalg.solve_triangular(factor, q, upper=True, left=False)
-    basis: Tensor = q.to(y.dtype)
-    return basis
+    for dtype, least in _DEPENDENT.items():
+        if dtype == torch.float32 and y.dtype == torch.float64:
+            continue
+        q = y.to(dtype, copy=True)
+        q /= torch.linalg.vector_norm(q, dim=-2, keepdim=True)  # how long they are is no matter
+        basis = _divided(q, least)
+        if basis is not None and exact:
+            basis = _divided(basis.double(), 0.9)  # of an orthonormal first Q all are 1
+        if basis is not None:
+            return basis.to(y.dtype)
+    return None
 
 
-def _iterated(g: Tensor, q: Tensor) -> Tensor:
+def _divided(q: Tensor, least: float) -> Tensor | None:
+    """Q R^-1 with R^T R = Q^T Q, if R's diagonal is above that share of its largest entry."""
+    factor, failed = torch.linalg.cholesky_ex(q.mT @ q, upper=True)
+    sizes = factor.diagonal(dim1=-2, dim2=-1)
+    # NaN is not above anything. One look at the device for all of it.
+    apart = (failed == 0) & (sizes.amin(-1) > least * sizes.amax(-1))
+    if not bool(apart.all()):
+        return None
+    divided: Tensor = torch.linalg.solve_triangular(factor, q, upper=True, left=False)
+    return divided
+
+
+class Gradient:
+    """G, scaled to a largest entry of 1, as a finder sees it: what its products are.
+
+    In 16 bits on a GPU it stays as it is, and its products with fp32 are those with three bf16
+    numbers whose sum each fp32 number is: the same sums in fp32, at the rate of bf16, three times
+    over, and no copy of G.
+
+    Args:
+        g: (..., m, n).
+        largest: (..., 1, 1) of it, each finite.
+        backend: of the kernel; see :func:`lissom.kernels.project`.
+    """
+
+    def __init__(self, g: Tensor, largest: Tensor, backend: str | None = None) -> None:
+        self.shape, self.backend = g.shape, backend
+        self.divisor = torch.where(largest > 0, largest, 1.0)
+        self.narrow = g.dtype == torch.bfloat16 and use_triton(backend, g.device)
+        if self.narrow:  # if sums of squares stay in fp32's range without the scale
+            inside = (self.divisor > 1 / _IN_RANGE) & (self.divisor < _IN_RANGE)
+            self.narrow = bool(inside.all())
+        self.g = g if self.narrow else codec.wide(g) / self.divisor
+
+    def times(self, x: Tensor) -> Tensor:
+        """G X."""
+        return self._product(self.g, x)
+
+    def transposed_times(self, x: Tensor) -> Tensor:
+        """G^T X."""
+        return self._product(self.g.mT, x)
+
+    def _product(self, g: Tensor, x: Tensor) -> Tensor:
+        if not self.narrow:
+            return g @ x
+        total, rest = None, x
+        for _ in range(3):
+            part = rest.bfloat16()
+            rest = rest - part
+            low = product(g, part, backend=self.backend)[0]
+            total = low if total is None else total + low
+        assert total is not None
+        return total / self.divisor
+
+    def energy(self) -> Tensor:
+        """|G|^2, (..., 1, 1)."""
+        norm = torch.linalg.vector_norm(self.g, dim=(-2, -1), keepdim=True,
+                                        dtype=torch.promote_types(self.g.dtype, torch.float32))
+        if self.narrow:
+            norm = norm / self.divisor
+        energy: Tensor = norm.square()
+        return energy
+
+    def whole(self) -> Tensor:
+        """G itself, not in 16 bits."""
+        return codec.wide(self.g) / self.divisor if self.narrow else self.g
+
+
+def _iterated(g: Gradient, q: Tensor, exact: bool) -> Tensor:
     """An orthonormal basis of the columns of G^T G Q.
 
     Orthonormal in between too: else rounding errors of the largest singular value stand beside
     squares of the smallest, and the last columns follow them, up to a thousand times further from
     one order of the sums to another.
     """
-    return _orthonormal(g.mT @ _orthonormal(g @ q))
+    return _orthonormal(g.transposed_times(_orthonormal(g.times(q), exact=False)), exact)
 
 
-def _svd(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
+def _svd(g: Gradient, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
     """The r leading right singular vectors of g, exactly."""
-    vh: Tensor = torch.linalg.svd(g, full_matrices=False).Vh
+    vh: Tensor = torch.linalg.svd(g.whole(), full_matrices=False).Vh
     return vh[..., :r, :].mT
 
 
-def _randomized(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
+def _randomized(g: Gradient, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
     """The r leading right singular vectors of g, by a randomized range finder.
 
     Y = (G^T G)^q G^T Omega, orthonormalized at each product; then the leading eigenvectors of
     the small (GY)^T (GY). Source: Halko, Martinsson, Tropp, arXiv 0909.4061; GaLore 2, 2504.20437.
     """
     m, n = g.shape[-2:]
-    y = _orthonormal(g.mT @ noise(m, min(r + OVERSAMPLING, m, n)))
-    for _ in range(COLD_ITERATIONS - 1):
-        y = _iterated(g, y)
+    y = _orthonormal(g.transposed_times(noise(m, min(r + OVERSAMPLING, m, n))),
+                     exact=COLD_ITERATIONS == 1)
+    for number in range(1, COLD_ITERATIONS):
+        y = _iterated(g, y, number == COLD_ITERATIONS - 1)
     # In float64: a singular value of 1e-3 of the largest is 1e-6 of it in the square, where fp32
     # would leave a tenth of rounding noise in its vector.
-    b = (g @ y).double()
+    b = g.times(y).double()
     vectors: Tensor = torch.linalg.eigh(b.mT @ b).eigenvectors  # in ascending order
     return y @ vectors.flip(-1)[..., :r].to(y.dtype)
 
 
-def _subspace(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
+def _subspace(g: Gradient, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:
     """Block power iterations Q <- orth(G^T orth(G Q)), started from the last basis.
 
     The new basis stays aligned with the old one column by column, so moments that are kept
@@ -167,18 +243,17 @@ def _subspace(g: Tensor, r: int, old: Tensor | None, noise: Callable[..., Tensor
     """
     if old is None:
         return _randomized(g, r, old, noise)
-    low, whole = (x.square().sum((-2, -1), keepdim=True) for x in (g @ old, g))
-    lost = low < _LOST * whole
+    lost = g.times(old).square().sum((-2, -1), keepdim=True) < _LOST * g.energy()
     if bool(lost.any()):
         old = torch.where(lost, _randomized(g, r, old, noise), old)
     q = old
-    for _ in range(WARM_ITERATIONS):
-        q = _iterated(g, q)
+    for number in range(WARM_ITERATIONS):
+        q = _iterated(g, q, number == WARM_ITERATIONS - 1)
     return q
 
 
 #: How a right basis is found: (g, r, old, noise) -> (..., n, r), all fp32.
-FINDERS: dict[str, Callable[[Tensor, int, Tensor | None, Callable[..., Tensor]], Tensor]] = {
+FINDERS: dict[str, Callable[[Gradient, int, Tensor | None, Callable[..., Tensor]], Tensor]] = {
     "svd": _svd,
     "randomized": _randomized,
     "subspace": _subspace,
@@ -208,17 +283,18 @@ def find(
     """
     if g.numel() == 0:
         return None
-    largest = codec.wide(g.detach()).abs().amax(dim=(-2, -1), keepdim=True)
+    largest = codec.wide(torch.linalg.vector_norm(g.detach(), torch.inf, (-2, -1), keepdim=True))
     if not bool(largest.isfinite().all()) or not bool(largest.any()):
         return None
-    g = codec.wide(g if side == "right" else g.mT) / torch.where(largest > 0, largest, 1.0)
+    seen = Gradient(g.detach() if side == "right" else g.detach().mT, largest)
 
     def noise(rows: int, columns: int) -> Tensor:
-        return gaussian((*g.shape[:-2], rows, columns), key, stream, g).to(g)
+        drawn = gaussian((*seen.shape[:-2], rows, columns), key, stream, g)
+        return drawn.to(seen.divisor)
 
     old = None if old is None else codec.wide(old)
     try:
-        found = FINDERS[projection](g, r, old, noise)
+        found = FINDERS[projection](seen, r, old, noise)
     except _NOT_CONVERGED:
         return None
     if old is None:
