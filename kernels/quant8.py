@@ -8,9 +8,10 @@ codes to a byte, low half first.
 The codebooks spend their entries on a dynamic exponent and what bits are left on a fraction:
 Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv 1511.04561; Dettmers et
 al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861. At 8 bits they are those of
-bitsandbytes. The unsigned one of 4 bits has no zero, which would make a second moment vanish
-beside a first one that does not: Li et al., "Memory Efficient Optimizers with 4-bit States",
-arXiv 2309.01507.
+bitsandbytes. A second moment that vanished beside a first one that does not would move a weight by
+their quotient with epsilon, thousands of times the learning rate: the unsigned codebook of 4 bits
+has no zero (Li et al., "Memory Efficient Optimizers with 4-bit States", arXiv 2309.01507), and in
+that of 8 bits nothing but zero gets the code of zero; what is nearest to it gets the least.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def codebook(bits: int, signed: bool, device: torch.device) -> Tensor:
 def _ends(bits: int, signed: bool) -> Tensor:
     """The upper ends of all codes' cells but the last's, on the CPU."""
     book = codebook(bits, signed, torch.device("cpu")).double()
-    return ((book[:-1] + book[1:]) / 2).float()
+    ends = ((book[:-1] + book[1:]) / 2).float()
+    if book[0] == 0:  # the cell of zero in the second moments' codebook
+        ends[0] = torch.finfo(torch.float32).tiny
+    return ends
 
 
 @functools.lru_cache(maxsize=32)

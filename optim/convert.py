@@ -277,9 +277,16 @@ def _bitsandbytes(entry: Mapping[str, Any], shape: tuple[int, ...], at: str
                 raise ValueError(f"{at}: absmax{i} must have a number for each 256 of "
                                  f"{x.numel()} codes: only blockwise states are read")
             each = scale.flatten().repeat_interleave(256)[: x.numel()]
-            x = entry[f"qmap{i}"][x.flatten().long()] * each
+            x = entry[f"qmap{i}"][_least(x, i).flatten().long()] * each
         values[name] = x.float().view(shape)
     return values
+
+
+def _least(codes: Tensor, i: str) -> Tensor:
+    """Codes of bitsandbytes, second moments not zero: beside first ones that are not, they would
+    move a weight by their quotient with epsilon. Of a block of zeros all codes mean zero.
+    """
+    return codes if i == "1" else codes.clamp_min(1)
 
 
 def _same_codes(entry: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
@@ -291,7 +298,7 @@ def _same_codes(entry: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
                 scale is None or book is None):
             continue
         if torch.equal(book.cpu(), codebook(8, i == "1", torch.device("cpu"))):
-            stored[name] = codes.view(p.shape)
+            stored[name] = _least(codes, i).view(p.shape)
             stored[f"{name}.scale"] = scale.float().view(*p.shape[:-1], p.shape[-1] // 256)
     return stored
 

@@ -250,3 +250,26 @@ def test_split_weights_at_the_ends_of_the_range(bits):
     assert back[4].isnan()
     assert back[1:3].isfinite().all()
     assert p.isfinite().sum() == len(x) - 2
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"betas": (0.9, 0.99)}],
+                         ids=["plain", "amsgrad", "betas"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_fewer_bits_make_no_wild_steps(bits, options):
+    """Gradients of an embedding: in a row some are a million times smaller, and most rows rest.
+
+    Adam's own largest step is (1 - b1) / sqrt(1 - b2) times the rate, but where gradients rest.
+    A second moment rounded to zero beside a first one that was not made some ten thousand.
+    """
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(24, 300))
+    optimizer = AdamW([p], lr=1e-3, weight_decay=0, state_bits=bits, **options)
+    sizes = 10.0 ** -(6 * torch.rand(24, 300, generator=generator))
+    most = 0.0
+    for _ in range(40):
+        active = torch.rand(24, 1, generator=generator) < 0.3
+        p.grad = sizes * torch.randn(24, 300, generator=generator) * active
+        before = p.detach().clone()
+        optimizer.step()
+        most = max(most, float((p.detach() - before).abs().max()))
+    assert most < 8e-3
