@@ -14,19 +14,30 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from ..kernels import _triton
-from ..kernels.adam8 import adam8, adamw8
+from ..kernels import _triton, quant8
+from ..kernels.adam8 import adam8, adam8_ref, adamw8, adamw8_ref
 from ..kernels.lift import lift
 from ..kernels.limit import limited_gains
-from ..kernels.linear import dequantize_linear, quantize_linear
+from ..kernels.linear import (
+    dequantize_linear,
+    dequantize_linear_ref,
+    quantize_linear,
+    quantize_linear_ref,
+)
 from ..kernels.norms import row_norms
-from ..kernels.philox import stochastic_round
+from ..kernels.philox import stochastic_bf16_ref, stochastic_round
 from ..kernels.project import project
-from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
+from ..kernels.quant8 import (
+    dequantize_dynamic,
+    dequantize_dynamic_ref,
+    quantize_dynamic,
+    quantize_dynamic_ref,
+)
 from ..kernels.symmul import newton_schulz_step, symm_muladd, syrk
 from . import clock
 
@@ -45,11 +56,14 @@ class Work(NamedTuple):
         run: from a backend, "torch" or "triton", to the call.
         moved: bytes that it must read and write.
         operations: that it must do.
+        definition: what torch.compile is given where ``run`` is an operation of its own, into which
+            it does not look.
     """
 
     run: Callable[[str], Any]
     moved: float
     operations: float = 0.0
+    definition: Callable[[], Any] | None = None
 
 
 def _flat(size: int, each: float, device: str, dtype: torch.dtype) -> Tensor:
@@ -75,11 +89,12 @@ def _adamw(bits: int) -> Callable[[int, str, torch.dtype], Work]:
         p, kept = torch.randn_like(g), _moments(g, bits)
         state = sum(x.nbytes for x in kept.values() if x is not None)
 
-        def run(backend: str) -> Any:
-            adamw8(p, g, **kept, bits=bits, lr=1e-3, weight_decay=0.01, beta1=0.9, beta2=0.999,
-                   eps=1e-8, t=2, key=_KEY, stochastic=True, backend=backend)
-
-        return Work(run, 2 * p.nbytes + g.nbytes + 2 * state)
+        given: dict[str, Any] = {
+            **kept, "bits": bits, "lr": 1e-3, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999,
+            "eps": 1e-8, "t": 2, "key": _KEY, "stochastic": True}
+        return Work(lambda backend: adamw8(p, g, **given, backend=backend),
+                    2 * p.nbytes + g.nbytes + 2 * state,
+                    definition=lambda: adamw8_ref(p, g, **given))
 
     return make
 
@@ -91,11 +106,10 @@ def _adam(bits: int) -> Callable[[int, str, torch.dtype], Work]:
         kept = _moments(g, bits)
         state = sum(x.nbytes for x in kept.values() if x is not None)
 
-        def run(backend: str) -> Any:
-            adam8(g, **kept, bits=bits, beta1=0.9, beta2=0.999, eps=1e-8, t=2, key=_KEY, out=g,
-                  backend=backend)
-
-        return Work(run, 2 * g.nbytes + 2 * state)
+        given: dict[str, Any] = {**kept, "bits": bits, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
+                                 "t": 2, "key": _KEY}
+        return Work(lambda backend: adam8(g, **given, out=g, backend=backend),
+                    2 * g.nbytes + 2 * state, definition=lambda: g.copy_(adam8_ref(g, **given)))
 
     return make
 
@@ -107,17 +121,23 @@ def _coded(name: str, bits: int) -> Callable[[int, str, torch.dtype], Work]:
         store = quantize_dynamic(x, bits, True) if dynamic else quantize_linear(x, bits)
         codes, scale = store
 
-        def run(backend: str) -> Any:
-            if name == "quantize_dynamic":
-                quantize_dynamic(x, bits, True, out=store, backend=backend)
-            elif name == "dequantize_dynamic":
-                dequantize_dynamic(codes, scale, 4096, bits, True, out=x, backend=backend)
-            elif name == "quantize_linear":
-                quantize_linear(x, bits, out=store, backend=backend)
-            else:
-                dequantize_linear(codes, scale, 4096, bits, out=x, backend=backend)
-
-        return Work(run, x.nbytes + codes.nbytes + scale.nbytes)
+        calls: dict[str, tuple[Callable[[str], Any], Callable[[], Any]]] = {
+            "quantize_dynamic": (
+                lambda backend: quantize_dynamic(x, bits, True, out=store, backend=backend),
+                lambda: quantize_dynamic_ref(x, bits, True)),
+            "dequantize_dynamic": (
+                lambda backend: dequantize_dynamic(codes, scale, 4096, bits, True, out=x,
+                                                   backend=backend),
+                lambda: dequantize_dynamic_ref(codes, scale, 4096, bits, True)),
+            "quantize_linear": (
+                lambda backend: quantize_linear(x, bits, out=store, backend=backend),
+                lambda: quantize_linear_ref(x, bits)),
+            "dequantize_linear": (
+                lambda backend: dequantize_linear(codes, scale, 4096, bits, out=x, backend=backend),
+                lambda: dequantize_linear_ref(codes, scale, 4096, bits)),
+        }
+        run, definition = calls[name]
+        return Work(run, x.nbytes + codes.nbytes + scale.nbytes, definition=definition)
 
     return make
 
@@ -126,7 +146,8 @@ def _round(size: int, device: str, dtype: torch.dtype) -> Work:
     x = _flat(size, 4, device, torch.float32)
     out = torch.empty_like(x, dtype=torch.bfloat16)
     return Work(lambda backend: stochastic_round(x, torch.bfloat16, 0, _KEY, (1, 2), out=out,
-                                                 backend=backend), x.nbytes + out.nbytes)
+                                                 backend=backend), x.nbytes + out.nbytes,
+                definition=lambda: stochastic_bf16_ref(x, 0, _KEY, (1, 2)))
 
 
 def _norms(transposed: bool) -> Callable[[int, str, torch.dtype], Work]:
@@ -235,6 +256,11 @@ CASES: dict[str, tuple[str, Callable[[int, str, torch.dtype], Work]]] = {
 }
 
 
+# Compiled code is to take the cached tables: traced through, it makes them at each call.
+_TABLES = {name: torch.compiler.disable(getattr(quant8, name))
+           for name in ("_carries", "_twos", "codebook")}
+
+
 def row_of(name: str, size: int, device: str, dtype: torch.dtype, bandwidth: float, peak: float,
            repeats: int, compiled: bool) -> dict[str, Any]:
     """Medians of all contestants, and our share of the roofline.
@@ -259,12 +285,15 @@ def row_of(name: str, size: int, device: str, dtype: torch.dtype, bandwidth: flo
         # A copy of the frame for this row alone, so that sizes do not share a graph.
         torch.compiler.reset()
         try:
-            call = torch.compile(work.run, dynamic=False)
-            call("torch")
-            contestants["compiled"] = lambda: call("torch")
+            defined = work.definition or (lambda: work.run("torch"))
+            contestants["compiled"] = torch.compile(defined, dynamic=False)
+            with mock.patch.multiple(quant8, **_TABLES):
+                contestants["compiled"]()
         except Exception as error:  # whatever the compiler cannot do is the answer
             missing["compiled"] = str(error).splitlines()[0][:200]
-    taken = clock.times(contestants, repeats, device, ahead=True)
+            del contestants["compiled"]
+    with mock.patch.multiple(quant8, **_TABLES):
+        taken = clock.times(contestants, repeats, device, ahead=True)
     ms = {k: statistics.median(v) for k, v in taken.items()}
     quartiles = {k: [sorted(v)[len(v) // 4], sorted(v)[3 * len(v) // 4]] for k, v in taken.items()}
     ours = "lissom" if "lissom" in ms else "torch"

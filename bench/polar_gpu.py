@@ -108,8 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--sweep", action="store_true", help="time other tiles instead")
+    parser.add_argument("--seconds", type=float, help="begin no further shape when these are over")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
+    deadline = clock.Deadline(args.seconds)
     cuda = torch.cuda.is_available()
     common = {"provider": "lissom", **clock.about("polar_gpu", argv, "cuda" if cuda else "cpu")}
     rows: list[dict[str, Any]] = []
@@ -120,11 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         peak = 0.0 if args.sweep else clock.product_peak("cuda", args.repeats)
         for shape in _SHAPES:
+            if deadline.over():
+                rows.append({"shape": list(shape), "skipped": "no time left", **common})
+                continue
             made = _sweep(shape, args.repeats) if args.sweep else [
                 _measure(shape, peak, args.repeats)]
             for row in made:
                 rows.append({**row, **common})
                 print(json.dumps(row), flush=True)
+            clock.save(args.json, rows)
     clock.save(args.json, rows)
     return 0
 

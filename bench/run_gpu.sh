@@ -61,7 +61,7 @@ else
   said+=("gpu-tests: pytest is not installed")
 fi
 if [ "$device" = cuda ]; then
-  run polar-gpu 6 "$python" -m lissom.bench.polar_gpu --repeats 15 --json "$out/polar-gpu.json"
+  bench polar-gpu 6 polar_gpu --repeats 15
   bench kernels-gpu 10 kernels --repeats 15 --no-compile
   bench step-7b-gpu 22 step --device cuda --size llama-7b --layers 8 --steps 10
   bench step-7b-rank256-gpu 8 step --device cuda --size llama-7b --layers 8 --rank 256 --steps 10 \
@@ -73,7 +73,7 @@ if [ "$device" = cuda ]; then
   bench converge-60m-gpu 40 converge --tokens 4000000 --seeds 2 --plot "$out/converge-60m-gpu.png" \
     --methods 'AdamW;Fira;GaLore;DCT-AdamW;Muon'
 else
-  run polar-gpu 10 "$python" -m lissom.bench.polar_gpu --json "$out/polar-gpu.json"
+  bench polar-gpu 10 polar_gpu
   bench kernels-cpu 20 kernels --device cpu --repeats 1
   bench step-tiny-cpu 20 step --size tiny --rank 8 --steps 3 --layers 1
   bench fit-tiny-cpu 25 fit --device cpu --model tiny --cap 101MB --dtype fp32 --length 16 --limit 4 \

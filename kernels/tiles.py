@@ -71,8 +71,12 @@ def tiles_for(x: Matrices, batch: int, m: int, n: int,
 
 
 def precision() -> str:
-    """How fp32 products are taken, by torch.set_float32_matmul_precision."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How fp32 products are taken: as torch takes its own on CUDA."""
+    # Once this was set, which came with torch 2.9, the older question raises.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:
+        setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if setting == "tf32" else "ieee"
 
 
 def widened(x: Matrices) -> bool:

@@ -326,6 +326,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 if p not in old:
                     self.state.pop(p, None)
             del self.param_groups[count:]
+            self._next_index = None
             raise
 
     def _split(self, group: dict[str, Any], explicit: set[str]) -> Iterator[dict[str, Any]]:
@@ -541,15 +542,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         versions = [[x._version for x in xs] for xs in touched]
         measured = metrics.before(self, window)
         updates = [self._step_batch(batch) for batch in batches]
-        done: set[str] = set()
+        done: set[int] = set()  # names need not differ
         try:
             for i in answered(updates):
-                done.update(w.name for w in batches[i])
+                done.update(map(id, batches[i]))
         except Exception as error:
-            moved += [w.name for w in window if w.name in done]
-            rest = [w.name for w in window if w.name not in done]
+            moved += [w.name for w in window if id(w) in done]
+            rest = [w.name for w in window if id(w) not in done]
             partly = [w.name for w, old, xs in zip(window, versions, touched, strict=True)
-                      if w.name not in done and old != [x._version for x in xs]]
+                      if id(w) not in done and old != [x._version for x in xs]]
             if not moved and not partly and not before:
                 raise
             earlier = f"; before all updates {', '.join(before)} had been moved" if before else ""

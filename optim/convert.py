@@ -42,6 +42,7 @@ from ..kernels.quant8 import codebook
 from . import codec, sharding
 from .base import MatrixOptimizer
 from .codec import Slot
+from .common import COMMON
 from .loading import saved_groups
 from .lowrank import LowRankOptimizer
 from .plan import aligned
@@ -58,6 +59,8 @@ _MEANING = ("polar_first", "axis")
 # Slots that every rule has.
 _NUMBERS = ("step", "index", "key")
 _ORDERED = ("svd", "subspace", "randomized")
+# Dtypes of codes, which are decoded by their shape.
+_CODES = (torch.uint8, torch.int8)
 
 
 class Converted(dict[str, Any]):
@@ -216,17 +219,24 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
         raise ValueError(f"{at}: saved state has {sorted(map(str, entry))}, which is of no "
                          "optimizer that is known here")
     table = optimizer.table()
-    options = {k: v for k, v in group.items() if k in table}
     rule = str(group.get("algorithm", ""))
     own = optimizer.algorithm
+    options: dict[str, Any] = {"algorithm": rule} if rule in (own, "adamw") else {}
     slots_ = {k.removesuffix(".scale") for k in values} - {*_NUMBERS, "max_exp_avg_sq", "master"}
-    if slots_ == {"exp_avg", "exp_avg_sq"}:
-        options["algorithm"] = "adamw"  # a vector's, say, in a group of another rule
+    if slots_ == {"exp_avg", "exp_avg_sq"}:  # a vector's, say, in a group of another rule, whose
+        # options of the same names need not be this one's
+        table, options["algorithm"] = COMMON, "adamw"
     elif isinstance(optimizer, LowRankOptimizer) and "basis_step" in values:
         options["algorithm"] = own  # a relative's state has the same slots
     elif rule not in (own, "adamw"):
         return _Old({k: values[k] for k in _NUMBERS if k in values}, None)
+    options |= {k: v for k, v in group.items() if k in table and k != "algorithm"}
     full = optimizer.checked_group({**options, "params": []}, at, entering=False)
+    dense = optimizer._reason(p, full) is not None
+    rule = "adamw" if dense else rule
+    for name, slot in optimizer.stored_slots(p, full).items():
+        if slot.dtype in _CODES and name in values and values[name].shape != slot.shape:
+            return _Old({k: values[k] for k in _NUMBERS if k in values}, f"{rule} of another shape")
     slots = optimizer._logical(p, full)
     seen = codec.Decoded(values, slots, p)
     decoded: dict[str, Tensor] = {}
@@ -242,8 +252,7 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
             decoded[name] = read
         else:
             decoded[name] = values[name]
-    dense = optimizer._reason(p, full) is not None
-    return _Old(decoded, "adamw" if dense else rule, full, values)
+    return _Old(decoded, rule, full, values)
 
 
 def _count(steps: float) -> Tensor:
@@ -351,7 +360,7 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
                       _leading(x, slots[k].shape) if k in codec.MOMENTS and k in slots else x
                       for k, x in values.items()}
             changes.append(f"leading {cut} columns")
-    if "max_exp_avg_sq" in slots and "max_exp_avg_sq" not in values:
+    if "max_exp_avg_sq" in slots and "exp_avg_sq" in values and "max_exp_avg_sq" not in values:
         values["max_exp_avg_sq"] = values["exp_avg_sq"]
     state = {name: torch.zeros(x.shape, dtype=x.dtype, device=x.device)
              for name, x in optimizer.stored_slots(p, o).items()}

@@ -45,7 +45,8 @@ def rows(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     d = torch.cos(steps * (math.pi / (2 * n)))[phase]
     d *= math.sqrt(2 / n)
     d[0] *= math.sqrt(0.5)
-    return (d if kind == 2 else d.mT).to(device=device, dtype=dtype).contiguous()
+    # Whole before it goes to a device: work there would belong to the stream of the first caller.
+    return (d if kind == 2 else d.mT).to(dtype).contiguous().to(device)
 
 
 def columns(index: Matrices, n: int, kind: int, like: Tensor) -> Tensor:

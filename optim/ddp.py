@@ -103,11 +103,18 @@ class _Lift:
     def __call__(self, low: Tensor) -> None:
         x = codec.wide(low).view(self.shape)
         left, right = self.bases
+        # solve would wait for the GPU, while the backward pass could go on, to see whether it
+        # failed; that it cannot, of columns that are orthonormal up to rounding.
         if left is not None:
-            x = left @ torch.linalg.solve(left.mT @ left, x)
+            x = left @ torch.linalg.solve_ex(left.mT @ left, x)[0]
         if right is not None:
-            x = torch.linalg.solve(right.mT @ right, x, left=False) @ right.mT
+            x = torch.linalg.solve_ex(right.mT @ right, x, left=False)[0] @ right.mT
         self.g.copy_(x.view_as(self.g))
+        if x.device.type == "cuda":
+            # Of the hook's stream; this is another one, of the reduction.
+            for basis in self.bases:
+                if basis is not None:
+                    basis.record_stream(torch.cuda.current_stream(x.device))
 
 
 def projected_allreduce(optimizer: MatrixOptimizer, model: DistributedDataParallel

@@ -35,14 +35,16 @@ class Quotient(NamedTuple):
     factor: Any  # a number, or a 0-d tensor where t is one
 
 
-def representable(g: Tensor, terms: int = 1) -> Tensor:
-    """g, its finite entries brought to where sums of ``terms`` squares are finite too.
+def representable(g: Tensor, state_bits: int, terms: int = 1) -> Tensor:
+    """g, its finite entries brought to where sums of ``terms`` squares are finite in the state too.
 
     Adam's direction depends on the ratio of g to the root of its mean square, so an entry of
     1e30 that enters as 1.8e19 still moves its weight by the learning rate, where the plain
     formula gets g / inf = 0. Infinities and NaN stay what they are.
     """
-    limit = math.sqrt(torch.finfo(g.dtype).max / terms)  # squares of larger numbers are infinite
+    # Squares of larger numbers are infinite. The range of fewer bits is fp32's.
+    largest = torch.finfo(g.dtype if state_bits == 32 else torch.float32).max
+    limit = math.sqrt(largest / terms)
     if g.device.type == "cpu" and g.numel() and not torch.compiler.is_compiling():
         low, high = torch.aminmax(g)
         # False for NaN too, which the clamp below would pass on in any case.
@@ -92,7 +94,7 @@ def adam(g: Tensor, s: State, o: Options, t: int | Tensor, *, consume: bool = Fa
     """
     beta1, beta2 = o["betas"]
     t = t.double() if isinstance(t, Tensor) else t
-    g = representable(g)
+    g = representable(g, o["state_bits"])
     # The last allocation: state is written from here on.
     denominator = g if consume else torch.empty_like(g)
     m, v = averages(g, s, o)
@@ -185,7 +187,7 @@ def _factored(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[T
     correction instead of their schedule and clipping).
     """
     beta1, beta2 = o["betas"]
-    r = representable(codec.wide(r), sum(r.shape[-2:]))
+    r = representable(codec.wide(r), o["state_bits"], sum(r.shape[-2:]))
     square = r.square()
     row, column = square.mean(-1, keepdim=True), square.mean(-2, keepdim=True)
     row = s["exp_avg_sq_row"].lerp_(row, 1 - beta2)

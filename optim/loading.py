@@ -67,7 +67,11 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
         groups.append(merged)
         names = merged.get("param_names") or [
             f"parameter {j}" for j in range(len(mine["params"]))]
+        owners: dict[Any, Tensor] = {}
         for name, p, key in zip(names, mine["params"], group["params"], strict=True):
+            # One that is in a group twice, which torch allows, has one number.
+            if owners.setdefault(key, p) is not p:
+                raise ValueError(f"{at}, {name!r}: parameter {key!r} is saved twice")
             entry = state_dict["state"].get(key)
             if isinstance(entry, Mapping) and entry:
                 if not ours and p in optimizer.state:  # torch's states have no such numbers
@@ -124,8 +128,7 @@ def saved_groups(state_dict: Any, where: str) -> dict[str, Any]:
         if names is not None and (not isinstance(names, (list, tuple))
                                   or len(names) != len(keys)):
             raise ValueError(f"{at}: param_names={names!r}, but it must be {len(keys)} names")
-        twice = known.intersection(keys) or {k for k in keys if keys.count(k) > 1}
-        if twice:
+        if twice := known.intersection(keys):
             raise ValueError(f"{at}: parameters {sorted(twice, key=str)!r} are saved twice")
         known.update(keys)
     stray = [k for k in state_dict["state"] if k not in known]

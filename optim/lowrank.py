@@ -329,7 +329,8 @@ class LowRankOptimizer(MatrixOptimizer):
             return Projected(old, old.down(g))
         born, cosines = int(one["basis_step"]), o["projection"] == "dct"
         # A new choice of cosine columns needs the indices of the last one, not the columns.
-        old = Bases(None, None) if cosines and o["keep_energy"] is None else self.bases(g, s, o)
+        spared = cosines and o["keep_energy"] is None and born > 0
+        old = Bases(None, None) if spared else self.bases(g, s, o)
         if born and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
             low = old.down(g)
             if _energy(low, g) >= o["keep_energy"] * s["basis_energy"].item():
@@ -418,8 +419,10 @@ class LowRankOptimizer(MatrixOptimizer):
         return Projected(bases, bases.down(g), (turns[0], turns[1]), writes)
 
     def _cosines(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], born: int
-                 ) -> Projected:
-        """The columns of a cosine basis that the gradient has most of, and R from one transform."""
+                 ) -> Projected | None:
+        """The columns of a cosine basis that the gradient has most of, and R from one transform;
+        None where it is the first and has none.
+        """
         new: list[Tensor | None] = [None, None]
         turns: list[Turn | None] = [None, None]
         writes: dict[str, Tensor] = {}
@@ -435,6 +438,8 @@ class LowRankOptimizer(MatrixOptimizer):
                                       old=old if born else None, cut=codec.rows_of(s))
             if o["moments"] == "rotate" and born:
                 turns[number] = project.shift(old, index, left)
+            if not born and not _learnt(part, s):
+                return None
             new[number] = dct.columns(index, g.shape[-2 if left else -1], o["dct_basis"], g)
             writes[name] = index
             low = part if low is None else low
@@ -496,6 +501,12 @@ def _turned(rule: Rule, s: Mapping[str, Tensor], space: Projected, o: Mapping[st
                 x = turned(x, power)
         out[name] = x
     return out
+
+
+def _learnt(low: Tensor, s: Mapping[str, Tensor]) -> bool:
+    """Whether R on the columns that a gradient has most of is a number and, somewhere, not zero."""
+    size = codec.row_sum(low.double().abs().sum((-2, -1)), s)
+    return bool(size.isfinite().all()) and bool(size.any())
 
 
 def _energy(low: Tensor, g: Tensor) -> float:

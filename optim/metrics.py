@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 __all__ = ["Before", "after", "before", "energy", "metrics_of"]
 
 #: What was there before a step: copies of a weight and of its limiter.
-Before = Mapping[str, tuple[Tensor, Tensor | None]]
+Before = Mapping[Tensor, tuple[Tensor, Tensor | None]]
 
 
 def before(optimizer: MatrixOptimizer, window: Sequence[Work]) -> Before:
     """Copies of the weights that are about to be updated together, where they are measured."""
-    copies = {}
+    copies = {}  # names need not differ
     for w in window:
         if w.o["metrics"]:
             last = optimizer.state[w.p].get("limiter")
-            copies[w.name] = (w.p.detach().clone(), None if last is None else last.clone())
+            copies[w.p] = (w.p.detach().clone(), None if last is None else last.clone())
     return copies
 
 
 def after(optimizer: MatrixOptimizer, window: Sequence[Work], copies: Before) -> None:
     """Keep what the step did to them."""
     for w in window:
-        if w.name not in copies:
+        if w.p not in copies:
             continue
-        old, last = copies[w.name]
+        old, last = copies[w.p]
         found = optimizer._measured.setdefault(int(optimizer.state[w.p]["index"]), {})
         found["update_ratio"] = _ratio(w.p.detach(), old)
         if last is not None:

@@ -138,10 +138,27 @@ def _divided(q: Tensor, least: float) -> Tensor | None:
     sizes = factor.diagonal(dim1=-2, dim2=-1)
     # NaN is not above anything. One look at the device for all of it.
     apart = (failed == 0) & (sizes.amin(-1) > least * sizes.amax(-1))
-    if not bool(apart.all()):
-        return None
+    return _over(q, factor) if bool(apart.all()) else None
+
+
+def _over(q: Tensor, factor: Tensor) -> Tensor:
+    """Q R^-1."""
     divided: Tensor = torch.linalg.solve_triangular(factor, q, upper=True, left=False)
     return divided
+
+
+def _independent(y: Tensor) -> Tensor:
+    """The same for independent normal entries, without a look at what comes out.
+
+    The singular values of n x r of them are within sqrt(n) +- sqrt(r) (Davidson and Szarek, 2001,
+    Theorem II.13), so that fp32 is enough up to r = n / 2. Those of a square lie as near to zero as
+    1 / sqrt(n), which float64 leaves eight digits.
+    """
+    wide = 2 * y.shape[-1] > y.shape[-2]
+    q = y.double() if wide else y
+    for _ in range(2):
+        q = _over(q, torch.linalg.cholesky_ex(q.mT @ q, upper=True)[0])
+    return q.to(y.dtype)
 
 
 class Gradient:
@@ -309,8 +326,9 @@ def random_basis(
     n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int, like: Tensor
 ) -> Tensor:
     """A uniformly distributed orthonormal (..., n, r), the same at every call with the same key."""
-    # Not by Cholesky, which waits for a GPU.
-    q: Tensor = torch.linalg.qr(gaussian((*batch, n, r), key, stream, like)).Q
+    y = gaussian((*batch, n, r), key, stream, like)
+    # At every step, so that on a GPU nothing waits for it.
+    q = _independent(y) if y.device.type == "cuda" else torch.linalg.qr(y).Q
     return q.to(device=like.device, dtype=like.dtype)
 
 

@@ -200,8 +200,8 @@ def _less(n: Tensor, low: Tensor, gain: Tensor) -> Tensor:
 
 def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
     """G - P R Q^T in g's place."""
-    left, right = bases.factors(low.to(g.dtype))
-    left, right = left.to(g.dtype), right.to(g.dtype)
+    left, right = Bases(*(x if x is None else x.to(g.dtype) for x in bases)).factors(
+        low.to(g.dtype))
     return g.addmm_(left, right, alpha=-1) if g.ndim == 2 else g.baddbmm_(left, right, alpha=-1)
 
 

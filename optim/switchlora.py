@@ -256,9 +256,14 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         resting = s["frozen"] > 0
         count = torch.where(resting, 0, s["updates"] + 1)
         k = count.clamp(min=1).double()
-        frozen = resting.to(g.device).view(shape)
-        g = representable(codec.wide(g)).masked_fill(frozen, 0.0)
-        first, second = (x.to(g).view(shape) for x in (1 - beta1**k, (1 - beta2**k).sqrt()))
+        # The counts are on the host: their three numbers for a vector go to the device at once.
+        sent = torch.stack([1 - beta1**k, (1 - beta2**k).sqrt(), resting.double()])
+        if g.device.type == "cuda":
+            sent = sent.pin_memory().to(g.device, non_blocking=True)
+        first, second, frozen = (x.view(shape) for x in sent)
+        frozen = frozen > 0
+        g = representable(codec.wide(g), o["state_bits"]).masked_fill(frozen, 0.0)
+        first, second = first.to(g), second.to(g)
         for name in s:
             if name in codec.MOMENTS:  # a frozen vector's moments restart
                 s[name].masked_fill_(frozen, 0.0)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from lissom.kernels import adam8, philox
+from lissom.kernels import _triton, adam8, philox
 from lissom.kernels.lift import lift
 from lissom.optim import (
     AdamW,
@@ -274,25 +274,35 @@ def test_hooks_are_refused():
 # ---- kernels: numbers on the device
 
 
+def device_of(backend):
+    """Where it runs."""
+    if backend == "torch" or _triton.INTERPRETED:
+        return "cpu"
+    if not torch.cuda.is_available() or _triton.triton is None:
+        pytest.skip("no device for Triton")
+    return "cuda"
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("rate", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
 @pytest.mark.parametrize("bits", [32, 16, 8])
 def test_adamw8_reads_rate_and_count(bits, rate, backend):
-    if backend == "triton" and not philox._op:
-        pytest.skip("no Triton")
+    device = device_of(backend)
     results = []
     for held in (False, True):
-        p, g = tensors([(5, 300), (5, 300)], 3)
+        p, g = (x.to(device) for x in tensors([(5, 300), (5, 300)], 3))
         p = p.bfloat16()
         kind = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8}[bits]
-        m, v = (torch.zeros(5, 300, dtype=kind) for _ in range(2))
+        m, v = (torch.zeros(5, 300, dtype=kind, device=device) for _ in range(2))
         scales = {}
         if bits == 8:
             m += 127  # the code of zero
-            scales = {k: torch.zeros(5, 2) for k in ("m_scale", "v_scale")}
+            scales = {k: torch.zeros(5, 2, device=device) for k in ("m_scale", "v_scale")}
         t = 70000
-        adam8.adamw8(p, g, m, v, **scales, bits=bits, lr=rate if held else 0.01, weight_decay=0.1,
-                     beta1=0.9, beta2=0.999, eps=1e-8, t=torch.tensor(t) if held else t,
+        at = rate.to(device) if torch.is_tensor(rate) else rate
+        adam8.adamw8(p, g, m, v, **scales, bits=bits, lr=at if held else 0.01, weight_decay=0.1,
+                     beta1=0.9, beta2=0.999, eps=1e-8,
+                     t=torch.tensor(t, device=device) if held else t,
                      key=(1, 2), stochastic=True, backend=backend)
         results.append((p, m, v))
     assert_same(*results)
@@ -309,16 +319,18 @@ def test_adamw8_refuses_a_rate_without_a_count():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_lift_and_rounding_read_the_count(backend):
-    (d,) = tensors([(6, 20)], 4)
+    device = device_of(backend)
+    d = tensors([(6, 20)], 4)[0].to(device)
     results = []
-    for t in (2**32 - 1, torch.tensor(2**32 - 1)):
-        p = torch.ones(6, 20, dtype=torch.bfloat16)
+    for t in (2**32 - 1, torch.tensor(2**32 - 1, device=device)):
+        p = torch.ones(6, 20, dtype=torch.bfloat16, device=device)
         lift(p, dense=d, beta=-0.01, key=(3, 4), t=t, backend=backend)
         results.append((p, philox.stochastic_round(d, torch.float16, 5, (3, 4), (t, 1),
                                                    backend=backend)))
     assert_same(*results)
-    other = torch.ones(6, 20, dtype=torch.bfloat16)
-    lift(other, dense=d, beta=-0.01, key=(3, 4), t=torch.tensor(7), backend=backend)
+    other = torch.ones(6, 20, dtype=torch.bfloat16, device=device)
+    lift(other, dense=d, beta=-0.01, key=(3, 4), t=torch.tensor(7, device=device),
+         backend=backend)
     assert not torch.equal(other, results[0][0])
 
 

@@ -283,7 +283,7 @@ def test_linear_quantizer_on_constants_zeros_and_outliers(bits):
 def test_inner_rules_in_their_limits():
     """Momentum is torch's SGD; a factored second moment is exact where it has rank one."""
     (r,) = tensors([(4, 3)])
-    o = {"betas": (0.9, 0.99), "eps": 0.0, "amsgrad": False}
+    o = {"betas": (0.9, 0.99), "eps": 0.0, "amsgrad": False, "state_bits": 32}
     p = torch.nn.Parameter(torch.zeros(4, 3))
     sgd = torch.optim.SGD([p], lr=1.0, momentum=0.9)
     s = {"momentum_buffer": torch.zeros(4, 3)}
