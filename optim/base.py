@@ -99,8 +99,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         known = {k: v for k, v in given.items() if k not in TORCH_ONLY and k not in apart}
         for name in known:
             if name not in table or name in BOOKKEEPING:
+                options = sorted({*table, *ADAMW_PART} - BOOKKEEPING.keys())
                 raise TypeError(f"{where}: unexpected option {name!r}={known[name]!r}"
-                                f"{nearest(name, [*table, *ADAMW_PART])}")
+                                f"{nearest(name, options)}; known are {', '.join(options)}")
         values = checked(known, table, where)
         # Rates that were given as tensors, which CUDA graphs read: of the groups, of AdamW's part.
         self._rates = {k: v for k, v in given.items() if k in ("lr", "lr_adamw")
@@ -116,6 +117,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._measured: dict[int, dict[str, Tensor]] = {}
         # Next value of ``index``, of the own rule and of AdamW; None is to be counted.
         self._next_index: list[int] | None = None
+        # Options of each group when a step last checked them.
+        self._seen: list[dict[str, Any]] = []
         # Every ``key`` in the state, counted with it.
         self._keys: set[int] = set()
         super().__init__(params, defaults | values)
@@ -571,6 +574,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
         gradient = _given if self._backward is None else self._backward.gradient
         plain = {id(group): numbers(group) for group in self.param_groups}
+        self._check_changed([*plain.values()])
         work = [Work(name, p, g, plain[id(o)]) for name, p, o in self._named()
                 if (g := gradient(p)) is not None]
         for name, p, g, _ in work:
@@ -582,6 +586,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 group["skipped_steps"] += 1
             return []
         return work
+
+    def _check_changed(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Check options that were changed in a group since the last step.
+
+        Not the rate, which schedulers change at every step and torch takes as it is.
+
+        Args:
+            groups: all, as :func:`numbers` gives them.
+        """
+        self._seen += [{} for _ in groups[len(self._seen):]]
+        table = self.table()
+        for i, (o, last) in enumerate(zip(groups, self._seen, strict=False)):
+            changed = {k: v for k, v in o.items() if v is not last.get(k) and k in table
+                       and k != "lr" and not isinstance(v, Tensor)}
+            if changed:
+                checked(changed, table, f"{type(self).__name__} group {i}")
+                last.update(changed)
 
     @property
     def skipped_steps(self) -> int:
@@ -666,6 +687,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._forms = {}
         self._layouts = {}
         self._measured = {}
+        self._seen = []
         self._next_index = None
 
     def __getstate__(self) -> dict[str, Any]:

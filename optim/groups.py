@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,11 @@ from .options import nearest
 
 __all__ = ["output_heads", "param_groups"]
 
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
                  nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Linear maps under another name: GPT-2's in transformers, whose weight is in x out.
+_LINEAR_NAMES = {"transformers.pytorch_utils.Conv1D"}
 # Last parts of module names under which models of Hugging Face, timm and nanoGPT keep their head.
 _HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "classifier", "score", "output_projection"}
 
@@ -34,6 +38,15 @@ def output_heads(model: nn.Module) -> set[int]:
         ):
             heads.add(id(module.weight))
     return heads
+
+
+def _has_matrix(module: nn.Module, short: str) -> bool:
+    """Whether a parameter of that name is the matrix of a module that is known."""
+    kind = type(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return short.endswith("proj_weight")
+    return short == "weight" and (isinstance(module, (nn.Linear, *_CONVOLUTIONS))
+                                  or f"{kind.__module__}.{kind.__qualname__}" in _LINEAR_NAMES)
 
 
 def _rank_of(rank: int | float | None, p: Tensor, name: str) -> int | None:
@@ -57,10 +70,11 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups with names for any optimizer of this package.
 
-    Weights of ``nn.Linear`` (the output head apart), of convolutions and the packed input
-    projection of ``nn.MultiheadAttention`` go to the matrix rule. Embeddings, the head, norms,
-    biases and parameters that no known module owns get AdamW; those of fewer than two dimensions
-    and all parameters of norms without decay. A weight used twice (a tied head) appears once, as
+    Weights of ``nn.Linear`` (the output head apart), of GPT-2's ``Conv1D`` in transformers, of
+    convolutions and the packed input projection of ``nn.MultiheadAttention`` go to the matrix rule.
+    Embeddings, the head, norms, biases and parameters that no known module owns get AdamW, with a
+    warning where matrices are among the last; those of fewer than two dimensions and all parameters
+    of norms without decay. A weight used twice (a tied head) appears once, as
     the embedding that it is. Parameters that need no gradient are left out.
 
     Args:
@@ -70,7 +84,8 @@ def param_groups(
         weight_decay: of all but norms and biases. Default: the optimizer's.
         overrides: {glob on the dotted name: options}, the last match wins. ``{"*.gate": {"rank":
             None}}`` makes routers dense; a ``rank`` or ``matricize`` given here also takes in what
-            is AdamW by default: ``{"*.experts": {"matricize": "batch"}}``.
+            is AdamW by default: ``{"*.experts.*": {"matricize":
+            "batch"}}`` for those of a mixture, whose parameters are stacks of matrices.
         options: further options of the matrix groups, such as ``update_proj_gap``, ``scale``.
 
     Returns:
@@ -91,6 +106,7 @@ def param_groups(
                              f"parameter{nearest(pattern, names)}")
     groups: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     seen: set[int] = set()
+    strange: dict[str, str] = {}
     for prefix, module in model.named_modules():
         # named_parameters, not _parameters: a parametrization owns its original under another name.
         for short, p in module.named_parameters(recurse=False):
@@ -98,9 +114,7 @@ def param_groups(
                 continue
             seen.add(id(p))
             name = f"{prefix}.{short}" if prefix else short
-            is_matrix = p.ndim >= 2 and id(p) not in heads and (
-                (isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and short == "weight")
-                or (isinstance(module, nn.MultiheadAttention) and short.endswith("proj_weight")))
+            is_matrix = p.ndim >= 2 and id(p) not in heads and _has_matrix(module, short)
             is_norm = "norm" in type(module).__name__.lower()
             dense = {"rank": None, "algorithm": "adamw"}
             chosen: dict[str, Any] = {"rank": rank, **options} if is_matrix else dict(dense)
@@ -108,8 +122,12 @@ def param_groups(
                 chosen["weight_decay"] = 0.0
             elif weight_decay is not None:
                 chosen["weight_decay"] = weight_decay
+            if not (is_matrix or is_norm or id(p) in heads or isinstance(module, _TABLES)
+                    or p.ndim < 2 or p.shape[0] == 1):  # of one row: a learnt token, say
+                strange[name] = type(module).__name__
             for pattern, own in overrides.items():
                 if fnmatch.fnmatchcase(name, pattern):
+                    strange.pop(name, None)
                     if "rank" in own and own["rank"] is None:
                         chosen |= dense
                     elif "algorithm" in chosen and own.keys() & {"rank", "matricize"}:
@@ -121,4 +139,12 @@ def param_groups(
             groups.setdefault(key, {"params": [], **chosen})["params"].append((name, p))
     if not groups:
         raise ValueError("param_groups: the model has no parameter that needs a gradient")
+    if strange:
+        name, kind = next(iter(strange.items()))
+        others = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        warnings.warn(
+            f"param_groups: {name!r} of a {kind}{others} may be matrices, but no module that is "
+            "known here has them, so they get AdamW; overrides={glob on the name: {'rank': ...}} "
+            "gives them the matrix rule, {'matricize': 'batch'} takes them for stacks, and "
+            "{'rank': None} is AdamW without this warning", stacklevel=2)
     return list(groups.values())

@@ -60,6 +60,10 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
             options["lr"] = torch.full_like(mine["lr"], float(options["lr"]))
         elif isinstance(options.get("lr"), Tensor) and options["lr"].numel() == 1:
             options["lr"] = options["lr"].item()
+        rule = options.get("algorithm")
+        if ours and isinstance(rule, str) and rule not in ("adamw", optimizer.algorithm):
+            raise ValueError(f"{at}: saved with algorithm={rule!r}, but {type(optimizer).__name__} "
+                             f"has {optimizer.algorithm!r} ({REMEDY})")
         if not ours and "nonfinite" in options:
             raise ValueError(f"{at}: has options of lissom's but no format")
         merged = optimizer.checked_group({**mine, **options, "params": mine["params"]}, at,
@@ -116,7 +120,8 @@ def saved_groups(state_dict: Any, where: str) -> dict[str, Any]:
     """
     for key, kind in (("state", Mapping), ("param_groups", list)):
         if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
-            raise ValueError(f"{where}: no {key!r} in it, so this is no optimizer state")
+            raise ValueError(f"{where}: no {key!r} in this {type(state_dict).__name__}, so it is "
+                             "no optimizer's state")
     known: set[Any] = set()
     for i, group in enumerate(state_dict["param_groups"]):
         at = f"{where}, group {i}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -166,6 +167,11 @@ class LowRankOptimizer(MatrixOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps,
                                   "weight_decay": weight_decay, "amsgrad": amsgrad, **options})
+        rank, held = options.get("rank"), {g["rank"] for g in self.param_groups} - {None}
+        if rank is not None and held and rank not in held:
+            warnings.warn(f"{type(self).__name__}(): rank={rank} is no group's: each matrix is in "
+                          f"one that has its own rank, {', '.join(map(str, sorted(held)))} "
+                          "(param_groups(model, rank=...) gives it there)", stacklevel=2)
 
     # ---------------------------------------------------------------- which, and what is kept
 

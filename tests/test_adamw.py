@@ -273,3 +273,18 @@ def test_fewer_bits_make_no_wild_steps(bits, options):
         optimizer.step()
         most = max(most, float((p.detach() - before).abs().max()))
     assert most < 8e-3
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_huge_gradient_does_not_stop_a_weight_for_good(bits, dtype):
+    p = torch.nn.Parameter(torch.zeros(64, 70, dtype=dtype))
+    optimizer = AdamW([p], state_bits=bits, weight_decay=0)
+    p.grad = torch.full_like(p, 1e30)
+    optimizer.step()
+    before = p.detach().clone()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    change = (p.detach() - before).abs()
+    assert bool((change > 3e-4).all())
+    assert bool((change < 2e-3).all())

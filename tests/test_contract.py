@@ -767,6 +767,70 @@ def test_an_option_changed_under_the_state_is_refused(case):
         assert_same(before, snapshot(optimizer))
 
 
+def test_an_option_changed_to_a_bad_value_is_refused(case):
+    """Before the first write, by the rule of the constructor."""
+    ps = case.parameters([(8, 6), (6, 8)])
+    optimizer = case(named(ps))
+    run(optimizer, ps, range(2))
+    group = optimizer.param_groups[0]
+    feed(ps, 2)
+    for name, value in {"state_bits": 3, "update_proj_gap": 0, "rank": "8", "projection": "pca",
+                        "betas": (0.9, 1.5), "eps": -1.0, "weight_decay": "much",
+                        "polar": "none"}.items():
+        if name not in group:
+            continue
+        old, group[name] = group[name], value
+        before = snapshot(optimizer)
+        with pytest.raises((ValueError, TypeError), match=name):
+            optimizer.step()
+        assert_same(before, snapshot(optimizer))
+        group[name] = old
+    optimizer.step()
+
+
+def test_a_refused_group_leaves_no_trace(case):
+    """Nor in the numbers that the next parameter gets."""
+    ps = case.parameters([(8, 6)])
+    one, other = case(named(ps)), case(named(ps))
+    (late,) = tensors([(6, 8)], 5)
+    late = torch.nn.Parameter(late)
+    group = case.groups([{"params": [("late", late)]}])[0]
+    with pytest.raises(ValueError, match=r"more than one|pair|given 2 times"):
+        one.add_param_group({"params": [("late", late), ("again", ps[0])]})
+    for optimizer in (one, other):
+        optimizer.add_param_group(dict(group))
+    for number in ("index", "key"):
+        assert torch.equal(one.state[late][number], other.state[late][number])
+
+
+def test_names_need_not_differ(case):
+    """Of two groups: measured, and failures are told, by parameter."""
+    if case.roles:
+        pytest.skip("its groups are of three")
+    ps = case.parameters([(6, 6), (8, 6)])
+    optimizer = case([{"params": [("w", ps[0])]}, {"params": [("w", ps[1])]}], metrics=True)
+    run(optimizer, ps, range(2))
+    for row, p in zip(optimizer.metrics(), ps, strict=True):
+        assert 0 < float(row["update_ratio"]) < 1, p.shape
+
+
+def test_a_parameter_that_is_twice_in_a_group_is_saved_and_loaded(case):
+    """torch warns of it, and goes on."""
+    if case.roles:
+        pytest.skip("its groups are of three")
+    ps = case.parameters([(6, 4)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, other = (case([*ps, *ps]) for _ in range(2))
+    run(one, ps, range(2))
+    saved = through_disk(one.state_dict())
+    other.load_state_dict(saved)
+    assert_same(snapshot(one)["state"], snapshot(other)["state"])
+    two = case.parameters([(6, 4), (6, 4)])
+    with pytest.raises(ValueError, match="saved twice"):
+        case(two).load_state_dict(saved)
+
+
 def test_add_param_group_adds_all_or_nothing(case):
     ps, qs = case.parameters([(8, 6), (8,)]), case.parameters([(6, 8)])
     more = {"lr_adamw": 1e-3} if case.make.algorithm != "adamw" else {}

@@ -356,7 +356,7 @@ def test_refusals():
     optimizer, ps = trained(AdamW)
     with pytest.raises(TypeError, match=r"optimizer must be one of lissom.optim, but got Adam"):
         convert_state(optimizer.state_dict(), torch.optim.Adam(ps))
-    with pytest.raises(ValueError, match="no 'state' in it, so this is no optimizer state"):
+    with pytest.raises(ValueError, match="no 'state' in this dict, so it is no optimizer's state"):
         convert_state({"model": 1}, optimizer)
     theirs = torch.optim.AdamW(ps)
     run(theirs, ps, range(1))
@@ -503,3 +503,26 @@ def test_a_state_of_format_1_goes_on_as_recorded(tmp_path):
     n = m / (1 - 0.9**3) / ((v / (1 - 0.999**3)).sqrt() + 1e-8)
     expected = torch.tensor(FORMAT_1["weights"][0], dtype=torch.float64) - 0.025 * basis @ n
     torch.testing.assert_close(ps[0].detach().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_options_of_the_same_name_need_not_have_one_range():
+    old, ps = trained(PolarGrad, momentum=None)
+    _, _, rows = moved(old.state_dict(), ps, Muon)
+    assert rows["p0"] == ("restarted", "saved by another rule, goes on as muon")
+    assert rows["p2"][0] == "kept"
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_parameters_in_another_order_begin_anew(bits, amsgrad):
+    ps = parameters([(6, 6), (5,)])
+    old = AdamW(ps, state_bits=bits)
+    run(old, ps, range(2))
+    optimizer = AdamW(ps[::-1], state_bits=bits, amsgrad=amsgrad)
+    rows = convert_state(old.state_dict(), optimizer).rows
+    assert [row[1] for row in rows] == ["restarted"] * 2
+    assert all("shape" in why or "saved as" in why for _, _, why in rows)
+    muon = Muon(ps, lr_adamw=None)
+    run(muon, ps, range(2))
+    rows = convert_state(muon.state_dict(), Muon(ps[::-1], amsgrad=True, lr_adamw=None)).rows
+    assert [row[1] for row in rows] == ["restarted"] * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from lissom.bench.llama import Llama
@@ -85,3 +87,36 @@ def test_a_pattern_that_matches_nothing():
         param_groups([1])
     with pytest.raises(ValueError, match="no parameter"):
         param_groups(nn.ReLU())
+
+
+def test_gpt2_has_matrices():
+    """Its linear layers are another module's, with weights in x out."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=8))
+    groups = param_groups(model, rank=4)
+    names = {name for g in groups if g.get("algorithm") != "adamw" for name, _ in g["params"]}
+    assert names == {f"transformer.h.0.{x}.weight" for x in (
+        "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+
+
+class _Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Parameter(torch.zeros(4, 6, 8))
+        self.down = torch.nn.Parameter(torch.zeros(4, 8, 6))
+        self.token = torch.nn.Parameter(torch.zeros(1, 1, 8))
+        self.table = torch.nn.Embedding(5, 8)
+        self.norm = torch.nn.LayerNorm((6, 8))
+
+
+def test_matrices_of_strange_modules_are_pointed_out():
+    model = torch.nn.ModuleDict({"experts": _Experts(), "linear": torch.nn.Linear(8, 8)})
+    with pytest.warns(UserWarning, match=r"'experts.up' of a _Experts and 1 more may be matrices"):
+        param_groups(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        groups = param_groups(model, overrides={"*.up": {"rank": None},
+                                                "*experts.down": {"matricize": "batch"}})
+    taken = [[name for name, _ in g["params"]] for g in groups if g.get("matricize")]
+    assert taken == [["experts.down"]]

@@ -432,3 +432,28 @@ def test_what_gains_and_norms_refuse():
         limited_gains(x, x, x, torch.ones(3), more=1.0, eps=0.0)
     with pytest.raises(ValueError, match=r"x: expected \(\.\.\., m, n\), got shape \(3,\)"):
         row_norms(x[0])
+
+
+@pytest.mark.parametrize("way", ["highest", "high", "allow_tf32", "matmul", "all"])
+def test_fp32_products_follow_each_of_torchs_settings(way):
+    """The newer setting makes the older question an error."""
+    matmul = torch.backends.cuda.matmul
+    if way in ("matmul", "all") and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("since torch 2.9")
+    assert tiles.precision() == "ieee"
+    try:
+        if way == "allow_tf32":
+            matmul.allow_tf32 = True
+        elif way == "matmul":
+            matmul.fp32_precision = "tf32"
+        elif way == "all":
+            matmul.fp32_precision = "none"  # nothing of its own
+            torch.backends.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision(way)
+        assert tiles.precision() == ("ieee" if way == "highest" else "tf32")
+    finally:
+        if hasattr(torch.backends, "fp32_precision"):
+            torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+    assert tiles.precision() == "ieee"

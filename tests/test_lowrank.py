@@ -471,3 +471,69 @@ def test_a_gpu_finds_the_bases_of_a_cpu(monkeypatch):
         q = project.find(g, 8, "right", "subspace", start, (1, 2), 3)
         q = q * (q * expected).sum(-2, keepdim=True).sign()
         torch.testing.assert_close(q, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("residual", ["sign", "error_feedback", "fira", "none"])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_residuals_of_any_side_and_dtype_follow_fp32(residual, proj_type, dtype):
+    results = []
+    for kind in (torch.float32, dtype):
+        ps = [torch.nn.Parameter(torch.zeros(shape, dtype=kind)) for shape in ((8, 6), (6, 8))]
+        optimizer = GaLoreAdamW(ps, lr=1e-2, rank=2, proj_type=proj_type, residual=residual,
+                                rounding="nearest", scale=1.0, inner="momentum")
+        feed(ps, 0)
+        for p in ps:
+            p.grad = p.grad.to(dtype).to(kind)
+        optimizer.step()
+        results.append([p.detach().float() for p in ps])
+    for one, other in zip(*results, strict=True):  # but for a few signs of next to nothing
+        assert float(torch.cosine_similarity(one.flatten(), other.flatten(), dim=0)) > 0.95
+        assert float(one.norm() / other.norm()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("projection", ["dct", "subspace", "svd", "randomized"])
+@pytest.mark.parametrize("first", [0.0, torch.nan])
+def test_a_gradient_of_nothing_chooses_no_basis(projection, first):
+    """A layer above one that begins at zero has none at first: the next one is looked at."""
+    p, q = parameters([(12, 9)], 1)[0], parameters([(12, 9)], 1)[0]
+    make = {"lr": 1e-2, "rank": 3, "projection": projection, "update_proj_gap": 200,
+            "weight_decay": 0.0}
+    ours, fresh = GaLoreAdamW([p], **make), GaLoreAdamW([q], **make)
+    p.grad = torch.full_like(p, first)
+    ours.step()
+    assert int(ours.state[p]["basis_step"]) == 0
+    if first != 0:
+        return
+    assert torch.equal(p, q)
+    for x in (p, q):
+        feed([x], 3)
+    ours.step()
+    fresh.step()
+    assert int(ours.state[p]["basis_step"]) == 2
+    if projection in ("dct", "svd"):  # the others begin with random numbers of the step
+        name = next(k for k in ours.state[p] if k.startswith(("basis_r", "columns_")))
+        torch.testing.assert_close(ours.state[p][name], fresh.state[q][name], atol=1e-5, rtol=0)
+
+
+def test_random_bases_of_a_gpu_are_orthonormal_and_uniform():
+    """Without a look at what comes out; up to a square, whose columns are the most dependent."""
+    for shape in ((60, 8), (60, 30), (60, 60), (3, 200, 200), (1, 1)):
+        y = tensors([shape], 7)[0]
+        q = project._independent(y)
+        torch.testing.assert_close(q.mT @ q, torch.eye(shape[-1]).expand(*shape[:-2], -1, -1),
+                                   atol=3e-6, rtol=0)
+        triangle = q.mT @ y
+        assert bool((triangle.diagonal(dim1=-2, dim2=-1) > 0).all())
+        torch.testing.assert_close(triangle.tril(-1), torch.zeros_like(triangle), atol=1e-4,
+                                   rtol=0)
+
+
+def test_a_rank_that_no_group_takes_is_pointed_out():
+    (p,) = parameters([(12, 9)])
+    with pytest.warns(UserWarning, match=r"rank=8 is no group's: .* its own rank, 4"):
+        GaLoreAdamW([{"params": [p], "rank": 4}], rank=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GaLoreAdamW([{"params": [p], "rank": 4}])
+        GaLoreAdamW([{"params": [p]}], rank=8)
