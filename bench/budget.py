@@ -20,7 +20,7 @@ BITS = (32, 16, 8, 4)
 #: Optimizers that are tried; the others on the command line are these with other options.
 CANDIDATES = ("adamw", "galore", "dct-adamw", "fira", "apollo", "frugal", "gradnormlorp", "muon",
               "polargrad", "trion", "lora", "switchlora")
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 #: The constructor's parameters, where they are not param_groups(model, rank=...).
 _PARAMS = {
@@ -34,14 +34,14 @@ _CALLS = {"project": "; project_in_backward(optimizer)",
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``"24GiB"``, ``"24 GB"``, ``"800mb"`` or a number.
+    """Bytes of ``"24GiB"``, ``"24 GB"``, ``"800mb"``: with a unit, since 24 bytes are never meant.
 
     Raises:
         ValueError: it is none of these, or not above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", text)
     if not found or found[2].lower() not in _UNITS or not float(found[1]):
-        raise ValueError(f"{text!r} must be a size > 0 such as 24GiB or 24GB")
+        raise ValueError(f"{text!r} must be a size > 0 with its unit, such as 24GiB or 24GB")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import math
 import statistics
@@ -256,7 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _table(runs, best)
     if left:
         print(f"not done: {left}; the same command goes on")
-    if args.plot and best:
+    if args.plot and best and importlib.util.find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed")
+    elif args.plot and best:
         _plot(runs, best, args.plot)
     return 0
 

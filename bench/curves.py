@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["draw"]
+__all__ = ["check", "draw"]
+
+
+def check(parser: argparse.ArgumentParser, file: str | None) -> None:
+    """Refuse, before any work, a picture that could not be drawn in the end."""
+    if file and importlib.util.find_spec("matplotlib") is None:
+        parser.error(f"--plot {file!r} needs matplotlib: pip install 'lissom[bench]'")
 
 
 def draw(file: str, curves: Iterable[tuple[str, Sequence[float]]], *, window: int = 20,

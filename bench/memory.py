@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import budget, names, sources
+from . import budget, curves, names, sources
 from .estimate import IN_BACKWARD, RIVALS, activations, count, holdings, modes
 from .measure import measure
 from .shapes import MODELS
@@ -139,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
     parser = _parser()
     args = parser.parse_args(argv)
+    curves.check(parser, args.plot)
     args.command = names.command("memory", argv)
     try:
         if args.module:

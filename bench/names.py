@@ -146,9 +146,15 @@ def _table() -> dict[str, Option]:
     return {k: table[k] for k in sorted(own | {"state_bits"})}
 
 
+def _rank(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be an int >= 1")
+    return int(text)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of optimizers, spelled the same in every script."""
-    parser.add_argument("--rank", type=int, help="rank of projections; default: the paper's")
+    parser.add_argument("--rank", type=_rank, help="rank of projections; default: the paper's")
     for name, option in _table().items():
         parser.add_argument("--" + _SPELLED.get(name, name).replace("_", "-"), dest=name,
                             type=option.kind, help=option.rule)

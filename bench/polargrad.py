@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..optim import Muon, PolarGrad
+from . import curves
 
 __all__ = ["PROBLEMS", "main"]
 
@@ -242,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="PREFIX", help="PREFIX-PROBLEM.png for each problem")
     args = parser.parse_args(argv)
+    curves.check(parser, args.plot)
     rows = []
     for name in PROBLEMS if args.problem == "all" else [args.problem]:
         own = []

@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", required=True, help="rows, read and written")
     parser.add_argument("--plot", metavar="FILE.png", help="curves at the best rates")
     args = parser.parse_args(argv)
+    curves.check(parser, args.plot)
     chosen = args.methods.split(";")
     for name in chosen:
         if name not in METHODS:

@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="under torchrun: the batch is shared out among its ranks")
     parser.add_argument("--json", metavar="FILE", help="write a list with a row per optimizer")
     parser.add_argument("--plot", metavar="FILE.png", default="lissom-train.png",
-                        help="all curves in one picture (default lissom-train.png)")
+                        help="all curves in one picture (default lissom-train.png), '' for none")
     parser.add_argument("--save", metavar="FILE",
                         help="checkpoint at the end; FILE.NAME with several optimizers")
     parser.add_argument("--resume", metavar="FILE", help="go on from what --save wrote")
@@ -229,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                          "pip install 'lissom[bench]'") from None
     parser = _parser()
     args = parser.parse_args(argv)
+    curves.check(parser, args.plot)
     chosen = args.optimizers.split(",")
     known = [*names.OPTIMIZERS, *names.PEERS]
     for name in chosen:

@@ -123,7 +123,8 @@ def param_groups(
             elif weight_decay is not None:
                 chosen["weight_decay"] = weight_decay
             if not (is_matrix or is_norm or id(p) in heads or isinstance(module, _TABLES)
-                    or p.ndim < 2 or p.shape[0] == 1):  # of one row: a learnt token, say
+                    or p.ndim < 2 or p.shape[0] == 1  # of one row: a learnt token, say
+                    or "lora_" in name):  # a pair, of which adapter_groups knows
                 strange[name] = type(module).__name__
             for pattern, own in overrides.items():
                 if fnmatch.fnmatchcase(name, pattern):

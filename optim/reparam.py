@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from . import sharding
 from .codec import wide
@@ -166,6 +167,11 @@ class NormalizedLinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
+        # Autograd would keep some copies of V from here to the backward pass, which finds it anew.
+        y: Tensor = checkpoint(self._multiplied, x, use_reentrant=False, preserve_rng_state=False)
+        return y
+
+    def _multiplied(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.effective().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:

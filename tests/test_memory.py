@@ -216,8 +216,8 @@ def test_llama_7b_on_many_ranks(capsys):
 def test_sizes():
     assert budget.parse_size("24GiB") == 24 * 2**30
     assert budget.parse_size("1.5 gb") == 15 * 10**8
-    assert budget.parse_size("800") == 800
-    for text in ("", "24 apples", "-3GB", "0GiB", "GiB"):
+    assert budget.parse_size("800 B") == 800
+    for text in ("", "24", "24 apples", "-3GB", "0GiB", "GiB"):
         with pytest.raises(ValueError, match="must be a size"):
             budget.parse_size(text)
 
@@ -425,7 +425,7 @@ def test_refusals(tmp_path, capsys):
     for argv in (["--optimizers", "adam"], ["--ranks", "0"], ["--ranks", "two"], ["--batch", "0"],
                  ["--budget", "much"], ["--config", "absent"], ["--config", str(tmp_path)],
                  ["--module", "absent:factory"], ["--module", "tests.test_memory:absent"],
-                 ["--budget", "1GB", "--ranks", "1,2"],
+                 ["--budget", "1GB", "--ranks", "1,2"], ["--rank", "0"], ["--rank", "-3"],
                  ["--budget", "1GB", "--optimizers", "torch-adamw"], ["--steps", "1"]):
         with pytest.raises(SystemExit):
             memory.main(argv)

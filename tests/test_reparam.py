@@ -156,6 +156,26 @@ def test_normalized_gradients_are_exact(axis):
         assert (got.double() - want).norm() < 1e-6 * want.norm()
 
 
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_a_normalized_layer_keeps_nothing_of_its_weights_size(axis):
+    """From the forward to the backward pass: of LLaMA-7B it would be 49 GB."""
+    layer = NormalizedLinear(nn.Linear(64, 96), 4, 0.5, axis=axis)
+    kept = []
+    (x,) = tensors([(5, 64)], 2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t,
+                                                  lambda t: t):
+        y = layer(x.requires_grad_())
+    assert kept
+    assert all(shape.numel() <= x.numel() for shape in kept)
+    with torch.random.fork_rng():
+        before = torch.get_rng_state()
+        y.sum().backward()
+        assert torch.equal(before, torch.get_rng_state())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y.detach(), atol=0, rtol=0)
+    torch.testing.assert_close(x.grad, layer.effective().sum(0).expand_as(x).detach())
+
+
 def test_a_column_of_zeros_is_no_trap():
     linear = nn.Linear(6, 8)
     linear.weight.data[:, 2] = 0
