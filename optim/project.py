@@ -300,10 +300,12 @@ def find(
     """
     if g.numel() == 0:
         return None
-    largest = codec.wide(torch.linalg.vector_norm(g.detach(), torch.inf, (-2, -1), keepdim=True))
+    g = g.detach()
+    high, low = g.amax((-2, -1), keepdim=True), g.amin((-2, -1), keepdim=True)
+    largest = codec.wide(torch.maximum(high, -low))
     if not bool(largest.isfinite().all()) or not bool(largest.any()):
         return None
-    seen = Gradient(g.detach() if side == "right" else g.detach().mT, largest)
+    seen = Gradient(g if side == "right" else g.mT, largest)
 
     def noise(rows: int, columns: int) -> Tensor:
         drawn = gaussian((*seen.shape[:-2], rows, columns), key, stream, g)
