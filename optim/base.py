@@ -117,8 +117,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._measured: dict[int, dict[str, Tensor]] = {}
         # Next value of ``index``, of the own rule and of AdamW; None is to be counted.
         self._next_index: list[int] | None = None
-        # Options of each group when a step last checked them.
-        self._seen: list[dict[str, Any]] = []
+        # Options of each group, by its id, when they were last checked.
+        self._seen: dict[int, dict[str, Any]] = {}
         # Every ``key`` in the state, counted with it.
         self._keys: set[int] = set()
         super().__init__(params, defaults | values)
@@ -574,7 +574,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
         gradient = _given if self._backward is None else self._backward.gradient
         plain = {id(group): numbers(group) for group in self.param_groups}
-        self._check_changed([*plain.values()])
+        for group in self.param_groups:
+            self._check_changed(group)
         work = [Work(name, p, g, plain[id(o)]) for name, p, o in self._named()
                 if (g := gradient(p)) is not None]
         for name, p, g, _ in work:
@@ -587,22 +588,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
             return []
         return work
 
-    def _check_changed(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def _check_changed(self, group: Mapping[str, Any]) -> None:
         """Check options that were changed in a group since the last step.
 
         Not the rate, which schedulers change at every step and torch takes as it is.
-
-        Args:
-            groups: all, as :func:`numbers` gives them.
         """
-        self._seen += [{} for _ in groups[len(self._seen):]]
-        table = self.table()
-        for i, (o, last) in enumerate(zip(groups, self._seen, strict=False)):
-            changed = {k: v for k, v in o.items() if v is not last.get(k) and k in table
-                       and k != "lr" and not isinstance(v, Tensor)}
-            if changed:
-                checked(changed, table, f"{type(self).__name__} group {i}")
-                last.update(changed)
+        table, last = self.table(), self._seen.setdefault(id(group), {})
+        changed = {k: v for k, v in group.items() if v is not last.get(k) and k in table
+                   and k != "lr" and not isinstance(v, Tensor)}
+        if changed:
+            number = next(i for i, x in enumerate(self.param_groups) if x is group)
+            checked({k: v.item() if hasattr(v, "item") else v for k, v in changed.items()}, table,
+                    f"{type(self).__name__} group {number}")
+            last.update(changed)
 
     @property
     def skipped_steps(self) -> int:
@@ -687,7 +685,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._forms = {}
         self._layouts = {}
         self._measured = {}
-        self._seen = []
+        self._seen = {}
         self._next_index = None
 
     def __getstate__(self) -> dict[str, Any]:

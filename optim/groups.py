@@ -13,6 +13,8 @@ from .options import nearest
 
 __all__ = ["output_heads", "param_groups"]
 
+# Parts of names of parameters of two and more dimensions that are tables or pairs.
+_NO_MATRICES = ("lora_", "pos_embed", "position", "rel_pos", "A_log")
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
                  nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -122,9 +124,9 @@ def param_groups(
                 chosen["weight_decay"] = 0.0
             elif weight_decay is not None:
                 chosen["weight_decay"] = weight_decay
+            # Of one row or column it is a learnt token or a scale; adapter_groups knows of pairs.
             if not (is_matrix or is_norm or id(p) in heads or isinstance(module, _TABLES)
-                    or p.ndim < 2 or p.shape[0] == 1  # of one row: a learnt token, say
-                    or "lora_" in name):  # a pair, of which adapter_groups knows
+                    or sum(x > 1 for x in p.shape) < 2 or any(x in name for x in _NO_MATRICES)):
                 strange[name] = type(module).__name__
             for pattern, own in overrides.items():
                 if fnmatch.fnmatchcase(name, pattern):

@@ -110,6 +110,7 @@ class InBackward:
         assert self.knows(p)
         name, o = self._places[p]
         optimizer = self.optimizer
+        optimizer._check_changed(o)
         if optimizer._forms.get(p) != optimizer._form(p, optimizer._structure(o)):
             optimizer._sync_state()
         return name, o

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from . import sharding
 from .codec import wide
@@ -158,24 +157,74 @@ class NormalizedLinear(LoRALinear):
 
     def effective(self) -> Tensor:
         """V mu / c."""
-        v = super().effective()
-        c = self._norms(v)
-        alive = c > 0
-        mu = self.magnitude.view(c.shape)
-        # where twice: the gradient of 1 / c must not be seen where c is zero
-        return v * torch.where(alive, mu / torch.where(alive, c, 1.0), 0.0)
+        return _normalized(*self._factors(), self.scaling, self.axis)[0]
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.weight, self.lora_A, self.lora_B, self.magnitude
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
-        # Autograd would keep some copies of V from here to the backward pass, which finds it anew.
-        y: Tensor = checkpoint(self._multiplied, x, use_reentrant=False, preserve_rng_state=False)
+        y: Tensor = _NormalizedProduct.apply(  # type: ignore[no-untyped-call]
+            x, *self._factors(), self.bias, self.scaling, self.axis)
         return y
-
-    def _multiplied(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.effective().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, axis={self.axis}"
+
+
+def _normalized(w: Tensor, a: Tensor, b: Tensor, mu: Tensor, scaling: float, axis: str
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """V mu / c, V, mu / c and 1 / c, the last two zero where c is; not in 16 bits."""
+    with torch.autocast("cpu" if w.is_meta else w.device.type, enabled=False):
+        delta = wide(b) @ wide(a)
+    v = torch.add(w.to(delta.dtype), delta, alpha=scaling)
+    c = torch.linalg.vector_norm(v, dim=0 if axis == "input" else 1, keepdim=True)
+    # where twice: the gradient of 1 / c must not be seen where c is zero
+    alive = c > 0
+    inverse = torch.where(alive, 1 / torch.where(alive, c, 1.0), 0.0)
+    factor = mu.to(v.dtype).view(c.shape) * inverse
+    return v * factor, v, factor, inverse
+
+
+class _NormalizedProduct(torch.autograd.Function):
+    """y = (V mu / c) x + bias, whose backward pass finds V anew: autograd would keep copies of it.
+
+    With the gradient G of the weight, f = mu / c and S, the sum of V o G along the axis:
+    dmu = S / c and dV = f G - f / c^2 S V.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, a: Tensor, b: Tensor, mu: Tensor, bias: Tensor | None,
+                scaling: float, axis: str) -> Tensor:
+        return functional.linear(x, _normalized(w, a, b, mu, scaling, axis)[0].to(x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, bias, ctx.scaling, ctx.axis = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,) = grads
+        x, w, a, b, mu = ctx.saved_tensors
+        weight, v, factor, inverse = _normalized(w, a, b, mu, ctx.scaling, ctx.axis)
+        needed = ctx.needs_input_grad
+        dx = (dy @ weight.to(dy.dtype)).to(x.dtype) if needed[0] else None
+        del weight
+        dy, x = (t.reshape(-1, t.shape[-1]) for t in (dy, x.to(dy.dtype)))
+        dbias = dy.sum(0).to(ctx.bias_dtype) if needed[5] else None
+        if not any(needed[1:5]):
+            return dx, None, None, None, None, dbias, None, None
+        g = (dy.mT @ x).to(v.dtype)
+        slope = (g * v).sum(0 if ctx.axis == "input" else 1, keepdim=True)
+        dv = g * factor - v * (factor * inverse.square() * slope)
+        return (dx, dv.to(w.dtype) if needed[1] else None,
+                (ctx.scaling * (wide(b).mT @ dv)).to(a.dtype),
+                (ctx.scaling * (dv @ wide(a).mT)).to(b.dtype),
+                (slope * inverse).view(mu.shape).to(mu.dtype), dbias, None, None)
 
 
 # -------------------------------------------------------------------- putting in, taking out

@@ -259,8 +259,8 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         # The counts are on the host: their three numbers for a vector go to the device at once.
         sent = torch.stack([1 - beta1**k, (1 - beta2**k).sqrt(), resting.double()])
         if g.device.type == "cuda":
-            sent = sent.pin_memory().to(g.device, non_blocking=True)
-        first, second, frozen = (x.view(shape) for x in sent)
+            sent = sent.pin_memory()
+        first, second, frozen = (x.view(shape) for x in sent.to(g.device, non_blocking=True))
         frozen = frozen > 0
         g = representable(codec.wide(g), o["state_bits"]).masked_fill(frozen, 0.0)
         first, second = first.to(g), second.to(g)

@@ -805,3 +805,26 @@ def test_gradient_bytes_of_60m():
             assert row["gradient_bytes"] <= share * whole
             # one gradient and what a refresh takes beside it
             assert row["backward_bytes"] <= 0.1 * whole
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "betas", "update_proj_gap"])
+@pytest.mark.parametrize("handle", [project_in_backward, update_in_backward])
+def test_a_bad_option_stops_before_the_hook_writes(handle, name):
+    ps = parameters([(8, 6), (6, 8)])
+    optimizer = GaLoreAdamW(ps, lr=1e-2, rank=2)
+    with handle(optimizer):
+        sum(p.square().sum() for p in ps).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        group = optimizer.param_groups[0]
+        old = group[name]
+        group[name] = {"weight_decay": -5.0, "betas": (0.9, 1.5), "update_proj_gap": 0}[name]
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=name):
+            sum(p.square().sum() for p in ps).backward()
+        assert_same(before, snapshot(optimizer))
+        group[name] = old
+        optimizer.zero_grad()
+        sum(p.square().sum() for p in ps).backward()
+        optimizer.step()
+        assert int(optimizer.state[ps[0]]["step"]) == 2

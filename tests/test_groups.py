@@ -106,6 +106,8 @@ class _Experts(torch.nn.Module):
         self.up = torch.nn.Parameter(torch.zeros(4, 6, 8))
         self.down = torch.nn.Parameter(torch.zeros(4, 8, 6))
         self.token = torch.nn.Parameter(torch.zeros(1, 1, 8))
+        self.scale = torch.nn.Parameter(torch.zeros(8, 1, 1))
+        self.relative_position_bias_table = torch.nn.Parameter(torch.zeros(9, 2))
         self.table = torch.nn.Embedding(5, 8)
         self.norm = torch.nn.LayerNorm((6, 8))
 

@@ -160,20 +160,62 @@ def test_normalized_gradients_are_exact(axis):
 def test_a_normalized_layer_keeps_nothing_of_its_weights_size(axis):
     """From the forward to the backward pass: of LLaMA-7B it would be 49 GB."""
     layer = NormalizedLinear(nn.Linear(64, 96), 4, 0.5, axis=axis)
-    kept = []
+    kept, own = [], {p.data_ptr() for p in layer.parameters()}
     (x,) = tensors([(5, 64)], 2)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t,
-                                                  lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x.requires_grad_())
-    assert kept
-    assert all(shape.numel() <= x.numel() for shape in kept)
+    fresh = [t for t in kept if t.data_ptr() not in own]
+    assert fresh
+    assert all(t.numel() <= x.numel() for t in fresh)
     with torch.random.fork_rng():
         before = torch.get_rng_state()
         y.sum().backward()
         assert torch.equal(before, torch.get_rng_state())
+    assert layer.lora_A.grad is not None
     with torch.no_grad():
         torch.testing.assert_close(layer(x), y.detach(), atol=0, rtol=0)
     torch.testing.assert_close(x.grad, layer.effective().sum(0).expand_as(x).detach())
+
+
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_a_normalized_layer_is_a_function_of_its_tensors(axis):
+    """Gradients of gradients, of other tensors in its place, and under torch.func and autocast."""
+    layer = NormalizedLinear(nn.Linear(5, 4), 2, 0.5, axis=axis).double()
+    names = ("lora_A", "lora_B", "magnitude", "bias")
+    shapes = [dict(layer.named_parameters())[k].shape for k in names]
+    given = [t.double().requires_grad_() for t in tensors([*shapes, (3, 5)], 7)]
+
+    def call(*tensors_):
+        *rest, x = tensors_
+        return torch.func.functional_call(layer, dict(zip(names, rest, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, given)
+    assert torch.autograd.gradgradcheck(call, given)
+    expected = torch.autograd.grad(call(*given).square().sum(), given)
+    for got, want in zip(torch.func.grad(lambda *t: call(*t).square().sum(), tuple(range(5)))(
+            *given), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    rows = torch.func.vmap(lambda x: call(*given[:-1], x))(given[-1])
+    torch.testing.assert_close(rows, call(*given))
+    torch.testing.assert_close(layer(given[-1][0]), layer(given[-1])[0])
+    y = layer(given[-1])
+    with torch.no_grad():
+        layer.lora_A.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    layer = layer.float()
+    with torch.no_grad():
+        layer.lora_A.copy_(given[0])
+        layer.lora_B.copy_(given[1])
+    results = []
+    for enabled in (False, True):
+        x = given[-1].detach().float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(x)
+        assert y.dtype == (torch.bfloat16 if enabled else torch.float32)
+        results.append(torch.autograd.grad(y.float().square().sum(), [x, layer.lora_B]))
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() < 0.05 * one.norm()
 
 
 def test_a_column_of_zeros_is_no_trap():
