@@ -35,7 +35,7 @@ class Quotient(NamedTuple):
     factor: Any  # a number, or a 0-d tensor where t is one
 
 
-def representable(g: Tensor, state_bits: int, terms: int = 1) -> Tensor:
+def representable(g: Tensor, state_bits: int = 32, terms: int = 1) -> Tensor:
     """g, its finite entries brought to where sums of ``terms`` squares are finite in the state too.
 
     Adam's direction depends on the ratio of g to the root of its mean square, so an entry of
