@@ -10,7 +10,7 @@ from lissom.kernels import _triton
 from lissom.optim import project
 
 from .cases import CASES, first_of_each_class
-from .helpers import run
+from .helpers import run, tensors
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or _triton.INTERPRETED, reason="no CUDA device")
@@ -50,6 +50,29 @@ def test_a_gpu_trains_as_the_cpu(case, kind, monkeypatch):
         apart = (a.detach().double() - b.detach().double().cpu()).abs()
         assert apart.max() <= 6 * 1e-2 * 2
         assert apart.mean() <= (1e-3 if kind == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(512, 384), (384, 512), (2, 257, 129)])
+@pytest.mark.parametrize("projection", ["subspace", "randomized"])
+def test_a_gpu_finds_bases_as_good_as_a_cpus(projection, shape, kind):
+    """Orthonormal, and warm from the same start the same; with the products that bf16 has there."""
+    u, v = (torch.linalg.qr(x).Q for x in tensors(
+        [(*shape[:-2], n, min(shape[-2:])) for n in shape[-2:]], 2))
+    g = (u * torch.logspace(0, -2, u.shape[-1]) @ v.mT).to(kind)
+    side = "right" if shape[-2] >= shape[-1] else "left"
+    old = project.find(g, 32, side, "svd", None, (0, 0), 1)
+    expected = project.find(g, 32, side, projection, old, (0, 0), 2)
+    got = project.find(g.cuda(), 32, side, projection, old.cuda(), (0, 0), 2).cpu()
+    torch.testing.assert_close(got.mT @ got, torch.eye(32).expand_as(got.mT @ got), atol=1e-5,
+                               rtol=0)
+    if projection == "subspace":
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+    low = [(g.float() @ q if side == "right" else g.float().mT @ q).norm()
+           for q in (got, expected)]
+    assert float(low[0] / low[1]) == pytest.approx(1, abs=1e-4)
+    drawn = project.random_basis(384, 96, (2,), (1, 2), 3, g.cuda().float()).cpu()
+    torch.testing.assert_close(drawn.mT @ drawn, torch.eye(96).expand(2, 96, 96), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", first_of_each_class(), ids=lambda c: c.name)
