@@ -148,7 +148,7 @@ def _over(q: Tensor, factor: Tensor) -> Tensor:
 
 
 def _independent(y: Tensor) -> Tensor:
-    """The same for independent normal entries, without a look at what comes out.
+    """Q of independent normal entries, by two such divisions, without a look at what comes out.
 
     The singular values of n x r of them are within sqrt(n) +- sqrt(r) (Davidson and Szarek, 2001,
     Theorem II.13), so that fp32 is enough up to r = n / 2. Those of a square lie as near to zero as

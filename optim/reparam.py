@@ -102,8 +102,7 @@ class LoRALinear(nn.Module):
 
     def effective(self) -> Tensor:
         """The weight of the layer as it is now, in the arithmetic's precision."""
-        delta = wide(self.lora_B) @ wide(self.lora_A)
-        return torch.add(self.weight.to(delta.dtype), delta, alpha=self.scaling)
+        return _summed(self.weight, self.lora_A, self.lora_B, self.scaling)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -142,18 +141,13 @@ class NormalizedLinear(LoRALinear):
             raise ValueError(f"NormalizedLinear: axis={axis!r}, but it must be one of 'input', "
                              "'output'")
         self.axis = axis
-        self.magnitude = nn.Parameter(self._norms(self.weight.detach()).flatten().to(
+        self.magnitude = nn.Parameter(_norms(self.weight.detach(), axis).flatten().to(
             self.lora_A.dtype))
-
-    def _norms(self, v: Tensor) -> Tensor:
-        dim = 0 if self.axis == "input" else 1
-        c: Tensor = torch.linalg.vector_norm(wide(v), dim=dim, keepdim=True)
-        return c
 
     @torch.no_grad()
     def renorm(self) -> None:
         """Mu <- c: the layer's weight is V."""
-        self.magnitude.copy_(self._norms(super().effective()).flatten())
+        self.magnitude.copy_(_norms(super().effective(), self.axis).flatten())
 
     def effective(self) -> Tensor:
         """V mu / c."""
@@ -172,13 +166,24 @@ class NormalizedLinear(LoRALinear):
         return f"{super().extra_repr()}, axis={self.axis}"
 
 
+def _summed(w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """V, in the arithmetic's precision under autocast too."""
+    with torch.autocast("cpu" if w.is_meta else w.device.type, enabled=False):
+        delta = wide(b) @ wide(a)
+    return torch.add(w.to(delta.dtype), delta, alpha=scaling)
+
+
+def _norms(v: Tensor, axis: str) -> Tensor:
+    """The norms c, as a row or a column."""
+    c: Tensor = torch.linalg.vector_norm(wide(v), dim=0 if axis == "input" else 1, keepdim=True)
+    return c
+
+
 def _normalized(w: Tensor, a: Tensor, b: Tensor, mu: Tensor, scaling: float, axis: str
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """V mu / c, V, mu / c and 1 / c, the last two zero where c is; not in 16 bits."""
-    with torch.autocast("cpu" if w.is_meta else w.device.type, enabled=False):
-        delta = wide(b) @ wide(a)
-    v = torch.add(w.to(delta.dtype), delta, alpha=scaling)
-    c = torch.linalg.vector_norm(v, dim=0 if axis == "input" else 1, keepdim=True)
+    v = _summed(w, a, b, scaling)
+    c = _norms(v, axis)
     # where twice: the gradient of 1 / c must not be seen where c is zero
     alive = c > 0
     inverse = torch.where(alive, 1 / torch.where(alive, c, 1.0), 0.0)

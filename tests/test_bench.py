@@ -320,3 +320,11 @@ def test_units_apart():
     assert flips.units_apart(a, b.to(torch.int16).view(torch.bfloat16)).tolist() == [1, 2, 0, 3, 0]
     assert flips.units_apart(torch.tensor([2.0**-133], dtype=torch.bfloat16),
                              torch.tensor([-(2.0**-133)], dtype=torch.bfloat16)).tolist() == [2]
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for script in (train, memory):
+        with pytest.raises(SystemExit):
+            script.main(["--plot", "curves.png"])
+        assert "needs matplotlib: pip install 'lissom[bench]'" in capsys.readouterr().err
