@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import codec, sharding
 from .apply import Update, negated
-from .base import MatrixOptimizer, Work, numbers, spoilt
+from .base import MatrixOptimizer, numbers, spoilt
+from .batches import Work
 from .checks import check_gradient
 from .codec import Slot, State
 from .hooks import InBackward, checked_optimizer, clip, forget_scaler, norm_limit

@@ -1,20 +1,22 @@
-"""Which parameters of a step are updated together, and how many at once."""
+"""Which parameters of a step are updated together, how many at once, and as what."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import sharding
+from ..kernels.apart import Apart
+from . import codec, sharding
 from .inner import by_kernel
+from .sharding import Rows
 
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
 
-__all__ = ["Work", "windows"]
+__all__ = ["Work", "operands", "windows"]
 
 # Elements of all parameters whose updates wait together, or as many as the largest of them has:
 # batches are worth a fifth of Muon's step on LLaMA-60M, and their temporaries stay below 150 MiB.
@@ -62,6 +64,29 @@ def windows(optimizer: MatrixOptimizer, work: Sequence[Work]) -> Iterator[list[l
         held += size
     if window:
         yield window
+
+
+def operands(batch: Sequence[Work], states: Sequence[Mapping[str, Tensor]], rows: Rows | None
+             ) -> tuple[Any, Any, Mapping[str, Tensor]]:
+    """Parameter, gradient and state on which one update works.
+
+    Args:
+        batch: one parameter, or several that are alike.
+        states: of each.
+        rows: of a sharded parameter those that are updated where they are; None for all of it,
+            which then is gathered.
+
+    Returns:
+        Plain tensors, or of several :class:`lissom.kernels.apart.Apart`.
+    """
+    p, g, state = batch[0].p, batch[0].g, states[0]
+    if len(batch) > 1:
+        return (Apart([sharding.local(w.p) for w in batch]),
+                Apart([sharding.local(w.g) for w in batch]), codec.Together(states))
+    if not sharding.is_sharded(p):
+        return p, g, state
+    place = sharding.whole if rows is None else sharding.local
+    return place(p), place(g), {name: place(x) for name, x in state.items()}
 
 
 def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[bool], most: int

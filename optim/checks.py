@@ -1,8 +1,7 @@
-"""Checks of parameters and gradients, and of torch's switches that must be off here."""
+"""Checks of parameters and gradients, and of a step inside a CUDA graph."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,24 +9,7 @@ from torch import Tensor
 
 from .sharding import is_sharded
 
-__all__ = ["TORCH_ONLY", "check_capturable", "check_capture", "check_gradient", "check_parameter",
-           "refuse_torch_only"]
-
-#: Options of torch.optim.AdamW about how it runs, which change no result.
-TORCH_ONLY = {"foreach", "fused", "differentiable", "decoupled_weight_decay"}
-
-
-def refuse_torch_only(given: Mapping[str, Any], where: str) -> None:
-    """Torch's switches about how a step runs are taken where they ask for nothing else."""
-    if given.get("differentiable"):
-        raise ValueError(f"{where}: differentiable={given['differentiable']!r}, but it must be "
-                         "False: this step is not differentiated through")
-    if not given.get("decoupled_weight_decay", True):
-        raise ValueError(f"{where}: decoupled_weight_decay=False, but it must be True: "
-                         "decay is decoupled")
-    for name in ("foreach", "fused"):
-        if not isinstance(given.get(name), (bool, type(None))):
-            raise TypeError(f"{where}: {name}={given[name]!r}, but it must be None, True or False")
+__all__ = ["check_capture", "check_gradient", "check_parameter"]
 
 
 def check_parameter(p: Any, name: str, where: str) -> None:
@@ -61,41 +43,6 @@ def check_gradient(p: Tensor, g: Tensor, name: str) -> None:
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, torch.Size) else value
-
-
-def check_capturable(o: Mapping[str, Any], params: list[Tensor], able: str | None, where: str
-                     ) -> None:
-    """What a step in a CUDA graph needs: nothing of it is decided or counted on the host.
-
-    Args:
-        o: all options of a group with ``capturable=True``, and its ``param_names`` or None.
-        params: its parameters.
-        able: why the class cannot, or None.
-        where: beginning of a message.
-
-    Raises:
-        ValueError: what the group has that a graph would freeze.
-    """
-    names = o["param_names"] or [f"parameter {i}" for i in range(len(params))]
-    sharded = [name for name, p in zip(names, params, strict=False) if is_sharded(p)]
-    reason = able
-    if reason is None and o["nonfinite"] != "propagate":
-        reason = f"nonfinite={o['nonfinite']!r} looks at the gradients on the host"
-    if reason is None and sharded:
-        reason = f"{sharded[0]} is sharded, and what its ranks exchange is decided on the host"
-    if reason is not None:
-        raise ValueError(f"{where}: capturable=True, but it must be False: {reason}; capture "
-                         "forward and backward, and call step() outside the graph")
-    lr = o["lr"]
-    if not isinstance(lr, Tensor):
-        return
-    elsewhere = [f"{name} on {p.device}" for name, p in zip(names, params, strict=False)
-                 if p.device != lr.device]
-    if lr.shape != () or lr.dtype not in (torch.float32, torch.float64) or elsewhere:
-        beside = f", beside {elsewhere[0]}" if elsewhere else ""
-        raise ValueError(f"{where}: lr is a tensor of shape {tuple(lr.shape)}, {lr.dtype}, on "
-                         f"{lr.device}{beside}, but it must be 0-d, fp32 or float64 and on the "
-                         "device of the parameters")
 
 
 def check_capture(groups: list[dict[str, Any]], where: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from .loading import FORMAT
 from .options import Option, boolean, choice, fractions, integer, optional, real
 
-__all__ = ["ADAMW_PART", "BOOKKEEPING", "COMMON", "FOREIGN", "LAYOUT", "AdamWPart",
+__all__ = ["ADAMW_PART", "BOOKKEEPING", "COMMON", "FOREIGN", "FORMAT", "LAYOUT", "AdamWPart",
            "CommonOptions"]
+
+#: Version of the state dict, kept in every group.
+FORMAT = 1
 
 #: Options of every class.
 COMMON: dict[str, Option] = {

@@ -43,6 +43,8 @@ from . import codec, sharding
 from .base import MatrixOptimizer
 from .codec import Slot
 from .common import COMMON
+from .door import checked_group
+from .layouts import slots_of
 from .loading import saved_groups
 from .lowrank import LowRankOptimizer
 from .plan import aligned
@@ -231,13 +233,13 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
     elif rule not in (own, "adamw"):
         return _Old({k: values[k] for k in _NUMBERS if k in values}, None)
     options |= {k: v for k, v in group.items() if k in table and k != "algorithm"}
-    full = optimizer.checked_group({**options, "params": []}, at, entering=False)
+    full = checked_group(optimizer, {**options, "params": []}, at, entering=False)
     dense = optimizer._reason(p, full) is not None
     rule = "adamw" if dense else rule
     for name, slot in optimizer.stored_slots(p, full).items():
         if slot.dtype in _CODES and name in values and values[name].shape != slot.shape:
             return _Old({k: values[k] for k in _NUMBERS if k in values}, f"{rule} of another shape")
-    slots = optimizer._logical(p, full)
+    slots = slots_of(optimizer, p, full)
     seen = codec.Decoded(values, slots, p)
     decoded: dict[str, Tensor] = {}
     for name, slot in slots.items():
@@ -340,7 +342,7 @@ def _projected(entry: Mapping[str, Any], group: Mapping[str, Any], at: str) -> _
 def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any], at: str
             ) -> tuple[dict[str, Tensor] | None, str]:
     """The state in this optimizer's slots and how, or None and why it begins anew."""
-    slots = optimizer._logical(p, o)
+    slots = slots_of(optimizer, p, o)
     values = dict(old.values)
     low = "basis_step" in slots
     rule = "adamw" if optimizer._reason(p, o) is not None else optimizer.algorithm

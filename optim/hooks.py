@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from . import sharding
 from .apply import Update
-from .base import MatrixOptimizer, Work
+from .base import MatrixOptimizer
+from .batches import Work
 from .codec import Slot, State
 
 __all__ = ["InBackward", "checked_optimizer", "clip", "forget_scaler", "norm_limit"]
@@ -78,7 +79,7 @@ class InBackward:
 
     def _changed(self) -> None:
         """The slots of every parameter may be others now."""
-        self.optimizer._forms.clear()
+        self.optimizer._layouts.forget()
         self.optimizer._sync_state()
 
     # ---------------------------------------------------------------- hooks
@@ -111,7 +112,7 @@ class InBackward:
         name, o = self._places[p]
         optimizer = self.optimizer
         optimizer._check_changed(o)
-        if optimizer._forms.get(p) != optimizer._form(p, optimizer._structure(o)):
+        if optimizer._layouts.stale(p, o):
             optimizer._sync_state()
         return name, o
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from . import sharding
+from .common import BOOKKEEPING, COMMON, LAYOUT
+from .door import checked_group
 
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
 
-__all__ = ["FORMAT", "UPGRADES", "REMEDY", "agreed_load", "checked_load", "checked_state",
+__all__ = ["UPGRADES", "REMEDY", "agreed_load", "checked_load", "checked_state",
            "overruled", "saved_groups"]
 
-#: Version of the state dict, kept in every group.
-FORMAT = 1
 #: How a state dict of an older format becomes one of the next: {format: function}, new dicts each.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 #: For messages about a state that is whole but of something else.
@@ -66,8 +66,8 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
                              f"has {optimizer.algorithm!r} ({REMEDY})")
         if not ours and "nonfinite" in options:
             raise ValueError(f"{at}: has options of lissom's but no format")
-        merged = optimizer.checked_group({**mine, **options, "params": mine["params"]}, at,
-                                     entering=False, foreign=mine)
+        merged = checked_group(optimizer, {**mine, **options, "params": mine["params"]}, at,
+                               entering=False, foreign=mine)
         groups.append(merged)
         names = merged.get("param_names") or [
             f"parameter {j}" for j in range(len(mine["params"]))]
@@ -162,9 +162,12 @@ def overruled(optimizer: MatrixOptimizer, groups: list[dict[str, Any]]) -> str:
     Returns:
         ``"rank=4 (group 0: 8)"`` and so on, the saved values first; empty where there are none.
     """
+    # Those that say what the state is or how it is found, not how fast weights move.
+    structural = [k for k, x in optimizer.table().items() if x.kind not in (float, tuple)
+                  and k not in BOOKKEEPING and (k not in COMMON or k in LAYOUT)]
     found: dict[str, None] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        for name in optimizer.structural():
+        for name in structural:
             if group[name] != mine[name]:
                 found[f"{name}={group[name]!r} (group {i}: {mine[name]!r})"] = None
     return ", ".join(found)

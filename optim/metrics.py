@@ -17,7 +17,8 @@ from torch import Tensor
 from . import codec, sharding
 
 if TYPE_CHECKING:
-    from .base import MatrixOptimizer, Work
+    from .base import MatrixOptimizer
+    from .batches import Work
 
 __all__ = ["Before", "after", "before", "energy", "metrics_of"]
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Plan", "Row", "aligned"]
+if TYPE_CHECKING:
+    from .base import MatrixOptimizer
+
+__all__ = ["Plan", "Row", "aligned", "plan_of"]
 
 
 def aligned(lines: Sequence[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
@@ -82,3 +86,20 @@ class Plan:
         lines.append(f"{self.matrices} by the class's own rule, {self.dense} by AdamW, "
                      f"{self.state_bytes:,} bytes of state")
         return "\n".join(lines)
+
+
+def plan_of(optimizer: MatrixOptimizer) -> Plan:
+    """See :meth:`lissom.optim.base.MatrixOptimizer.plan`."""
+    rows = []
+    for name, p, o in optimizer._named():
+        reason = optimizer._reason(p, o)
+        rule, rank, side = "adamw", None, ""
+        if reason is None:
+            rule = optimizer.algorithm
+            rank, side, reason = optimizer.describe(p, o)
+        held = p in optimizer.state
+        if not held:
+            reason = f"{reason}; frozen: no state until it has a gradient"
+        size = sum(x.nbytes for x in optimizer.stored_slots(p, o).values()) if held else 0
+        rows.append(Row(name, tuple(p.shape), rule, rank, side, size, reason))
+    return Plan(tuple(rows))

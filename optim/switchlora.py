@@ -13,7 +13,8 @@ from typing_extensions import Unpack
 
 from . import codec, project, sharding
 from .apply import Update
-from .base import MatrixOptimizer, PartialStepError, Work
+from .base import MatrixOptimizer, PartialStepError
+from .batches import Work
 from .codec import Slot, State
 from .common import AdamWPart
 from .inner import adam_slots, averages, representable

@@ -22,6 +22,7 @@ from lissom.optim import (
     convert_state,
     loading,
 )
+from lissom.optim.layouts import slots_of
 
 from .helpers import assert_same, named, parameters, run, snapshot
 
@@ -57,7 +58,7 @@ def moved(old, ps, cls, names=None, **options):
 def wide(optimizer, p, name):
     """A moment, decoded."""
     o = next(group for _, q, group in optimizer._named() if q is p)
-    return codec.Decoded(optimizer.state[p], optimizer._logical(p, o), p)[name].clone()
+    return codec.Decoded(optimizer.state[p], slots_of(optimizer, p, o), p)[name].clone()
 
 
 def test_nothing_changes_where_nothing_changed():

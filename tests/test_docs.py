@@ -26,8 +26,8 @@ import torch.distributed as dist
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import Shape
 from lissom.optim.base import MatrixOptimizer
-from lissom.optim.checks import TORCH_ONLY
 from lissom.optim.common import ADAMW_PART, BOOKKEEPING
+from lissom.optim.door import TORCH_ONLY
 from torch.nn import functional
 
 from .helpers import TOKENS, tiny_llama, tune

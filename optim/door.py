@@ -1,0 +1,174 @@
+"""The one door for options: of a constructor, a new group, a saved one, a group edited in place.
+
+Everything is checked before anything changes. A message gives the place, the option, the value that
+came and the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .common import ADAMW_PART, BOOKKEEPING, FOREIGN, FORMAT
+from .options import checked, nearest
+from .sharding import is_sharded
+
+if TYPE_CHECKING:
+    from .base import MatrixOptimizer
+    from .method import Method
+
+__all__ = ["TORCH_ONLY", "changed_options", "checked_group", "constructor_options"]
+
+#: Options of torch.optim.AdamW about how it runs, which change no result.
+TORCH_ONLY = {"foreach", "fused", "differentiable", "decoupled_weight_decay"}
+
+
+def constructor_options(cls: type[Method], given: Mapping[str, Any]
+                        ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a constructor was given, checked.
+
+    Args:
+        cls: of the optimizer.
+        given: options of its table, of AdamW's part (``lr_adamw`` and so on) and of torch about how
+            a step runs.
+
+    Returns:
+        The defaults of all groups, and the options in which parameters that get AdamW differ.
+    """
+    table, where = cls.table(), f"{cls.__name__}()"
+    _refuse_torch_only(given, where)
+    dense = {k: v for k, v in given.items() if k in ADAMW_PART}
+    known = {k: v for k, v in given.items() if k not in TORCH_ONLY and k not in dense}
+    for name in known:
+        if name not in table or name in BOOKKEEPING:
+            options = sorted({*table, *ADAMW_PART} - BOOKKEEPING.keys())
+            raise TypeError(f"{where}: unexpected option {name!r}={known[name]!r}"
+                            f"{nearest(name, options)}; known are {', '.join(options)}")
+    defaults = {name: option.default for name, option in table.items()}
+    return defaults | checked(known, table, where), {
+        ADAMW_PART[k]: table[ADAMW_PART[k]].check(k, v, where)
+        for k, v in dense.items() if v is not None}
+
+
+def checked_group(optimizer: MatrixOptimizer, group: Mapping[str, Any], where: str, *,
+                  entering: bool = True, foreign: Iterable[str] = ()) -> dict[str, Any]:
+    """A copy of a group with every option present and checked.
+
+    Args:
+        optimizer: whose group it is or is to be.
+        group: options, ``params`` and what others keep in it.
+        where: beginning of a message.
+        entering: the group is new, not saved.
+        foreign: keys beside the known foreign ones that are passed on as they are.
+    """
+    table = optimizer.table()
+    others = {"params", *FOREIGN, *foreign} - table.keys()
+    given: dict[str, Any] = {}
+    if entering:
+        _refuse_torch_only(group, where)
+    for name, value in group.items():
+        if name in others or name in TORCH_ONLY:
+            continue
+        if name == "rank" and "rank" not in table:
+            continue  # from param_groups(): this rule has whole matrices
+        name = optimizer.spellings.get(name, name)
+        if name == "use_muon" and isinstance(value, bool):  # Keller Jordan's group key
+            name, value = "algorithm", optimizer.algorithm if value else "adamw"
+        if name in given:
+            raise ValueError(f"{where}: {name!r} is given twice, under two spellings")
+        given[name] = value
+    own = checked(given, table, where)
+    if own.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{where}: format={own['format']}, but this version of lissom reads "
+                         f"format {FORMAT}")
+    # torch adds names of its own to the defaults
+    known = {k: x.default for k, x in table.items()}
+    full = known | {k: v for k, v in optimizer.defaults.items() if k in known} | own
+    plain = [p for p in group.get("params", []) if isinstance(p, Tensor)]
+    if full["master_bits"] is not None and any(p.dtype == torch.float16 for p in plain):
+        raise ValueError(f"{where}: master_bits={full['master_bits']}, but it must be None for "
+                         "fp16 weights: what they lack of fp32 has no fixed number of bits "
+                         "(use bf16 weights)")
+    if full["capturable"]:
+        rate = group.get("lr", optimizer._rates.get("lr") if entering else None)
+        if isinstance(rate, Tensor):  # schedulers and graphs want one of its own in each group
+            full["lr"] = rate.detach().clone() if entering else rate
+        _check_capturable({**full, "param_names": group.get("param_names")}, plain,
+                          optimizer.uncapturable, where)
+    optimizer.check_combination({**full, "param_names": group.get("param_names")}, plain,
+                                set(own) if entering else set(), where)
+    return {**{k: v for k, v in group.items() if k in others}, **full}
+
+
+def changed_options(optimizer: MatrixOptimizer, group: dict[str, Any], last: dict[str, Any]
+                    ) -> None:
+    """Check a group some of whose options were changed in place, and keep them as plain values.
+
+    Not the rate, which schedulers change at every step and torch takes as it is; what is a tensor
+    stays one, as its owner may change its value.
+
+    Args:
+        optimizer: whose group it is.
+        group: the group.
+        last: its options when they were last checked, brought up to date.
+    """
+    table = optimizer.table()
+    names = [k for k, v in group.items() if k in table and k != "lr" and v is not last.get(k)]
+    if not names:
+        return
+    number = next(i for i, x in enumerate(optimizer.param_groups) if x is group)
+    plain = {k: v.item() if k in names and hasattr(v, "item") else v for k, v in group.items()}
+    new = checked_group(optimizer, plain, f"{type(optimizer).__name__} group {number}",
+                        entering=False, foreign=group)
+    group.update({k: new[k] for k in names if not isinstance(group[k], Tensor)})
+    last.update({k: group[k] for k in names})
+
+
+def _refuse_torch_only(given: Mapping[str, Any], where: str) -> None:
+    """Torch's switches about how a step runs are taken where they ask for nothing else."""
+    if given.get("differentiable"):
+        raise ValueError(f"{where}: differentiable={given['differentiable']!r}, but it must be "
+                         "False: this step is not differentiated through")
+    if not given.get("decoupled_weight_decay", True):
+        raise ValueError(f"{where}: decoupled_weight_decay=False, but it must be True: "
+                         "decay is decoupled")
+    for name in ("foreach", "fused"):
+        if not isinstance(given.get(name), (bool, type(None))):
+            raise TypeError(f"{where}: {name}={given[name]!r}, but it must be None, True or False")
+
+
+def _check_capturable(o: Mapping[str, Any], params: list[Tensor], reason: str | None, where: str
+                      ) -> None:
+    """What a step in a CUDA graph needs: nothing of it is decided or counted on the host.
+
+    Args:
+        o: all options of a group with ``capturable=True``, and its ``param_names`` or None.
+        params: its parameters.
+        reason: why the class cannot, or None.
+        where: beginning of a message.
+
+    Raises:
+        ValueError: what the group has that a graph would freeze.
+    """
+    names = o["param_names"] or [f"parameter {i}" for i in range(len(params))]
+    sharded = [name for name, p in zip(names, params, strict=False) if is_sharded(p)]
+    if reason is None and o["nonfinite"] != "propagate":
+        reason = f"nonfinite={o['nonfinite']!r} looks at the gradients on the host"
+    if reason is None and sharded:
+        reason = f"{sharded[0]} is sharded, and what its ranks exchange is decided on the host"
+    if reason is not None:
+        raise ValueError(f"{where}: capturable=True, but it must be False: {reason}; capture "
+                         "forward and backward, and call step() outside the graph")
+    lr = o["lr"]
+    if not isinstance(lr, Tensor):
+        return
+    elsewhere = [f"{name} on {p.device}" for name, p in zip(names, params, strict=False)
+                 if p.device != lr.device]
+    if lr.shape != () or lr.dtype not in (torch.float32, torch.float64) or elsewhere:
+        beside = f", beside {elsewhere[0]}" if elsewhere else ""
+        raise ValueError(f"{where}: lr is a tensor of shape {tuple(lr.shape)}, {lr.dtype}, on "
+                         f"{lr.device}{beside}, but it must be 0-d, fp32 or float64 and on the "
+                         "device of the parameters")

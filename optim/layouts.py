@@ -1,0 +1,174 @@
+"""Which slots each parameter of an optimizer has, and its state kept in step with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import codec, sharding
+from .codec import Slot
+from .common import BOOKKEEPING
+from .inner import adam_slots
+from .loading import checked_state
+from .options import Option
+
+if TYPE_CHECKING:
+    from .base import MatrixOptimizer
+
+__all__ = ["Layouts", "slots_of", "stored_slots"]
+
+# Values of ``index`` from here on are of parameters that get AdamW.
+_DENSE = 1 << 31
+
+
+def slots_of(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+    """The slots that p has under options o, a quantized moment as one."""
+    slots = {"step": codec.counter(device=p.device if o["capturable"] else None),
+             "index": codec.counter(torch.int64),
+             "key": codec.counter(torch.int64), **codec.master_slots(p, o)}
+    if optimizer._reason(p, o) is None:
+        slots |= optimizer.slots(p, o)
+    else:
+        slots |= adam_slots(tuple(p.shape), p, o)
+    return slots if optimizer._backward is None else slots | optimizer._backward.slots(p, o)
+
+
+def stored_slots(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+    """The same as the state has them: of a quantized moment codes and scales."""
+    kept: dict[str, Slot] = {}
+    for name, slot in slots_of(optimizer, p, o).items():
+        kept |= codec.stored(name, slot)
+    return kept
+
+
+class Layouts:
+    """The slots of each parameter of one optimizer, by parameter.
+
+    It holds no reference to the optimizer, which then is gone, and its state with it, when nobody
+    needs it any more.
+    """
+
+    def __init__(self, table: Mapping[str, Option]) -> None:
+        """Nothing yet.
+
+        Args:
+            table: every option of the optimizer's groups.
+        """
+        # Options, and whether only their presence can matter to the slots: that of numbers.
+        self._kinds = [(k, x.kind in (float, tuple)) for k, x in table.items()
+                       if k not in BOOKKEEPING]
+        self._slots: dict[Tensor, dict[str, Slot]] = {}
+        # What each parameter and its options looked like when its state was last checked.
+        self._forms: dict[Tensor, tuple[Any, ...]] = {}
+        # Next value of ``index``, of the own rule and of AdamW; None is to be counted.
+        self._next_index: list[int] | None = None
+        # Every ``key`` in the state, counted with it.
+        self._keys: set[int] = set()
+
+    def __getitem__(self, p: Tensor) -> dict[str, Slot]:
+        """The slots of a parameter, a quantized moment as one."""
+        return self._slots[p]
+
+    def _structure(self, o: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All of a group's options that slots depend on."""
+        return tuple([o[k] is None if number else o[k] for k, number in self._kinds])
+
+    def stale(self, p: Tensor, o: Mapping[str, Any]) -> bool:
+        """Whether p or its options have changed since :meth:`sync`."""
+        return self._forms.get(p) != _form(p, self._structure(o))
+
+    def forget(self) -> None:
+        """Let :meth:`sync` look at every parameter again."""
+        self._forms.clear()
+
+    def recount(self) -> None:
+        """Parameters have gone: numbers for new ones follow those that are left."""
+        self._next_index = None
+
+    def sync(self, optimizer: MatrixOptimizer) -> None:
+        """Make state for trainable parameters that have none, drop that of those that are gone.
+
+        Accelerate and FSDP2 put other parameters into the groups after construction, and
+        ``model.to`` changes them in place: their state follows.
+        """
+        states = optimizer.state
+        present = {p for g in optimizer.param_groups for p in g["params"]}
+        for p in [p for p in states if p not in present]:
+            del states[p]
+            self.recount()
+        if len(self._forms) != len(states):
+            self._forms = {p: form for p, form in self._forms.items() if p in states}
+            self._slots = {p: slots for p, slots in self._slots.items() if p in states}
+        structures = {id(group): self._structure(group) for group in optimizer.param_groups}
+        for name, p, group in optimizer._named():
+            form, last = _form(p, structures[id(group)]), self._forms.get(p)
+            if p not in states:
+                if not p.requires_grad and p.grad is None:
+                    continue
+                states[p] = self._created(optimizer, p, group, name)
+            elif last != form:
+                shape = p.shape if last is None else last[0]
+                if shape != p.shape and _count(states[p]):
+                    raise ValueError(f"{name!r} has changed its shape from {tuple(shape)} to "
+                                     f"{tuple(p.shape)} since its state was made")
+                states[p] = _followed(optimizer, p, states[p], group, name)
+            if last != form:
+                self._slots[p] = slots_of(optimizer, p, group)
+                self._forms[p] = form
+
+    def _created(self, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any], name: str
+                 ) -> dict[str, Tensor]:
+        """Zeros for every slot, but for two numbers.
+
+        ``index`` counts the parameters of the same rule before p: phases of refreshes follow it.
+        ``key`` is for p's random numbers: from its name, or ``index`` where groups have no names.
+        A key that another parameter has (which names give once in 2^63) is counted up.
+        """
+        state = {k: sharding.new(slot, p) for k, slot in stored_slots(optimizer, p, o).items()}
+        if self._next_index is None:
+            states = optimizer.state.values()
+            self._keys = {int(s["key"]) for s in states}
+            used = [int(s["index"]) for s in states]
+            self._next_index = [1 + max((i for i in used if i < _DENSE), default=-1),
+                                1 + max((i for i in used if i >= _DENSE), default=_DENSE - 1)]
+        dense = optimizer._reason(p, o) is not None
+        state["index"].fill_(self._next_index[dense])
+        self._next_index[dense] += 1
+        key = codec.name_key(name) if "param_names" in o else int(state["index"])
+        while key in self._keys:
+            key += 1
+        state["key"].fill_(key)
+        self._keys.add(key)
+        return state
+
+
+def _form(p: Tensor, structure: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that the slots of a parameter depend on, its options among it."""
+    return (p.shape, p.dtype, p.device, structure)
+
+
+def _count(state: Mapping[str, Tensor]) -> int:
+    """Updates so far; none where nothing has a value yet."""
+    return 0 if state["step"].is_meta else int(state["step"])
+
+
+def _followed(optimizer: MatrixOptimizer, p: Tensor, state: dict[str, Tensor],
+              o: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The state of a parameter that may have changed under it."""
+    slots = stored_slots(optimizer, p, o)
+    if "master" in state and p.dtype != torch.bfloat16:  # nothing is lacking any more
+        state = {k: x for k, x in state.items() if k != "master"}
+    if state.keys() == slots.keys() and all(
+            (*state[k].shape, state[k].dtype, state[k].device) == (*x.shape, x.dtype, x.device)
+            for k, x in slots.items()):
+        return state
+    if not _count(state):
+        fresh = {k: sharding.new(x, p) for k, x in slots.items()}
+        for number in ("index", "key"):
+            fresh[number].copy_(state[number])
+        return fresh
+    return checked_state(optimizer, p, state, o, f"{name!r} or its options have changed, its "
+                                                 "state has not")
