@@ -99,7 +99,7 @@ def plan_of(optimizer: MatrixOptimizer) -> Plan:
             rank, side, reason = optimizer.describe(p, o)
         held = p in optimizer.state
         if not held:
-            reason = f"{reason}; frozen: no state until it has a gradient"
+            reason = f"{reason}; frozen: no state"
         size = sum(x.nbytes for x in optimizer.stored_slots(p, o).values()) if held else 0
         rows.append(Row(name, tuple(p.shape), rule, rank, side, size, reason))
     return Plan(tuple(rows))

@@ -169,7 +169,7 @@ def _title(optimizer: MatrixOptimizer) -> str:
 def _notes(optimizer: MatrixOptimizer, frozen: int) -> list[str]:
     notes = []
     if frozen:
-        notes.append(f"{frozen} frozen parameters have no state until they have a gradient")
+        notes.append(f"{frozen} frozen parameters have no state")
     if optimizer._backward is not None:
         notes.append(f"{optimizer._backward.name} is attached; its buffers are in the state")
     if optimizer.skipped_steps:

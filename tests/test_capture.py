@@ -238,6 +238,16 @@ def test_rates_of_groups_and_of_the_other_part():
     assert torch.equal(before, ps[0])
 
 
+def test_a_copy_has_its_rate_in_a_tensor_of_its_own():
+    ps = parameters([(6, 5), (4,)])
+    rate = torch.tensor(1e-2)
+    copied = copy.deepcopy(AdamW(ps[:1], lr=rate, capturable=True))
+    copied.add_param_group({"params": [ps[1]]})
+    for group in copied.param_groups:
+        assert torch.equal(group["lr"], rate)
+        assert group["lr"].data_ptr() != rate.data_ptr()
+
+
 def test_a_graph_without_capturable_is_refused(monkeypatch):
     ps = parameters([(6, 5), (4,)])
     optimizer = AdamW([{"params": [ps[0]], "capturable": True}, {"params": [ps[1]]}])

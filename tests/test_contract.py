@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from lissom.optim import PartialStepError, dct, polar
+from lissom.optim import PartialStepError, dct, metrics, polar
 from lissom.optim.checks import check_gradient
 from lissom.optim.codec import MOMENTS as _MOMENTS
 from lissom.optim.options import nearest
@@ -449,6 +449,27 @@ def test_failure_in_the_middle_names_what_moved(case, monkeypatch):
         assert_same(before[part][still], after[part][still])
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_failure_of_a_measurement_names_what_moved(case, monkeypatch, when):
+    ps = case.parameters([(6, 4), (4, 6), (4,)])
+    optimizer = case(named(ps), metrics=True, **case.still)
+    run(optimizer, ps, range(2))
+    feed(ps, 5)
+    monkeypatch.setattr("lissom.optim.batches._WINDOW", 1)
+    inner = getattr(metrics, when)
+
+    def fails(optimizer, window, *copies):
+        if window[0].p is ps[1]:
+            raise torch.OutOfMemoryError("no memory")
+        return inner(optimizer, window, *copies)
+
+    monkeypatch.setattr(f"lissom.optim.metrics.{when}", fails)
+    how = "not" if when == "before" else "wholly"
+    with pytest.raises(PartialStepError, match=f"'p1'.*no memory.*{how} updated") as error:
+        optimizer.step()
+    assert ("p1" in str(error.value).partition("had been updated")[2]) == (when == "after")
+
+
 def test_failure_while_updates_wait_changes_nothing(case, monkeypatch):
     if not case.make.waits:
         pytest.skip("its updates do not wait for each other")
@@ -761,7 +782,7 @@ def test_an_option_changed_under_the_state_is_refused(case):
         if optimizer.stored_slots(ps[0], group) == slots:  # this state does not depend on it
             group[name] = old
             continue
-        with pytest.raises(ValueError, match=r"'p0' or its options have changed"):
+        with pytest.raises(ValueError, match=r"'p0' or its options have changed|amsgrad=True, but"):
             optimizer.step()
         group[name] = old
         assert_same(before, snapshot(optimizer))
@@ -786,6 +807,36 @@ def test_an_option_changed_to_a_bad_value_is_refused(case):
         assert_same(before, snapshot(optimizer))
         group[name] = old
     optimizer.step()
+
+
+def test_a_changed_option_passes_the_door_of_the_constructor(case):
+    """Combinations are checked before the first write, and values become plain ones."""
+    ps = case.parameters([(8, 6), (6, 8), (6,)])
+    optimizer = case(named(ps))
+    run(optimizer, ps, range(2))
+    group = optimizer.param_groups[0]
+    for changed in ({"nonfinite": "skip", "capturable": True}, {"split_sizes": (3, 3)},
+                    {"interval": 1.0, "freeze_steps": 5}, {"inner": "lion", "amsgrad": True},
+                    {"momentum": None, "nesterov": 1}):
+        if not changed.keys() <= group.keys():
+            continue
+        feed(ps, 2)
+        old = {k: group[k] for k in changed}
+        group.update(changed)
+        before = snapshot(optimizer)
+        with pytest.raises((ValueError, TypeError), match="|".join(changed)):
+            optimizer.step()
+        assert_same(before, snapshot(optimizer))
+        group.update(old)
+    feed(ps, 2)
+    decay = torch.tensor(0.5)
+    group.update(betas=[torch.tensor(0.5), 0.25], weight_decay=decay)
+    if "ns_coefficients" in group:
+        group["ns_coefficients"] = [3.0, -4.0, 2.0]
+    optimizer.step()
+    assert group["betas"] == (0.5, 0.25)
+    assert group.get("ns_coefficients", (3.0, -4.0, 2.0)) == (3.0, -4.0, 2.0)
+    assert group["weight_decay"] is decay  # whose owner may change it
 
 
 def test_a_refused_group_leaves_no_trace(case):

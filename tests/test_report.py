@@ -50,7 +50,7 @@ def test_report_adds_up():
     assert first.state_bytes == 2 * (4 * 18 + 2 * 4 * 30 + 4 + 8 + 8 + 4)
     assert found.lines[1].rule == "adamw"
     assert found.lines[2].state_bytes == 0  # frozen
-    assert found.notes == ("1 frozen parameters have no state until they have a gradient",)
+    assert found.notes == ("1 frozen parameters have no state",)
 
 
 def test_report_prints(monkeypatch):
