@@ -185,6 +185,9 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: a gradient that cannot be used, by parameter; nothing was
                 written. ``FloatingPointError``: a NaN or Inf with ``nonfinite="raise"``.
+            RuntimeError: in a CUDA graph without ``capturable``, or what
+                :func:`lissom.optim.project_in_backward` and
+                :func:`lissom.optim.update_in_backward` refuse; nothing was written.
             PartialStepError: a failure after some parameters had moved.
         """
         check_capture(self.param_groups, f"{type(self).__name__}.step()")

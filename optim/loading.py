@@ -50,24 +50,7 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
     states: dict[Tensor, dict[str, Tensor]] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
         at = f"{where}, group {i}"
-        options = {k: v for k, v in group.items() if k != "params"}
-        ours = "format" in options
-        # How a step runs is this optimizer's to say, not what it computes: a rate is read where
-        # this one has it, in a tensor or not.
-        saved_so = options.pop("capturable", False)
-        optimizer.table()["capturable"].check("capturable", saved_so, at)
-        if isinstance(mine["lr"], Tensor) and isinstance(options.get("lr"), (int, float, Tensor)):
-            options["lr"] = torch.full_like(mine["lr"], float(options["lr"]))
-        elif isinstance(options.get("lr"), Tensor) and options["lr"].numel() == 1:
-            options["lr"] = options["lr"].item()
-        rule = options.get("algorithm")
-        if ours and isinstance(rule, str) and rule not in ("adamw", optimizer.algorithm):
-            raise ValueError(f"{at}: saved with algorithm={rule!r}, but {type(optimizer).__name__} "
-                             f"has {optimizer.algorithm!r} ({REMEDY})")
-        if not ours and "nonfinite" in options:
-            raise ValueError(f"{at}: has options of lissom's but no format")
-        merged = checked_group(optimizer, {**mine, **options, "params": mine["params"]}, at,
-                               entering=False, foreign=mine)
+        merged = _merged(optimizer, mine, group, at)
         groups.append(merged)
         names = merged.get("param_names") or [
             f"parameter {j}" for j in range(len(mine["params"]))]
@@ -78,16 +61,45 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
                 raise ValueError(f"{at}, {name!r}: parameter {key!r} is saved twice")
             entry = state_dict["state"].get(key)
             if isinstance(entry, Mapping) and entry:
-                if not ours and p in optimizer.state:  # torch's states have no such numbers
-                    entry = {k: optimizer.state[p][k] for k in ("index", "key")} | dict(entry)
-                elif "index" in entry:  # the first states of this format drew by index
-                    entry = {"key": entry["index"], **entry}
+                entry = _numbered(entry, optimizer.state.get(p), "format" in group)
                 states[p] = checked_state(optimizer, p, entry, merged, f"{at}, {name!r}")
             elif entry is not None and not isinstance(entry, Mapping):
                 raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
-            elif ours and p.requires_grad and p in optimizer.state:
+            elif "format" in group and p.requires_grad and p in optimizer.state:
                 raise ValueError(f"{at}, {name!r}: its state is missing")
     return groups, states
+
+
+def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[str, Any], at: str
+            ) -> dict[str, Any]:
+    """A group of this optimizer with the options of a saved one, checked."""
+    options = {k: v for k, v in saved.items() if k != "params"}
+    ours = "format" in options
+    # How a step runs is this optimizer's to say, not what it computes: a rate is read where this
+    # one has it, in a tensor or not.
+    optimizer.table()["capturable"].check("capturable", options.pop("capturable", False), at)
+    if isinstance(mine["lr"], Tensor) and isinstance(options.get("lr"), (int, float, Tensor)):
+        options["lr"] = torch.full_like(mine["lr"], float(options["lr"]))
+    elif isinstance(options.get("lr"), Tensor) and options["lr"].numel() == 1:
+        options["lr"] = options["lr"].item()
+    rule = options.get("algorithm")
+    if ours and isinstance(rule, str) and rule not in ("adamw", optimizer.algorithm):
+        raise ValueError(f"{at}: saved with algorithm={rule!r}, but {type(optimizer).__name__} "
+                         f"has {optimizer.algorithm!r} ({REMEDY})")
+    if not ours and "nonfinite" in options:
+        raise ValueError(f"{at}: has options of lissom's but no format")
+    return checked_group(optimizer, {**mine, **options, "params": mine["params"]}, at,
+                         entering=False, foreign=mine)
+
+
+def _numbered(entry: Mapping[str, Any], mine: Mapping[str, Tensor] | None, ours: bool
+              ) -> Mapping[str, Any]:
+    """A saved state with ``index`` and ``key``, which torch's states do not have."""
+    if not ours and mine is not None:
+        return {**{k: mine[k] for k in ("index", "key")}, **entry}
+    if "index" in entry:  # the first states of this format drew by index
+        return {"key": entry["index"], **entry}
+    return entry
 
 
 def agreed_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
