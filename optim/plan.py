@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Plan", "Row", "aligned"]
+__all__ = ["Plan", "Row", "aligned", "shown"]
 
 
 def aligned(lines: Sequence[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
@@ -14,6 +14,11 @@ def aligned(lines: Sequence[tuple[str, ...]], right: Collection[int] = ()) -> li
     return ["  ".join(cell.rjust(w) if i in right else cell.ljust(w)
                       for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
             for line in lines]
+
+
+def shown(shape: Sequence[int]) -> str:
+    """A shape as tables show it."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "rule", "rank", "side", "state bytes", "reason")
-        body = [(row.name, "x".join(map(str, row.shape)) or "scalar", row.rule,
+        body = [(row.name, shown(row.shape), row.rule,
                  "" if row.rank is None else str(row.rank), row.side, f"{row.state_bytes:,}",
                  row.reason) for row in self.rows]
         lines = aligned([head, *body], right={3, 5})
