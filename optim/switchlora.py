@@ -18,7 +18,7 @@ from .codec import Slot, State
 from .common import AdamWPart
 from .inner import adam_slots, averages, representable
 from .options import Option, choice, integer, optional, real
-from .reparam import bounds, check_base, check_factors, memory, roles
+from .pairs import bounds, check_base, check_factors, memory, roles
 
 __all__ = ["SwitchLoRAAdamW"]
 
