@@ -32,10 +32,10 @@ from ..optim import (
     lora,
     param_groups,
 )
+from ..optim.adapters import adapters
 from ..optim.base import MatrixOptimizer
 from ..optim.common import COMMON
 from ..optim.options import Option
-from ..optim.reparam import adapters
 from ..optim.sharding import local
 
 __all__ = ["OPTIMIZERS", "PEERS", "REST", "Entry", "add_options", "build", "build_peer", "command",

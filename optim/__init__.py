@@ -1,6 +1,7 @@
 """lissom.optim: optimizers for models that do not fit, in place of torch.optim.AdamW."""
 
 from .adamw import AdamW, AdamW8bit
+from .adapters import adapter_groups, base_weights
 from .apollo import APOLLO
 from .backward import project_in_backward, update_in_backward
 from .base import PartialStepError
@@ -11,11 +12,11 @@ from .frugal import FRUGAL
 from .galore import GaLoreAdamW, GaLoreAdamW8bit
 from .gradnormlorp import GradNormLoRPAdamW
 from .groups import param_groups
+from .layers import lora, merge
 from .lowrank import LowRankOptimizer
 from .muon import Muon
 from .plan import Plan
 from .polargrad import PolarGrad
-from .reparam import adapter_groups, base_weights, lora, merge
 from .report import Report, report
 from .switchlora import SwitchLoRAAdamW
 from .trion import Trion

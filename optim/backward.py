@@ -19,8 +19,9 @@ from .base import MatrixOptimizer, numbers, spoilt
 from .batches import Work
 from .checks import check_gradient
 from .codec import Slot, State
-from .hooks import InBackward, checked_optimizer, clip, forget_scaler, norm_limit
+from .hooks import NORM, InBackward, checked_optimizer, clip, forget_scaler
 from .lowrank import LowRankOptimizer, Projected
+from .options import boolean, integer, optional
 from .project import Bases
 
 __all__ = ["ProjectInBackward", "UpdateInBackward", "project_in_backward", "update_in_backward"]
@@ -190,7 +191,7 @@ class ProjectInBackward(InBackward):
         Returns:
             The norm before the scaling, a 0-d tensor.
         """
-        limit = norm_limit(max_norm, "max_norm", "clip_grad_norm_")
+        limit = NORM.check("max_norm", max_norm, "clip_grad_norm_")
         if self.scaler is not None and self.scaler.is_enabled() and not self._unscaled:
             raise RuntimeError("clip_grad_norm_: gradients are still scaled; call unscale_() of "
                                "this handle before")
@@ -354,13 +355,9 @@ def project_in_backward(
     """
     where = "project_in_backward"
     optimizer = checked_optimizer(optimizer, where)
-    if isinstance(accumulation, bool) or not isinstance(accumulation, int):
-        raise TypeError(f"{where}: accumulation={accumulation!r}, but it must be an int >= 1")
-    if accumulation < 1:
-        raise ValueError(f"{where}: accumulation={accumulation}, but it must be an int >= 1")
-    limit = None if max_grad_norm is None else norm_limit(max_grad_norm, "max_grad_norm", where)
-    if not isinstance(exact_norm, bool):
-        raise TypeError(f"{where}: exact_norm={exact_norm!r}, but it must be True or False")
+    accumulation = integer(1, 1).check("accumulation", accumulation, where)
+    limit = optional(NORM).check("max_grad_norm", max_grad_norm, where)
+    exact_norm = boolean(False).check("exact_norm", exact_norm, where)
     if exact_norm and accumulation > 1:
         raise ValueError(f"{where}: exact_norm=True, but it must be False with "
                          f"accumulation={accumulation}: the norm of a sum of gradients does not "
@@ -474,7 +471,7 @@ def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | Non
     """
     where = "update_in_backward"
     optimizer = checked_optimizer(optimizer, where)
-    limit = None if max_grad_norm is None else norm_limit(max_grad_norm, "max_grad_norm", where)
+    limit = optional(NORM).check("max_grad_norm", max_grad_norm, where)
     if type(optimizer).before_updates is not MatrixOptimizer.before_updates:
         raise ValueError(f"{where}: {type(optimizer).__name__} exchanges vectors between "
                          "parameters, which needs the gradients of all of them at once; call "

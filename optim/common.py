@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from .options import Option, boolean, choice, fractions, integer, optional, real
+from .options import Option, boolean, choice, integer, optional, real, several
 
 __all__ = ["ADAMW_PART", "BOOKKEEPING", "COMMON", "FOREIGN", "FORMAT", "LAYOUT", "AdamWPart",
            "CommonOptions"]
@@ -15,7 +15,7 @@ FORMAT = 1
 #: Options of every class.
 COMMON: dict[str, Option] = {
     "lr": real(1e-3),
-    "betas": fractions((0.9, 0.999)),
+    "betas": several((0.9, 0.999), real(None, 0.0, 1.0, below=True), 2),
     "eps": real(1e-8),
     "weight_decay": real(1e-2),
     "maximize": boolean(False),

@@ -44,6 +44,7 @@ from .base import MatrixOptimizer
 from .codec import Slot
 from .common import COMMON
 from .door import checked_group
+from .hooks import checked_optimizer
 from .layouts import slots_of
 from .loading import saved_groups
 from .lowrank import LowRankOptimizer
@@ -122,42 +123,14 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
         TypeError, ValueError: what does not fit, by name.
     """
     where = "convert_state"
-    if not isinstance(optimizer, MatrixOptimizer):
-        raise TypeError(f"{where}: optimizer must be one of lissom.optim, but got "
-                        f"{type(optimizer).__name__}")
+    optimizer = checked_optimizer(optimizer, where)
     saved = saved_groups(state_dict, where)
-    entries: list[tuple[Any, Mapping[str, Any]]] = [
-        (key, group) for group in saved["param_groups"] for key in group["params"]]
-    known = [codec.plain_name(name) for group in saved["param_groups"]
-             for name in group.get("param_names") or ()]
-    if names is not None:
-        known = [codec.plain_name(name) for name in names]
-        if len(known) != len(entries):
-            raise ValueError(f"{where}: names has {len(known)} entries, but {len(entries)} "
-                             "parameters are saved")
+    found = _matched(saved, optimizer, names, where)
     result = optimizer.state_dict()
-    mine = list(optimizer._named())
     keys = [key for group in result["param_groups"] for key in group["params"]]
-    named = all("param_names" in group for group in optimizer.param_groups)
-    if len(known) == len(entries) and named:
-        place = {name: i for i, name in enumerate(known)}
-        if len(place) != len(known):
-            raise ValueError(f"{where}: names are not unique")
-        found = [place.get(codec.plain_name(name)) for name, _, _ in mine]
-        if mine and known and all(i is None for i in found):
-            raise ValueError(f"{where}: no name of the saved state is one of this optimizer's: "
-                             f"{known[0]!r} is saved, {mine[0][0]!r} is here")
-    elif named:
-        raise ValueError(f"{where}: the saved state has no names, so names= must give those of its "
-                         "parameters, in its order")
-    elif len(entries) != len(mine):
-        raise ValueError(f"{where}: {len(entries)} parameters saved, but this optimizer has "
-                         f"{len(mine)}; with names on both sides they need not be the same")
-    else:
-        found = list(range(len(mine)))
     states: dict[Any, dict[str, Tensor]] = {}
     rows = []
-    for (name, p, o), key, i in zip(mine, keys, found, strict=True):
+    for (name, p, o), key, source in zip(optimizer._named(), keys, found, strict=True):
         if p not in optimizer.state:
             continue
         if sharding.is_sharded(p):
@@ -165,13 +138,13 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
                              "convert before sharding, and load the result after it")
         at = f"{where}, {name!r}"
         own = optimizer.state[p]
-        entry = None if i is None else saved["state"].get(entries[i][0])
+        entry = None if source is None else saved["state"].get(source[0])
         kept, why = None, "not in the saved state"
         if entry is not None and not isinstance(entry, Mapping):
             raise ValueError(f"{at}: saved state is a {type(entry).__name__}, but it must be a "
                              "dictionary")
-        if i is not None and entry:
-            old = _decoded(entry, entries[i][1], optimizer, p, at)
+        if source is not None and entry:
+            old = _decoded(entry, source[1], optimizer, p, at)
             kept, why = _fitted(old, optimizer, p, o, at)
         states[key] = kept or {k: torch.zeros_like(x) for k, x in own.items()}
         for number in ("index", "key"):  # of the saved one where it is this package's
@@ -183,6 +156,41 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
     converted.rows = tuple(rows)
     _LOG.info("%s", converted)
     return converted
+
+
+def _matched(saved: Mapping[str, Any], optimizer: MatrixOptimizer, names: Sequence[str] | None,
+             where: str) -> list[tuple[Any, Mapping[str, Any]] | None]:
+    """Of each parameter the one that was saved, as its key and group, or None.
+
+    By their names, else by their order; see :func:`convert_state`, whose errors these are.
+    """
+    entries: list[tuple[Any, Mapping[str, Any]]] = [
+        (key, group) for group in saved["param_groups"] for key in group["params"]]
+    known = [codec.plain_name(name) for group in saved["param_groups"]
+             for name in group.get("param_names") or ()]
+    if names is not None:
+        known = [codec.plain_name(name) for name in names]
+        if len(known) != len(entries):
+            raise ValueError(f"{where}: names has {len(known)} entries, but {len(entries)} "
+                             "parameters are saved")
+    mine = [name for name, _, _ in optimizer._named()]
+    named = all("param_names" in group for group in optimizer.param_groups)
+    if len(known) == len(entries) and named:
+        place = dict(zip(known, entries, strict=True))
+        if len(place) != len(known):
+            raise ValueError(f"{where}: names are not unique")
+        found = [place.get(codec.plain_name(name)) for name in mine]
+        if mine and known and not any(found):
+            raise ValueError(f"{where}: no name of the saved state is one of this optimizer's: "
+                             f"{known[0]!r} is saved, {mine[0]!r} is here")
+        return found
+    if named:
+        raise ValueError(f"{where}: the saved state has no names, so names= must give those of its "
+                         "parameters, in its order")
+    if len(entries) != len(mine):
+        raise ValueError(f"{where}: {len(entries)} parameters saved, but this optimizer has "
+                         f"{len(mine)}; with names on both sides they need not be the same")
+    return list(entries)
 
 
 def _distinct(states: dict[Any, dict[str, Tensor]], result: Mapping[str, Any],

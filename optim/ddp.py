@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import codec
 from .base import MatrixOptimizer
+from .hooks import checked_optimizer
 from .lowrank import LowRankOptimizer
 from .project import Bases
 
@@ -143,9 +144,7 @@ def projected_allreduce(optimizer: MatrixOptimizer, model: DistributedDataParall
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"{where}: model is a {type(model).__name__}, but it must be a "
                         "DistributedDataParallel (FSDP2 reduces gradients by itself)")
-    if not isinstance(optimizer, MatrixOptimizer):
-        raise TypeError(f"{where}: optimizer is a {type(optimizer).__name__}, but it must be one "
-                        "of lissom.optim")
+    optimizer = checked_optimizer(optimizer, where)
     if not isinstance(optimizer, LowRankOptimizer) or not any(
             _projects(optimizer, p, o) for _, p, o in optimizer._named()):
         raise ValueError(f"{where}: {type(optimizer).__name__} has no matrix whose update takes "

@@ -16,7 +16,7 @@ from .codec import Slot, State
 from .inner import adam, adam_slots
 from .lowrank import LowRankOptimizer, LowRankOptions, Projected
 from .options import Option, choice, real
-from .reparam import check_factors, roles
+from .pairs import check_factors, roles
 from .residual import RESIDUALS, Residual
 from .sharding import Rows
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .options import nearest
+from .options import either, integer, nearest, optional, real
 
 __all__ = ["output_heads", "param_groups"]
 
@@ -22,6 +22,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
 _LINEAR_NAMES = {"transformers.pytorch_utils.Conv1D"}
 # Last parts of module names under which models of Hugging Face, timm and nanoGPT keep their head.
 _HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "classifier", "score", "output_projection"}
+# A rank, or a fraction of a matrix's shorter side.
+_RANK = optional(either(integer(None, 1), real(None, 0.0, 1.0, above=True, below=True)))
 
 
 def output_heads(model: nn.Module) -> set[int]:
@@ -53,17 +55,10 @@ def _has_matrix(module: nn.Module, short: str) -> bool:
 
 def _rank_of(rank: int | float | None, p: Tensor, name: str) -> int | None:
     """The rank of one matrix; a fraction is of its shorter side, at least 1."""
-    if rank is None:
-        return None
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        raise TypeError(f"param_groups: rank={rank!r} for {name!r}, but it must be an int >= 1, "
-                        "a fraction in (0, 1) or None")
-    if isinstance(rank, int) and rank >= 1:
-        return rank
-    if not 0 < rank < 1:
-        raise ValueError(f"param_groups: rank={rank!r} for {name!r}, but it must be an int >= 1, "
-                         "a fraction in (0, 1) or None")
-    return max(1, round(rank * min(p.shape[0], p[0].numel())))
+    checked: int | float | None = _RANK.check("rank", rank, f"param_groups, {name!r}")
+    if not isinstance(checked, float):
+        return checked
+    return max(1, round(checked * min(p.shape[0], p[0].numel())))
 
 
 def param_groups(

@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from .backward import project_in_backward, update_in_backward
 from .base import MatrixOptimizer
 from .groups import param_groups
-from .hooks import InBackward, norm_limit
+from .hooks import NORM, InBackward
+from .options import optional
 
 __all__ = ["ProjectInBackwardCallback", "UpdateInBackwardCallback", "trainer_optimizer"]
 
@@ -70,9 +71,8 @@ class _InBackwardCallback(TrainerCallback):
     """Hangs a handle on the Trainer's optimizer while it trains."""
 
     def __init__(self, max_grad_norm: float | None) -> None:
-        name = type(self).__name__
-        self.max_grad_norm = (None if max_grad_norm is None else
-                              norm_limit(max_grad_norm, "max_grad_norm", name))
+        self.max_grad_norm: float | None = optional(NORM).check(
+            "max_grad_norm", max_grad_norm, type(self).__name__)
         #: What is on the optimizer during training, else None.
         self.handle: InBackward | None = None
 

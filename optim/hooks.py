@@ -6,7 +6,6 @@ Autograd calls the hook when the gradient is complete: once for a shared weight.
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -21,8 +20,12 @@ from .apply import Update
 from .base import MatrixOptimizer
 from .batches import Work
 from .codec import Slot, State
+from .options import real
 
-__all__ = ["InBackward", "checked_optimizer", "clip", "forget_scaler", "norm_limit"]
+__all__ = ["NORM", "InBackward", "checked_optimizer", "clip", "forget_scaler"]
+
+#: A norm to clip to.
+NORM = real(None, above=True)
 
 Self = TypeVar("Self", bound="InBackward")
 
@@ -190,15 +193,6 @@ def checked_optimizer(optimizer: Any, where: str) -> MatrixOptimizer:
         raise TypeError(f"{where}: optimizer is a {type(optimizer).__name__}, but it must be one "
                         "of lissom.optim")
     return optimizer
-
-
-def norm_limit(value: Any, name: str, where: str) -> float:
-    """A norm to clip to."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{where}: {name}={value!r}, but it must be a number > 0")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{where}: {name}={value!r}, but it must be finite and > 0")
-    return float(value)
 
 
 def clip(tensors: Sequence[Tensor], norm: Tensor, limit: float) -> None:

@@ -19,7 +19,7 @@ from .base import MatrixOptimizer
 from .codec import Slot, State
 from .common import AdamWPart
 from .inner import RULES, Rule, by_kernel
-from .options import Option, choice, fraction, integer, optional, real
+from .options import Option, choice, integer, optional, real
 from .project import Bases, Shift, Turn
 from .residual import RESIDUALS, Dropped, Residual, residual_of
 from .sharding import Rows
@@ -141,7 +141,7 @@ class LowRankOptimizer(MatrixOptimizer):
         "refresh": choice("staggered", "staggered", "synchronous"),
         "matricize": choice("flatten", "flatten", "batch"),
         "basis_bits": optional(choice(None, 16, 8, 4)),
-        "keep_energy": optional(fraction(None)),
+        "keep_energy": optional(real(None, 0.0, 1.0, above=True)),
         "error_feedback_bits": optional(choice(None, 32, 8, 4)),
         "limiter": optional(real(1.01, 1.0)),
         "residual_scale": choice("paper", "paper", "released"),

@@ -15,7 +15,7 @@ from .apply import Update
 from .base import MatrixOptimizer
 from .codec import Slot, State
 from .common import AdamWPart
-from .options import Option, boolean, choice, fractions, integer, optional, real, sizes, triple
+from .options import Option, boolean, choice, integer, optional, real, several
 from .whole import Waiting
 
 __all__ = ["ADJUST_LR", "Muon"]
@@ -91,13 +91,13 @@ class Muon(MatrixOptimizer):
         **polar.OPTIONS,
         "polar": choice("newton-schulz", *polar.METHODS),
         "weight_decay": real(0.1),
-        "betas": fractions((0.9, 0.95)),
-        "momentum": real(0.95, 0.0, below=1.0),
+        "betas": several((0.9, 0.95), real(None, 0.0, 1.0, below=True), 2),
+        "momentum": real(0.95, 0.0, 1.0, below=True),
         "nesterov": boolean(True),
-        "ns_coefficients": triple(polar.QUINTIC),
+        "ns_coefficients": polar.COEFFICIENTS,
         "ns_steps": integer(5, 1, 100),
         "adjust_lr_fn": optional(choice(None, *ADJUST_LR)),
-        "split_sizes": sizes(),
+        "split_sizes": optional(several(None, integer(None, 1))),
         "matricize": choice("flatten", "flatten", "batch"),
     }
 

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 
-__all__ = ["Option", "above", "boolean", "checked", "choice", "either", "fraction", "fractions",
-           "integer", "nearest", "optional", "real", "sizes", "triple"]
-
-
-class _WrongType(TypeError):
-    """The value is of a kind that the rule does not speak about."""
+__all__ = ["Option", "boolean", "checked", "choice", "either", "integer", "nearest", "optional",
+           "real", "several"]
 
 
 @dataclass(frozen=True)
@@ -52,24 +48,33 @@ class Option:
             raise ValueError(f"{where}: {name}={value!r}, but it must be {self.rule}") from None
 
 
-def real(default: float | None, minimum: float = 0.0, *, above: bool = False,
-         below: float | None = None) -> Option:
-    """A finite number, at least ``minimum`` (or above it); a one-element tensor becomes one."""
+def real(default: float | None, minimum: float = 0.0, maximum: float = math.inf, *,
+         above: bool = False, below: bool = False) -> Option:
+    """A finite number from ``minimum`` to ``maximum``; a one-element tensor becomes one.
+
+    Args:
+        default: as of :class:`Option`.
+        minimum: the least that is allowed; ``-math.inf`` is no bound.
+        maximum: the most that is allowed; ``math.inf`` is no bound.
+        above: the minimum itself is not allowed.
+        below: the maximum itself is not allowed.
+    """
 
     def convert(value: Any) -> float:
         if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise _WrongType
+            raise TypeError
         number = float(value)
-        if not math.isfinite(number) or number < minimum or (above and number == minimum):
-            raise ValueError
-        if below is not None and number >= below:
+        if (not math.isfinite(number) or not minimum <= number <= maximum
+                or (above and number == minimum) or (below and number == maximum)):
             raise ValueError
         return number
 
-    end = "" if below is None else f" and < {below:g}"
-    return Option(default, f"a finite number {'>' if above else '>='} {minimum:g}{end}", convert)
+    bounds = [f"{sign} {bound:g}" for sign, bound in
+              ((">" if above else ">=", minimum), ("<" if below else "<=", maximum))
+              if math.isfinite(bound)]
+    return Option(default, f"a finite number {' and '.join(bounds)}".rstrip(), convert)
 
 
 def integer(default: int | None, minimum: int, maximum: int | None = None) -> Option:
@@ -77,7 +82,7 @@ def integer(default: int | None, minimum: int, maximum: int | None = None) -> Op
 
     def convert(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise _WrongType
+            raise TypeError
         number = int(value)
         if number < minimum or (maximum is not None and number > maximum):
             raise ValueError
@@ -93,7 +98,7 @@ def choice(default: Any, *allowed: Any) -> Option:
 
     def convert(value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, kinds):
-            raise _WrongType
+            raise TypeError
         if value not in allowed:
             raise ValueError
         return value
@@ -106,76 +111,28 @@ def boolean(default: bool) -> Option:
 
     def convert(value: Any) -> bool:
         if not isinstance(value, bool):
-            raise _WrongType
+            raise TypeError
         return value
 
     return Option(default, "True or False", convert, bool)
 
 
-def fractions(default: tuple[float, ...]) -> Option:
-    """A tuple (or list) of as many numbers as the default has, each in [0, 1)."""
-    one = real(0.0)
+def several(default: tuple[Any, ...] | None, one: Option, count: int | None = None) -> Option:
+    """A tuple, list or other sequence of ``count`` values (None: one or more), each as ``one``.
 
-    def convert(value: Any) -> tuple[float, ...]:
-        if isinstance(value, (str, torch.Tensor)) or not isinstance(value, Iterable):
-            raise _WrongType
-        numbers = tuple(one.convert(v) for v in value)
-        if len(numbers) != len(default) or any(v >= 1 for v in numbers):
+    Sets are refused as they have no order, dictionaries as their keys alone would count.
+    """
+
+    def convert(value: Any) -> tuple[Any, ...]:
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            raise TypeError
+        values = tuple(one.convert(v) for v in value)
+        if not values or count not in (None, len(values)):
             raise ValueError
-        return numbers
+        return values
 
-    return Option(default, f"a tuple of {len(default)} numbers, each >= 0 and < 1", convert, tuple)
-
-
-def above(default: float | None, minimum: float, maximum: float) -> Option:
-    """A number above ``minimum`` and at most ``maximum``."""
-    one = real(None, minimum, above=True)
-
-    def convert(value: Any) -> float:
-        number: float = one.convert(value)
-        if number > maximum:
-            raise ValueError
-        return number
-
-    return Option(default, f"a number > {minimum:g} and <= {maximum:g}", convert)
-
-
-def fraction(default: float | None) -> Option:
-    """A number in (0, 1]."""
-    return above(default, 0.0, 1.0)
-
-
-def triple(default: tuple[float, float, float]) -> Option:
-    """Three finite numbers of any sign."""
-
-    def convert(value: Any) -> tuple[float, ...]:
-        if isinstance(value, (str, torch.Tensor)) or not isinstance(value, Iterable):
-            raise _WrongType
-        numbers = tuple(value)
-        if any(isinstance(v, bool) or not isinstance(v, Real) for v in numbers):
-            raise _WrongType
-        if len(numbers) != 3 or not all(math.isfinite(v) for v in numbers):
-            raise ValueError
-        return tuple(float(v) for v in numbers)
-
-    return Option(default, "a tuple of 3 finite numbers", convert, tuple)
-
-
-def sizes() -> Option:
-    """A tuple (or list) of ints >= 1, None by default."""
-    one = integer(None, 1)
-
-    def convert(value: Any) -> tuple[int, ...] | None:
-        if value is None:
-            return None
-        if isinstance(value, (str, torch.Tensor)) or not isinstance(value, Iterable):
-            raise _WrongType
-        numbers = tuple(one.convert(v) for v in value)
-        if not numbers:
-            raise ValueError
-        return numbers
-
-    return Option(None, "None or a tuple of ints >= 1", convert, tuple)
+    size = "one or more" if count is None else str(count)
+    return Option(default, f"a tuple of {size} values, each {one.rule}", convert, tuple)
 
 
 def either(first: Option, second: Option) -> Option:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
 
-__all__ = ["Plan", "Row", "aligned", "plan_of"]
+__all__ = ["Plan", "Row", "aligned", "plan_of", "shown"]
 
 
 def aligned(lines: Sequence[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
@@ -18,6 +18,11 @@ def aligned(lines: Sequence[tuple[str, ...]], right: Collection[int] = ()) -> li
     return ["  ".join(cell.rjust(w) if i in right else cell.ljust(w)
                       for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
             for line in lines]
+
+
+def shown(shape: Sequence[int]) -> str:
+    """A shape as tables show it."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "rule", "rank", "side", "state bytes", "reason")
-        body = [(row.name, "x".join(map(str, row.shape)) or "scalar", row.rule,
+        body = [(row.name, shown(row.shape), row.rule,
                  "" if row.rank is None else str(row.rank), row.side, f"{row.state_bytes:,}",
                  row.reason) for row in self.rows]
         lines = aligned([head, *body], right={3, 5})

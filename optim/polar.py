@@ -30,11 +30,11 @@ from torch.linalg import cholesky_ex, qr, solve_triangular
 from ..kernels.symmul import newton_schulz_step, symm_muladd, syrk
 from . import codec
 from .norms import norms
-from .options import Option, above, choice, either, integer, optional, triple
+from .options import Option, choice, either, integer, optional, real, several
 from .whole import Whole
 
-__all__ = ["check_capturable", "METHODS", "OPTIONS", "QUINTIC", "Oracle", "input_dtype", "polar",
-           "polar_express_schedule", "request"]
+__all__ = ["check_capturable", "COEFFICIENTS", "METHODS", "OPTIONS", "QUINTIC", "Oracle",
+           "input_dtype", "polar", "polar_express_schedule", "request"]
 
 Triple = tuple[float, float, float]
 
@@ -143,7 +143,7 @@ def polar(
         raise ValueError(f"polar: dtype={dtype}, but it must be one of "
                          f"{', '.join(map(str, _FLOATS))}")
     if coefficients is not None:
-        coefficients = triple(QUINTIC).check("coefficients", coefficients, "polar")
+        coefficients = COEFFICIENTS.check("coefficients", coefficients, "polar")
         if method != "newton-schulz":
             raise ValueError(f"polar: coefficients={coefficients}, but it must be None with "
                              f"method={method!r}: only 'newton-schulz' has them")
@@ -159,12 +159,14 @@ def polar(
     return u.to(a.dtype), ((h + h.mT) / 2).to(a.dtype)
 
 
+#: (a, b, c) of ``newton-schulz``, as an option.
+COEFFICIENTS = several(QUINTIC, real(None, -math.inf), 3)
 #: Options of the classes that ask an oracle.
 OPTIONS: dict[str, Option] = {
     "polar": choice("qdwh", "newton-schulz", "polar-express", "qdwh", "zolo-pd", "svd"),
     "polar_steps": optional(integer(None, 1, 100)),
     "polar_dtype": choice("bfloat16", "bfloat16", "float16", "float32"),
-    "lower_bound": optional(either(above(None, 0.0, 1.0), choice("eps", "eps"))),
+    "lower_bound": optional(either(real(None, 0.0, 1.0, above=True), choice("eps", "eps"))),
 }
 
 

@@ -14,7 +14,7 @@ from .apply import Update
 from .base import MatrixOptimizer
 from .codec import Slot, State
 from .common import AdamWPart
-from .options import Option, boolean, choice, fractions, optional, real
+from .options import Option, boolean, choice, optional, real, several
 from .whole import Waiting
 
 __all__ = ["PolarGrad"]
@@ -81,8 +81,8 @@ class PolarGrad(MatrixOptimizer):
     waits: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Option]] = {
         **polar.OPTIONS,
-        "betas": fractions((0.9, 0.95)),
-        "momentum": optional(real(0.95, 0.0, below=1.0)),
+        "betas": several((0.9, 0.95), real(None, 0.0, 1.0, below=True), 2),
+        "momentum": optional(real(0.95, 0.0, 1.0, below=True)),
         "polar_first": boolean(False),
         "nuclear_scaling": boolean(True),
         "matricize": choice("flatten", "flatten", "batch"),

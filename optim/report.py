@@ -7,12 +7,15 @@ import sys
 from dataclasses import dataclass
 
 from .base import MatrixOptimizer
+from .hooks import checked_optimizer
+from .plan import aligned, shown
 
 __all__ = ["Line", "Report", "report"]
 
 _HEAD = ("rule", "rank", "side", "shape", "parameters", "elements", "weight bytes", "state bytes",
          "bytes/element")
-_LEFT = {0, 2, 3}
+# Columns of numbers.
+_RIGHT = {1, 4, 5, 6, 7, 8}
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ class Report:
         rows: list[tuple[str, ...]] = []
         for x in self.lines:
             rows.append((x.rule, "" if x.rank is None else str(x.rank), x.side,
-                         "x".join(map(str, x.shape)) or "scalar", f"{x.parameters:,}",
-                         f"{x.elements:,}", f"{x.weight_bytes:,}", f"{x.state_bytes:,}",
+                         shown(x.shape), f"{x.parameters:,}", f"{x.elements:,}",
+                         f"{x.weight_bytes:,}", f"{x.state_bytes:,}",
                          _per(x.state_bytes, x.elements)))
         rows.append(("total", "", "", "", f"{sum(x.parameters for x in self.lines):,}",
                      f"{self.elements:,}", f"{sum(x.weight_bytes for x in self.lines):,}",
@@ -78,12 +81,7 @@ class Report:
 
     def text(self) -> str:
         """The table in plain text."""
-        rows = [_HEAD, *self._cells()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-        lines = ["  ".join(cell.ljust(w) if i in _LEFT else cell.rjust(w)
-                           for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
-                 for row in rows]
-        return "\n".join([self.title, *lines, *self.notes])
+        return "\n".join([self.title, *aligned([_HEAD, *self._cells()], _RIGHT), *self.notes])
 
     def terminal(self) -> str:
         """The table as rich draws it, colours included.
@@ -97,7 +95,7 @@ class Report:
         table = rich.table.Table(title=self.title, title_justify="left",
                                  caption="\n".join(self.notes), caption_justify="left")
         for i, name in enumerate(_HEAD):
-            table.add_column(name, justify="left" if i in _LEFT else "right")
+            table.add_column(name, justify="right" if i in _RIGHT else "left")
         *rows, total = self._cells()
         for row in rows:
             table.add_row(*row, style=None if row[0] == "adamw" else "bold")
@@ -132,9 +130,7 @@ def report(optimizer: MatrixOptimizer) -> Report:
     Raises:
         TypeError: it is of another package.
     """
-    if not isinstance(optimizer, MatrixOptimizer):
-        raise TypeError(f"report: optimizer is a {type(optimizer).__name__}, but it must be one "
-                        "of lissom.optim")
+    optimizer = checked_optimizer(optimizer, "report")
     alike: dict[tuple[object, ...], list[int]] = {}
     first: dict[tuple[object, ...], Line] = {}
     frozen = 0

@@ -18,8 +18,8 @@ from .batches import Work
 from .codec import Slot, State
 from .common import AdamWPart
 from .inner import adam_slots, averages, representable
-from .options import Option, choice, fraction, integer, optional, real
-from .reparam import bounds, check_base, check_factors, memory, roles
+from .options import Option, choice, integer, optional, real
+from .pairs import bounds, check_base, check_factors, memory, roles
 
 __all__ = ["SwitchLoRAAdamW"]
 
@@ -102,7 +102,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         "roles": roles(_ROLES),
         "scaling": real(1.0, above=True),
         "interval": real(40.0, above=True),
-        "interval_decay": fraction(0.3),
+        "interval_decay": real(0.3, 0.0, 1.0, above=True),
         "decay_steps": integer(4000, 1),
         "freeze_steps": integer(5, 1),
         "candidates": optional(integer(None, 2)),

@@ -16,7 +16,7 @@ from .codec import Slot, State
 from .common import AdamWPart
 from .lowrank import LowRankOptimizer
 from .muon import ADJUST_LR
-from .options import Option, choice, fraction, integer, optional
+from .options import Option, choice, integer, optional, real
 from .whole import Waiting
 
 __all__ = ["Trion"]
@@ -73,7 +73,7 @@ class Trion(LowRankOptimizer):
     waits: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Option]] = {
         "rank": LowRankOptimizer.options["rank"],
-        "momentum": fraction(0.95),
+        "momentum": real(0.95, 0.0, 1.0, above=True),
         "ns_steps": integer(5, 1, 100),
         "adjust_lr_fn": optional(choice(None, *ADJUST_LR)),
         "polar_dtype": polar.OPTIONS["polar_dtype"],

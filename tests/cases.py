@@ -134,7 +134,8 @@ class Case:
 
 COMMON_BAD = {
     "lr": [-1.0, float("nan"), "fast", True, None],
-    "betas": [(0.9, 1.0), (0.9,), 0.9, (-0.1, 0.9), "ab"],
+    "betas": [(0.9, 1.0), (0.9,), (0.9, 0.9, 0.9), 0.9, (-0.1, 0.9), "ab", {0.9: 1, 0.5: 2},
+              {0.5, 0.9}, b"\0\0"],
     "eps": [-1e-8, float("inf")],
     "weight_decay": [-0.1, "x"],
     "maximize": [1, None],
@@ -144,8 +145,10 @@ COMMON_BAD = {
     "master_bits": [32, 4, "8", True],
     "nonfinite": ["ignore", None],
     "seed": [-1, 1.5],
+    "shards": ["columns", 1, None],
     "metrics": [1, "yes"],
     "capturable": [1, None],
+    "algorithm": ["sgd", 1, None],
 }
 
 LOW_RANK_BAD = {
@@ -167,19 +170,22 @@ LOW_RANK_BAD = {
     "dct_basis": [1, 4, "2"],
     "column_norm": [0, 3, 1.0],
     "similarity": ["cosine"],
+    "scale_type": ["row", None],
 }
 TRION_BAD = {
     "rank": [0, 2.0], "momentum": [0.0, 1.5], "ns_steps": [0, 2.5], "adjust_lr_fn": ["kj"],
     "polar_dtype": ["float8", torch.float32], "dct_basis": [1], "column_norm": [3],
+    "matricize": ["auto"], "similarity": ["cosine"],
 }
 POLAR_BAD = {
     "momentum": [1.0, -0.1, "x"], "polar": ["newton", None], "polar_steps": [0, 2.5],
     "polar_dtype": ["half"], "lower_bound": [0.0, 1.5, "small"], "matricize": ["auto"],
 }
 MUON_BAD = {
-    "nesterov": [1], "ns_coefficients": [(1.0, 2.0), "abc", (1.0, float("nan"), 0.0)],
+    "nesterov": [1], "ns_coefficients": [(1.0, 2.0), "abc", (1.0, float("nan"), 0.0),
+                                    {1.0: 1, 2.0: 2, 3.0: 3}, {1.0, 2.0, 3.0}],
     "ns_steps": [0, 101], "adjust_lr_fn": ["kj"],
-    "split_sizes": [(0, 6), (), (3, 4), 6, (2.0, 4.0)],
+    "split_sizes": [(0, 6), (), (3, 4), 6, (2.0, 4.0), {2, 4}, {2: 0, 4: 0}],
 }
 POLARGRAD_BAD = {"polar_first": [1, None], "nuclear_scaling": ["yes"]}
 

@@ -19,7 +19,7 @@ from lissom.optim import (
     update_in_backward,
 )
 from lissom.optim.ddp import projected_allreduce
-from lissom.optim.reparam import LoRALinear
+from lissom.optim.layers import LoRALinear
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

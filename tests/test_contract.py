@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import warnings
+from collections import UserList
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import torch
 from lissom.optim import PartialStepError, dct, metrics, polar
 from lissom.optim.checks import check_gradient
 from lissom.optim.codec import MOMENTS as _MOMENTS
+from lissom.optim.common import BOOKKEEPING
+from lissom.optim.loading import REMEDY
 from lissom.optim.options import nearest
 
 from .cases import CASES, SHAPES, WRITING
@@ -180,6 +183,14 @@ def test_swapped_parameters(case):
     assert [*map(id, optimizer.state)] == [*map(id, trained(qs))]
 
 
+def test_numbers_in_any_sequence(case):
+    """As readers of configuration files have them."""
+    for betas in ([0.8, 0.9], UserList([0.8, 0.9]), (np.float64(0.8), torch.tensor(0.9).double())):
+        optimizer = case(case.parameters([(6, 4)]), betas=betas)
+        assert type(optimizer.param_groups[0]["betas"]) is tuple
+        assert optimizer.param_groups[0]["betas"] == (0.8, pytest.approx(0.9))
+
+
 # ---- checked at the door
 
 
@@ -188,6 +199,7 @@ def test_bad_options_are_refused(case, door):
     ps, qs = case.parameters([(6, 4)]), case.parameters([(4, 6)])
     optimizer = case(ps)
     before = snapshot(optimizer)  # is what it stays, through all refusals
+    assert case.make.table().keys() - BOOKKEEPING.keys() <= case.bad.keys()
     for name, values in case.bad.items():
         for value in values:
             with pytest.raises((TypeError, ValueError)) as error:
@@ -203,7 +215,9 @@ def test_bad_options_are_refused(case, door):
                     optimizer.load_state_dict(saved)
             assert name in str(error.value)
             assert repr(value) in str(error.value)
-            assert "must be" in str(error.value)
+            # of another class's rule it is told who reads it
+            other = (name, door) == ("algorithm", "loaded") and isinstance(value, str)
+            assert (REMEDY if other else "must be") in str(error.value)
             assert_same(before, snapshot(optimizer))
 
 

@@ -355,7 +355,7 @@ def test_from_galore_torch_and_fira(module, cls, alpha):
 
 def test_refusals():
     optimizer, ps = trained(AdamW)
-    with pytest.raises(TypeError, match=r"optimizer must be one of lissom.optim, but got Adam"):
+    with pytest.raises(TypeError, match=r"optimizer is a Adam, but it must be one of lissom"):
         convert_state(optimizer.state_dict(), torch.optim.Adam(ps))
     with pytest.raises(ValueError, match="no 'state' in this dict, so it is no optimizer's state"):
         convert_state({"model": 1}, optimizer)

@@ -236,7 +236,7 @@ def test_what_a_callback_refuses(callback, how, options, message, tmp_path):
 
 
 def test_arguments_are_checked_at_the_door(tmp_path):
-    with pytest.raises(ValueError, match=r"max_grad_norm=-1\.0, but it must be finite and > 0"):
+    with pytest.raises(ValueError, match=r"max_grad_norm=-1\.0, but it must be .* number > 0"):
         hf.ProjectInBackwardCallback(max_grad_norm=-1.0)
     with pytest.raises(TypeError, match="UpdateInBackwardCallback: max_grad_norm='1'"):
         hf.UpdateInBackwardCallback(max_grad_norm="1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from lissom.optim import (
     lora,
     merge,
 )
+from lissom.optim.adapters import adapters
 from lissom.optim.codec import MOMENTS
-from lissom.optim.reparam import LoRALinear, NormalizedLinear, adapters
+from lissom.optim.layers import LoRALinear, NormalizedLinear
 from torch import nn
 from torch.nn import functional
 
@@ -237,6 +239,16 @@ def test_a_column_of_zeros_is_no_trap():
         optimizer.step()
     assert w.isfinite().all()
     assert w[:, 2].any()
+
+
+def test_models_that_were_pickled_whole_are_read():
+    """By the name of the module in which the layers were."""
+    for normalize in (None, "output"):
+        model = net(normalize=normalize)
+        new = pickle.dumps(model, protocol=0)
+        old = new.replace(b"clissom.optim.layers\n", b"clissom.optim.reparam\n")
+        assert old != new
+        assert_same(pickle.loads(old)(batch(0)[0]), model(batch(0)[0]))
 
 
 # ---- SwitchLoRA: figures
@@ -644,8 +656,16 @@ def test_bad_arguments_of_lora():
             lora(model, rank, **options)
         assert before == [(k, type(m)) for k, m in model.named_modules()]
 
-    for rank in (0, 2.0, True, "3"):
-        refuse(f"rank={rank!r}, but it must be an int >= 1", rank)
+    for rank in (0, -1):
+        refuse(f"lora: rank={rank!r}, but it must be an int >= 1", rank)
+    for rank in (2.0, True, "3"):
+        refuse(f"lora: rank={rank!r}, but it must be an int >= 1", rank, TypeError)
+    for name, value, rule in (("init", 1, "one of 'switchlora', 'lora'"),
+                              ("alpha", "1", "None or a finite number > 0"),
+                              ("alpha", True, "None or a finite number > 0"),
+                              ("normalize", 0, "None or one of 'input', 'output'")):
+        refuse(f"lora: {name}={value!r}, but it must be {rule}", error=TypeError, **{name: value})
+    refuse("alpha=inf", alpha=float("inf"))
     refuse(r"up: rank=12.*smaller side of \(20, 12\)", 12)
     refuse("init='zeros'", init="zeros")
     refuse("alpha=-1", alpha=-1)
@@ -662,6 +682,8 @@ def test_bad_arguments_of_lora():
         adapter_groups(net(rank=None))
     with pytest.raises(ValueError, match="axis='rows'"):
         NormalizedLinear(nn.Linear(4, 4), 2, 1.0, axis="rows")
+    with pytest.raises(TypeError, match="NormalizedLinear: axis=0, but it must be one of 'input'"):
+        NormalizedLinear(nn.Linear(4, 4), 2, 1.0, axis=0)
     model = net()
     model.square = model.down
     with pytest.raises(ValueError, match="down: its weight is shared"):
