@@ -58,8 +58,7 @@ class Layouts:
             table: every option of the optimizer's groups.
         """
         # Options, and whether only their presence can matter to the slots: that of numbers.
-        self._kinds = [(k, x.kind in (float, tuple)) for k, x in table.items()
-                       if k not in BOOKKEEPING]
+        self._kinds = [(k, x.number) for k, x in table.items() if k not in BOOKKEEPING]
         self._slots: dict[Tensor, dict[str, Slot]] = {}
         # What each parameter and its options looked like when its state was last checked.
         self._forms: dict[Tensor, tuple[Any, ...]] = {}

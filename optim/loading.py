@@ -175,8 +175,8 @@ def overruled(optimizer: MatrixOptimizer, groups: list[dict[str, Any]]) -> str:
         ``"rank=4 (group 0: 8)"`` and so on, the saved values first; empty where there are none.
     """
     # Those that say what the state is or how it is found, not how fast weights move.
-    structural = [k for k, x in optimizer.table().items() if x.kind not in (float, tuple)
-                  and k not in BOOKKEEPING and (k not in COMMON or k in LAYOUT)]
+    structural = [k for k, x in optimizer.table().items() if not x.number and k not in BOOKKEEPING
+                  and (k not in COMMON or k in LAYOUT)]
     found: dict[str, None] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         for name in structural:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -31,12 +31,15 @@ class Option:
         convert: returns the plain value to store; raises ``TypeError`` for a value of the wrong
             kind and ``ValueError`` for one out of range (their texts are not shown).
         kind: what a value other than None is, for command lines.
+        number: it is a real number, or several: one that schedules may change at any step, and on
+            whose value no state depends.
     """
 
     default: Any
     rule: str
     convert: Callable[[Any], Any]
-    kind: type = float
+    kind: type
+    number: bool = False
 
     def check(self, name: str, value: Any, where: str) -> Any:
         """The plain value, or an error that gives place, option, value and rule."""
@@ -74,7 +77,8 @@ def real(default: float | None, minimum: float = 0.0, maximum: float = math.inf,
     bounds = [f"{sign} {bound:g}" for sign, bound in
               ((">" if above else ">=", minimum), ("<" if below else "<=", maximum))
               if math.isfinite(bound)]
-    return Option(default, f"a finite number {' and '.join(bounds)}".rstrip(), convert)
+    return Option(default, f"a finite number {' and '.join(bounds)}".rstrip(), convert, float,
+                  number=True)
 
 
 def integer(default: int | None, minimum: int, maximum: int | None = None) -> Option:
@@ -132,7 +136,8 @@ def several(default: tuple[Any, ...] | None, one: Option, count: int | None = No
         return values
 
     size = "one or more" if count is None else str(count)
-    return Option(default, f"a tuple of {size} values, each {one.rule}", convert, tuple)
+    return Option(default, f"a tuple of {size} values, each {one.rule}", convert, tuple,
+                  one.number)
 
 
 def either(first: Option, second: Option) -> Option:
@@ -153,7 +158,7 @@ def optional(option: Option) -> Option:
     def convert(value: Any) -> Any:
         return None if value is None else option.convert(value)
 
-    return Option(option.default, f"None or {option.rule}", convert, option.kind)
+    return replace(option, rule=f"None or {option.rule}", convert=convert)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

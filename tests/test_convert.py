@@ -433,6 +433,9 @@ def test_loading_with_other_options_says_so():
                                          r"convert_state"):
         other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["rank"] == 4
+    fused, ps = trained(Muon, split_sizes=(20, 20), shapes=[(40, 24)])
+    with pytest.warns(UserWarning, match=r"split_sizes=\(20, 20\) \(group 0: None\)"):
+        Muon(named(ps), lr=1e-2).load_state_dict(fused.state_dict())
     wrong = AdamW(named(parameters([(40, 25), (24, 40), (24,)])))
     with pytest.raises(ValueError, match=r"exp_avg saved as \(40, 24\).*convert_state"):
         wrong.load_state_dict(trained(AdamW)[0].state_dict())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -239,16 +238,6 @@ def test_a_column_of_zeros_is_no_trap():
         optimizer.step()
     assert w.isfinite().all()
     assert w[:, 2].any()
-
-
-def test_models_that_were_pickled_whole_are_read():
-    """By the name of the module in which the layers were."""
-    for normalize in (None, "output"):
-        model = net(normalize=normalize)
-        new = pickle.dumps(model, protocol=0)
-        old = new.replace(b"clissom.optim.layers\n", b"clissom.optim.reparam\n")
-        assert old != new
-        assert_same(pickle.loads(old)(batch(0)[0]), model(batch(0)[0]))
 
 
 # ---- SwitchLoRA: figures

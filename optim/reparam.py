@@ -1,5 +1,0 @@
-"""Where models that were pickled whole look for their layers: :mod:`lissom.optim.layers`."""
-
-from .layers import LoRALinear, NormalizedLinear
-
-__all__ = ["LoRALinear", "NormalizedLinear"]
