@@ -114,7 +114,7 @@ class Muon(MatrixOptimizer):
 
     def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
                           where: str) -> None:
-        polar.check_capturable(o, where)
+        polar.check_options(o, where)
         parts = o["split_sizes"]
         for p in params:
             if parts is None or self.declines(p, o) is not None or o["algorithm"] == "adamw":

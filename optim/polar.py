@@ -116,15 +116,15 @@ def polar(
         a: (..., m, n), any floating dtype and device.
         method: ``"newton-schulz"``, ``"polar-express"``, ``"qdwh"`` (default), ``"zolo-pd"``,
             ``"svd"``; see the module's text.
-        steps: of the iteration, an int >= 1. None (default) is to convergence; the polynomial
-            methods assume singular values above 1e-3 of the norm (``lower_bound``).
+        steps: of the iteration, an int >= 1; ``"svd"`` has none. None (default) is to convergence;
+            the polynomial methods assume singular values above 1e-3 of the norm (``lower_bound``).
         dtype: of the products of ``"newton-schulz"`` and ``"polar-express"``. Default: a's own,
             at least fp32. In bf16 and fp16 singular values stay within about 1 % of the schedule's.
         coefficients: (a, b, c) of ``"newton-schulz"``: X <- a X + (b S + c S^2) X, S = X X^T.
             Default: Muon's, followed by convergent ones where ``steps`` is None.
-        lower_bound: for ``"polar-express"`` and ``"qdwh"``: the smallest singular value over the
-            norm, in (0, 1]. ``"qdwh"`` estimates it (default None), or assumes the dtype's
-            ``"eps"``.
+        lower_bound: for ``"polar-express"`` and ``"qdwh"`` alone: the smallest singular value over
+            the largest, in (0, 1]. ``"qdwh"`` estimates it (default None), or assumes the dtype's
+            ``"eps"``; of a number that is too large it converges too, in more steps.
         hermitian: return (U, H).
 
     Returns:
@@ -149,6 +149,7 @@ def polar(
                              f"method={method!r}: only 'newton-schulz' has them")
     checked = {name: OPTIONS[name].check(name, value, "polar") for name, value in
                (("polar", method), ("polar_steps", steps), ("lower_bound", lower_bound))}
+    _check_used(checked, "polar")
     oracle = Oracle(checked["polar"], checked["polar_steps"], None if dtype is None else
                     _FLOATS[dtype], coefficients, checked["lower_bound"])
     u = oracle(a)
@@ -170,12 +171,26 @@ OPTIONS: dict[str, Option] = {
 }
 
 
-def check_capturable(o: Mapping[str, Any], where: str) -> None:
-    """Refuse an oracle that looks at its numbers, in a group that is to be captured."""
-    if o["capturable"] and o["algorithm"] != "adamw" and o["polar"] not in _POLYNOMIAL:
+def check_options(o: Mapping[str, Any], where: str) -> None:
+    """Refuse options that the oracle of a group has no use for, and one that cannot be captured.
+
+    Args:
+        o: all options of the group.
+        where: beginning of a message.
+    """
+    if o["algorithm"] == "adamw":
+        return
+    _check_used(o, where)
+    if o["capturable"] and o["polar"] not in _POLYNOMIAL:
         raise ValueError(f"{where}: polar={o['polar']!r}, but it must be one of "
                          f"{', '.join(map(repr, sorted(_POLYNOMIAL)))} with capturable=True: the "
                          "others look at their numbers on the host")
+
+
+def _check_used(o: Mapping[str, Any], where: str) -> None:
+    if o["lower_bound"] is not None and o["polar"] not in _BOUNDED:
+        raise ValueError(f"{where}: lower_bound={o['lower_bound']!r}, but it must be None with "
+                         f"{o['polar']!r}: only {' and '.join(map(repr, _BOUNDED))} have it")
 
 
 def request(o: Mapping[str, Any], *matrices: Tensor, steps: int | None = None,
@@ -364,6 +379,7 @@ def _qdwh(x: Tensor, oracle: Oracle) -> Tensor:
     """
     eps = torch.finfo(x.dtype).eps
     x, basis, low = _reduced(x / _norm_bound(x), oracle.lower_bound, eps)
+    given = isinstance(oracle.lower_bound, float)
     for _ in range(oracle.steps or _MAX_STEPS):
         if oracle.steps is None and bool((low >= 1 - 5 * eps).all()):
             break
@@ -375,6 +391,11 @@ def _qdwh(x: Tensor, oracle: Oracle) -> Tensor:
         c = a + b - 1
         x = _halley(x, a.to(x), b.to(x), c.to(x))
         low = (low * (a + b * low**2) / (1 + c * low**2)).clamp(max=1.0)
+    # A bound that was given may be too large: Halley's own weights lift what is left below 1.
+    for _ in range(_MAX_STEPS if given and oracle.steps is None else 0):
+        last, x = x, _halley(x, *(x.new_full((), weight) for weight in (3.0, 1.0, 3.0)))
+        if not bool((torch.linalg.matrix_norm(x - last) > (5 * eps) ** (1 / 3)).any()):
+            break
     return basis(_newton(x))
 
 
@@ -471,7 +492,8 @@ def _reduced(x: Tensor, lower: float | str | None, eps: float
              ) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor]:
     """X as a batch (b, ., n) of square factors, the way back, and lower bounds (b, 1, 1).
 
-    A bound is given, or 1 / |R^-1|, which is never above the smallest singular value.
+    A bound is given, as a share of the spectral norm, or 1 / |R^-1|, which is never above the
+    smallest singular value.
     """
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
@@ -482,9 +504,13 @@ def _reduced(x: Tensor, lower: float | str | None, eps: float
     if lower is None:
         inverse = solve_triangular(r, _eye(x), upper=True)
         low = 1 / torch.linalg.vector_norm(inverse.double(), dim=(-2, -1), keepdim=True)
+    elif lower == "eps":
+        low = torch.full((len(x), 1, 1), eps, dtype=torch.float64, device=x.device)
     else:
-        low = torch.full((len(x), 1, 1), eps if lower == "eps" else float(lower),
-                         dtype=torch.float64, device=x.device)
+        # Relative to |X|_2, of which the largest row or column is a bound from below.
+        size = torch.maximum(*(torch.linalg.vector_norm(x, dim=dim, keepdim=True).amax(
+            (-2, -1), keepdim=True) for dim in (-2, -1)))
+        low = float(lower) * size.double()
     low = low.nan_to_num(eps).clamp(eps, 1.0)
     if m == n:
         return x, lambda u: u.view(shape), low
@@ -529,6 +555,8 @@ def _svd(x: Tensor, oracle: Oracle) -> Tensor:
 
 # These get what they are given; the others what has a largest entry of 1.
 _POLYNOMIAL = ("newton-schulz", "polar-express")
+# These take a lower bound of the singular values.
+_BOUNDED = ("polar-express", "qdwh")
 #: Factor of a tall matrix, by name.
 METHODS: dict[str, Callable[[Tensor, Oracle], Tensor]] = {
     "newton-schulz": _newton_schulz, "polar-express": _polar_express, "qdwh": _qdwh,

@@ -98,7 +98,7 @@ class PolarGrad(MatrixOptimizer):
 
     def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
                           where: str) -> None:
-        polar.check_capturable(o, where)
+        polar.check_options(o, where)
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         if o["momentum"] is None:

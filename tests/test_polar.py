@@ -93,6 +93,16 @@ def test_polynomials_converge_without_steps(method):
             assert value < 1e-12
 
 
+@pytest.mark.parametrize("lower", [1.0, 1e-2, 1e-3, 1e-6])
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+def test_qdwh_converges_from_any_bound(lower, condition):
+    """Relative to the norm, whatever its estimate; too large a bound costs steps alone."""
+    for shape in ((128, 128), (60, 31), (31, 200)):
+        a = conditioned(*shape, condition)[0]
+        for name, value in residuals(a, *polar(a, lower_bound=lower, hermitian=True)).items():
+            assert value < 1e-12, (name, shape)
+
+
 def test_every_method_on_zero_tiny_huge_and_spoiled_matrices():
     (a,) = tensors([(7, 5)])
     for method in METHODS:
@@ -224,6 +234,7 @@ def test_bad_arguments():
         "method|polar": lambda: polar(a, "newton"),
         "steps": lambda: polar(a, "qdwh", 0),
         "lower_bound": lambda: polar(a, lower_bound=2.0),
+        "None with 'svd'": lambda: polar(a, "svd", lower_bound=0.1),
         "2 or more": lambda: polar(a[0]),
         "int64": lambda: polar(torch.ones(3, 2, dtype=torch.int64)),
         "dtype": lambda: polar(a, "newton-schulz", dtype=torch.int8),
