@@ -63,7 +63,9 @@ class PolarGrad(MatrixOptimizer):
             ``"float16"``, ``"float32"``. ``"qdwh"`` is fp32 for 16-bit weights, ``"zolo-pd"``
             float64.
         lower_bound: see :func:`lissom.optim.polar.polar`. Default None: estimated.
-        nuclear_scaling: False leaves the nuclear norm out. Default True.
+        nuclear_scaling: False leaves the nuclear norm out. Default True. It is found as
+            <A, polar(A)>, exact where the oracle has converged: ``"newton-schulz"`` in 5 steps is
+            10 to 30 % off.
         matricize: as :class:`lissom.optim.Muon`. Default ``"flatten"``.
         betas, eps, amsgrad, lr_adamw, betas_adamw, weight_decay_adamw: of AdamW's part. Defaults
             (0.9, 0.95), 1e-8, False, 3e-4, as betas, as weight_decay.
