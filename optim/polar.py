@@ -33,7 +33,7 @@ from .norms import norms
 from .options import Option, choice, either, integer, optional, real, several
 from .whole import Whole
 
-__all__ = ["check_capturable", "COEFFICIENTS", "METHODS", "OPTIONS", "QUINTIC", "Oracle",
+__all__ = ["check_options", "COEFFICIENTS", "METHODS", "OPTIONS", "QUINTIC", "Oracle",
            "input_dtype", "polar", "polar_express_schedule", "request"]
 
 Triple = tuple[float, float, float]
