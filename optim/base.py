@@ -122,9 +122,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         # Every ``key`` in the state, counted with it.
         self._keys: set[int] = set()
         super().__init__(params, defaults | values)
-        if self.algorithm != "adamw" and not self.plan().matrices:
-            warnings.warn(f"{type(self).__name__} has no matrix of its own, so it is AdamW. "
-                          f"{self.remedy} plan() tells why.", stacklevel=3)
+        for text in self.advice(given):
+            warnings.warn(text, stacklevel=3)
 
     # ---------------------------------------------------------------- what a method says
 
@@ -218,6 +217,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
         *batch, m, n = self.matrix_shape(p, o)
         size = f"{math.prod(batch)} x {m} x {n}" if batch else f"{m} x {n}"
         return None, "", f"{p.ndim}-d seen as {size}" if p.ndim > 2 else "matrix"
+
+    def advice(self, given: Mapping[str, Any]) -> Iterator[str]:
+        """What the constructor warns of once all groups are there.
+
+        Args:
+            given: options of the constructor.
+        """
+        if self.algorithm != "adamw" and not self.plan().matrices:
+            yield (f"{type(self).__name__} has no matrix of its own, so it is AdamW. "
+                   f"{self.remedy} plan() tells why.")
 
     def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
                           where: str) -> None:
