@@ -34,12 +34,12 @@ class _Scaling(Residual):
         return limiter_slot(shape, p, o)
 
     def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
-        return norms(g, "full" if o["scale_type"] == "tensor" else bases.side)
+        return norms(g, "full" if o["scale_type"] == "tensor" else bases.side())
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         assert measured is not None
-        side = bases.side
+        side = bases.side()
         along = "full" if o["scale_type"] == "tensor" else side
         more = math.prod([g.shape[i] / low.shape[i] for i in ALONG[side]])
         gain = gains(norms(n, along), norms(low, along), measured, more, s, o)

@@ -44,7 +44,7 @@ class Bases(NamedTuple):
     left: Tensor | None
     right: Tensor | None
 
-    @property
+    # A method, because dynamo does not trace a property of a tuple in torch 2.9.
     def side(self) -> str:
         """``"left"``, ``"right"`` or ``"full"``, where one of them is there."""
         if self.left is None:

@@ -114,13 +114,13 @@ class Fira(Residual):
         leak = 1 - o["scale"] if o["residual_scale"] == "released" else 0.0
         if leak == 0 and low.shape == g.shape:
             return None
-        return norms(g, bases.side)
+        return norms(g, bases.side())
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         if measured is None:
             return super().combine(g, low, n, bases, measured, s, o, t)
-        side = bases.side
+        side = bases.side()
         released = o["residual_scale"] == "released"
         scale = o["scale"]
         correction = 1.0
