@@ -132,8 +132,7 @@ def _kinds(model: nn.Module) -> Callable[[str, Tensor], str]:
 def _waiting(optimizer: LowRankOptimizer, p: Tensor, o: Mapping[str, Any]) -> int:
     """Bytes of a basis that was found in the backward pass: as found, and as it is used."""
     *batch, m, n = optimizer.matrix_shape(p, o)
-    r, side, _ = optimizer.describe(p, o)
-    assert r is not None
+    r, side = optimizer.rank_and_side(p, o)
     length = (m if side in ("left", "full") else 0) + (n if side in ("right", "full") else 0)
     count = length * r
     for b in batch:
@@ -181,8 +180,7 @@ def holdings(name: str, model: nn.Module, rank: int | None, **options: Any) -> l
             own = optimizer._reason(p, options_of[p]) is None
         buffers: dict[str, Slot] = {}
         waiting, gap = 0, 1
-        if own and isinstance(optimizer, LowRankOptimizer) and (
-                type(optimizer).update is LowRankOptimizer.update):  # it can be projected early
+        if own and isinstance(optimizer, LowRankOptimizer):  # it can be projected early
             buffers = optimizer.buffers(p, options_of[p])
             waiting, gap = _waiting(optimizer, p, options_of[p]), options_of[p]["update_proj_gap"]
         found.append(Held(label, "low-rank matrices" if own and what == "matrices" else what,

@@ -14,7 +14,7 @@ from . import project
 from .apply import Update
 from .base import MatrixOptimizer
 from .codec import Slot
-from .lowrank import LowRankOptimizer, LowRankOptions, Projected
+from .lowrank import LowRankOptimizer, SubspaceOptions
 from .norms import ALONG, norms
 from .options import Option, choice, real
 from .project import Bases
@@ -33,13 +33,13 @@ class _Scaling(Residual):
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return limiter_slot(shape, p, o)
 
-    def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
-                ) -> Tensor | None:
-        return norms(g, "full" if o["scale_type"] == "tensor" else side)
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
+        return norms(g, "full" if o["scale_type"] == "tensor" else bases.side())
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
-                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+                s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         assert measured is not None
+        side = bases.side()
         along = "full" if o["scale_type"] == "tensor" else side
         more = math.prod([g.shape[i] / low.shape[i] for i in ALONG[side]])
         gain = gains(norms(n, along), norms(low, along), measured, more, s, o)
@@ -47,9 +47,10 @@ class _Scaling(Residual):
         return Update(dense=g, gain=(gain * o["scale"]).to(wide))
 
 
-class APOLLOOptions(LowRankOptions, total=False):
+class APOLLOOptions(SubspaceOptions, total=False):
     """Options of :class:`APOLLO`, for type checkers."""
 
+    limiter: float | None
     scale_type: str
 
 
@@ -60,7 +61,8 @@ class APOLLO(LowRankOptimizer):
     for each channel j of the longer side, held by Fira's limiter. P is drawn anew every
     ``update_proj_gap`` steps from a seed and never stored. ``APOLLO(rank=1, scale_type="tensor",
     scale=128 ** 0.5)`` is APOLLO-Mini. Other arguments, defaults and errors are those of
-    :class:`lissom.optim.LowRankOptimizer`.
+    :class:`lissom.optim.LowRankOptimizer`; there is no ``residual``, ``residual_scale`` or
+    ``error_feedback_bits``.
 
     Args:
         rank: the paper takes a quarter of the hidden size.

@@ -59,9 +59,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                  and isinstance(v, Tensor)}
         self._prepare(dense, rates)
         super().__init__(params, defaults)
-        if self.algorithm != "adamw" and not self.plan().matrices:
-            warnings.warn(f"{type(self).__name__} has no matrix of its own, so it is AdamW. "
-                          f"{self.remedy} plan() tells why.", stacklevel=3)
+        for text in self.advice(given):
+            warnings.warn(text, stacklevel=3)
 
     def _prepare(self, dense: dict[str, Any], rates: Mapping[str, Tensor]) -> None:
         """What is neither state nor options; nothing of it but the arguments is saved."""
@@ -73,6 +72,16 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         self._seen: dict[int, dict[str, Any]] = {}
         # By ``index``, what was measured of a parameter when that was last asked for.
         self._measured: dict[int, dict[str, Tensor]] = {}
+
+    def advice(self, given: Mapping[str, Any]) -> Iterator[str]:
+        """What the constructor warns of once all groups are there.
+
+        Args:
+            given: options of the constructor.
+        """
+        if self.algorithm != "adamw" and not self.plan().matrices:
+            yield (f"{type(self).__name__} has no matrix of its own, so it is AdamW. "
+                   f"{self.remedy} plan() tells why.")
 
     # ---------------------------------------------------------------- parameters
 

@@ -132,7 +132,7 @@ def _held(optimizer: MatrixOptimizer, w: Work, p: Tensor, g: Tensor, dense: bool
 
     Args:
         optimizer: of the parameter.
-        w: it.
+        w: the parameter, and its gradient.
         p: what this rank holds of it.
         g: and of its gradient.
         dense: it gets AdamW.

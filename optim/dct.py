@@ -21,10 +21,17 @@ from ..kernels._triton import use_triton
 from ..kernels.apart import Matrices, stack
 from ..kernels.project import project as product
 from . import codec
+from .options import Option, choice
 from .sharding import Rows
 
-__all__ = ["by_fft", "columns", "dct", "project", "rows"]
+__all__ = ["OPTIONS", "by_fft", "columns", "project", "rows"]
 
+#: Options of the classes that choose columns of a cosine basis.
+OPTIONS: dict[str, Option] = {
+    "dct_basis": choice(2, 2, 3),
+    "column_norm": choice(1, 1, 2),
+    "similarity": choice("auto", "auto", "matmul", "fft"),
+}
 # Where the FFT beats the product: measured with bench.projections on 2 cores (from n = 128 on;
 # lengths with large prime factors too). On CUDA an fp32 product holds its own to about 2048
 # (arXiv 2505.17967); in 16 bits it is 2 n operations for each element at some 700 TFLOP/s, against
@@ -126,26 +133,6 @@ def by_fft(n: int, x: Matrices, similarity: str) -> bool:
     return similarity == "fft"
 
 
-def dct(x: Tensor, kind: int = 2, dim: int = -1, similarity: str = "auto") -> Tensor:
-    """X Q along one dimension: the orthonormal DCT-II or DCT-III.
-
-    Args:
-        x: real, fp32 or float64 (half precisions are computed in fp32).
-        kind: 2 or 3; see the module's text.
-        dim: the dimension that is transformed, -1 or -2.
-        similarity: ``"matmul"``, ``"fft"`` or ``"auto"``.
-    """
-    x = x if x.dtype == torch.float64 else x.float()
-    n = x.shape[dim]
-    if not by_fft(n, x, similarity):
-        q = rows(n, kind, x.dtype, x.device)
-        return x @ q.mT if dim == -1 else q @ x
-    place, sign = _packing(n, kind, x.dtype, x.device)
-    full = _forward_fft(x, dim) if kind == 2 else _inverse_fft(x, dim).unsqueeze(-1)
-    place = place.expand(*x.shape[:-2], n)
-    return _take(full, place, dim) * (sign if dim == -1 else sign.unsqueeze(-1))
-
-
 def project(x: Matrices, r: int, *, kind: int, dim: int, norm: int, similarity: str,
             old: Tensor | None = None, cut: Rows | None = None) -> tuple[Tensor, Tensor]:
     """The r basis vectors along dim that x has most of, and x on them, from one transform.
@@ -154,11 +141,11 @@ def project(x: Matrices, r: int, *, kind: int, dim: int, norm: int, similarity: 
         x: (..., m, n), or several that lie apart. fp32 and float64 have that arithmetic; 16 bits
             have fp32, but for their product with a basis on CUDA.
         r: how many.
-        kind: 2 or 3.
+        kind: 2 or 3; see the module's text.
         dim: -1 for a right basis, -2 for a left one.
         norm: 1 or 2, the norm of a column of x Q (a row of Q^T x) that ranks it. With 2 the
             choice minimizes what is left of x.
-        similarity: as in :func:`dct`.
+        similarity: ``"matmul"``, ``"fft"`` or ``"auto"``, how x Q is computed.
         old: the last choice, which stays where x is zero or not finite.
         cut: which rows of a matrix x has, if not all, with ``dim=-1``; norms are summed over all.
 

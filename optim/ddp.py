@@ -53,10 +53,7 @@ class ProjectedAllReduce:
 
 def _projects(optimizer: LowRankOptimizer, p: Tensor, o: dict[str, Any]) -> bool:
     """Whether an update takes nothing of G but R = P^T G Q, between two refreshes."""
-    cls = type(optimizer)
-    plain = cls.project_gradient is LowRankOptimizer.project_gradient or o.get("roles") is not None
-    return (cls.update is LowRankOptimizer.update and plain and optimizer._reason(p, o) is None
-            and not optimizer.residual(o).needs_gradient)
+    return optimizer._reason(p, o) is None and optimizer.by_projection(o)
 
 
 def _hook(state: ProjectedAllReduce, bucket: dist.GradBucket  # type: ignore[name-defined]

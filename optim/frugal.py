@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from . import project
 from .apply import Update
 from .base import MatrixOptimizer
-from .lowrank import LowRankOptimizer, LowRankOptions
+from .lowrank import LowRankOptimizer, SubspaceOptions
 from .options import Option, choice, real
 from .project import Bases
 from .residual import Residual, Sign
@@ -24,8 +24,8 @@ class _Free(Sign):
     """u = scale * P N + free_scale * sign(G - P R)."""
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
-                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
-        u = super().combine(g, low, n, bases, measured, side, s, o, t)
+                s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+        u = super().combine(g, low, n, bases, measured, s, o, t)
         # not _replace, which dynamo does not trace in torch 2.9 and 2.11
         return Update(u.left, u.right, u.factor, u.dense, o["free_scale"])
 
@@ -43,7 +43,7 @@ def _coordinates(n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], s
     return (index.unsqueeze(-2) == numbers).to(like)
 
 
-class FRUGALOptions(LowRankOptions, total=False):
+class FRUGALOptions(SubspaceOptions, total=False):
     """Options of :class:`FRUGAL`, for type checkers."""
 
     free_scale: float
@@ -55,7 +55,8 @@ class FRUGAL(LowRankOptimizer):
     R = P^T G, N = Adam(R), u = scale * P N + free_scale * sign(G - P R). Every
     ``update_proj_gap`` steps the subspace is another one, and its moments start from zero. State:
     2 r max(m, n) numbers. Other arguments, defaults and errors are those of
-    :class:`lissom.optim.LowRankOptimizer`; there is no other ``residual``.
+    :class:`lissom.optim.LowRankOptimizer`; there is no ``residual``, and so no ``limiter``,
+    ``residual_scale`` or ``error_feedback_bits``.
 
     Args:
         lr: of both parts: AdamW's, not GaLore's.

@@ -31,6 +31,5 @@ class GaLoreAdamW(LowRankOptimizer):
 class GaLoreAdamW8bit(GaLoreAdamW):
     """:class:`GaLoreAdamW` with ``state_bits=8``, under the name that galore-torch gave it."""
 
-    apart: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Option]] = {
         **GaLoreAdamW.options, "state_bits": choice(8, 32, 16, 8, 4)}

@@ -13,8 +13,8 @@ from . import codec
 from .apply import Update
 from .base import MatrixOptimizer
 from .codec import Slot, State
-from .inner import adam, adam_slots
-from .lowrank import LowRankOptimizer, LowRankOptions, Projected
+from .inner import RULES, adam, adam_slots
+from .lowrank import LowRankOptimizer, Projected, SubspaceOptions
 from .options import Option, choice, real
 from .pairs import check_factors, roles
 from .residual import RESIDUALS, Residual
@@ -30,7 +30,7 @@ _SLOPE = "projected_slope"
 _SHORTEST = 1e-6
 
 
-class GradNormLoRPOptions(LowRankOptions, total=False):
+class GradNormLoRPOptions(SubspaceOptions, total=False):
     """Options of :class:`GradNormLoRPAdamW`, for type checkers."""
 
     axis: str
@@ -58,7 +58,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
 
     Reading C, the factors' gradients from a D that was projected first, is not offered: it needs D
     in full beside them. Other arguments, defaults and errors are those of
-    :class:`lissom.optim.LowRankOptimizer`; there is no ``residual``.
+    :class:`lissom.optim.LowRankOptimizer`; there is no ``residual``, and so no ``limiter``,
+    ``residual_scale`` or ``error_feedback_bits``.
 
     Args:
         proj_type: ``"full"`` is the paper's two-sided projection, with a core of rank x rank.
@@ -108,6 +109,9 @@ class GradNormLoRPAdamW(LowRankOptimizer):
 
     def residual(self, o: Mapping[str, Any]) -> Residual:
         return RESIDUALS["none"]
+
+    def by_projection(self, o: Mapping[str, Any]) -> bool:
+        return o["roles"] is not None
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         # Of a plain weight the lengths of columns are sums over rows at many places.
@@ -173,8 +177,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         length = (1 - 2 * scaled * inverse * along + scaled.square() * square).clamp_min_(
             _SHORTEST**2).sqrt()
         # mu' / mu
-        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if o["amsgrad"] else ()))
-        moments = {name: s[_MAGNITUDE + name] for name in names}
+        moments = {k: s[_MAGNITUDE + k] for k in RULES["adamw"].powers if _MAGNITUDE + k in s}
         n = adam(slope.squeeze(dim), moments, o, t)
         ratio = (n.numerator / n.denominator).unsqueeze(dim) * inverse
         decay = 1 - o["lr"] * o["weight_decay"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,25 +14,23 @@ from typing_extensions import Unpack
 from ..kernels.apart import Apart, stack
 from . import codec, dct, metrics, project
 from .apply import Update
-from .base import MatrixOptimizer
 from .codec import Slot, State
 from .common import AdamWPart
 from .inner import RULES, Rule, by_kernel
 from .options import Option, choice, integer, optional, real
 from .project import Bases, Shift, Turn
-from .residual import RESIDUALS, Dropped, Residual, residual_of
+from .ranked import Ranked
+from .residual import RESIDUALS, Batched, Residual, residual_of
 from .sharding import Rows
 from .whole import Waiting
 
-__all__ = ["LowRankOptimizer", "LowRankOptions", "Projected"]
+__all__ = ["LowRankOptimizer", "LowRankOptions", "Projected", "SubspaceOptions"]
 
-_FLATTENED = ("a parameter flattened by FSDP1 or ZeRO has lost its matrix shape: use FSDP2 "
-              "(torch.distributed.fsdp.fully_shard), which keeps it; for vectors use rank=None")
 _SIDES = ("left", "right")
 
 
-class LowRankOptions(AdamWPart, total=False):
-    """Options of the low-rank classes, for type checkers; see :class:`LowRankOptimizer`."""
+class SubspaceOptions(AdamWPart, total=False):
+    """Options of the low-rank classes without a choice of residual, for type checkers."""
 
     rank: int | None
     update_proj_gap: int
@@ -42,17 +39,22 @@ class LowRankOptions(AdamWPart, total=False):
     projection: str
     inner: str
     moments: str
-    residual: str
     refresh: str
     matricize: str
     basis_bits: int | None
     keep_energy: float | None
-    error_feedback_bits: int | None
-    limiter: float | None
-    residual_scale: str
     dct_basis: int
     column_norm: int
     similarity: str
+
+
+class LowRankOptions(SubspaceOptions, total=False):
+    """Options of the other ones; see :class:`LowRankOptimizer`."""
+
+    residual: str
+    error_feedback_bits: int | None
+    limiter: float | None
+    residual_scale: str
 
 
 class Projected(NamedTuple):
@@ -74,13 +76,14 @@ class Projected(NamedTuple):
     more: Mapping[str, Tensor] = {}
 
 
-class LowRankOptimizer(MatrixOptimizer):
+class LowRankOptimizer(Batched, Ranked):
     """An inner rule on the projected gradient R = P^T G Q, lifted back: u = scale * P N Q^T.
 
     Projection, inner rule, residual and what happens to the moments at a refresh are free
     choices of each group. For an m x n weight Adam keeps r (min + 2 max) elements instead of
     2 m n. Parameters without a rank, and those that are not matrices, get plain AdamW in the same
-    object. ``scale`` may also be spelled ``alpha``.
+    object. ``scale`` may also be spelled ``alpha``. This is the base of the low-rank classes, to
+    derive from; with all of its defaults it is :class:`lissom.optim.GaLoreAdamW`.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups of either;
@@ -126,11 +129,12 @@ class LowRankOptimizer(MatrixOptimizer):
             AdamW, which then are groups of their own. Default None: the same as above.
 
     Raises:
-        TypeError, ValueError: an option or parameter that breaks its rule, by name and value.
+        TypeError, ValueError: an option or parameter that breaks its rule, by name and value; a
+            class without an ``algorithm`` of its own, as this one.
     """
 
     options: ClassVar[Mapping[str, Option]] = {
-        "rank": optional(integer(None, 1)),
+        **Ranked.options,
         "update_proj_gap": integer(200, 1),
         "scale": real(0.25),
         "proj_type": choice("std", "std", "reverse_std", "left", "right", "full"),
@@ -139,24 +143,15 @@ class LowRankOptimizer(MatrixOptimizer):
         "moments": choice("keep", "keep", "rotate", "reset"),
         "residual": choice("none", *RESIDUALS),
         "refresh": choice("staggered", "staggered", "synchronous"),
-        "matricize": choice("flatten", "flatten", "batch"),
         "basis_bits": optional(choice(None, 16, 8, 4)),
         "keep_energy": optional(real(None, 0.0, 1.0, above=True)),
         "error_feedback_bits": optional(choice(None, 32, 8, 4)),
         "limiter": optional(real(1.01, 1.0)),
         "residual_scale": choice("paper", "paper", "released"),
-        "dct_basis": choice(2, 2, 3),
-        "column_norm": choice(1, 1, 2),
-        "similarity": choice("auto", "auto", "matmul", "fft"),
+        **dct.OPTIONS,
     }
     spellings: ClassVar[Mapping[str, str]] = {"alpha": "scale"}
     uncapturable: ClassVar[str | None] = "whether a basis is refreshed is decided on the host"
-    remedy: ClassVar[str] = (
-        "Give rank= here or in a group of 2-d weights (lissom.optim.param_groups(model, rank=...) "
-        "makes such groups; under FSDP1 and ZeRO weights are 1-d, use FSDP2).")
-    #: Whether updates of matrices that lie :class:`lissom.kernels.apart.Apart` can be one. Of a
-    #: class itself: those derived from it say so anew.
-    apart: ClassVar[bool] = False
     #: 0-based step, modulo the gap, of the refreshes of an unshifted matrix after the first.
     first_phase: ClassVar[int] = 0
 
@@ -165,41 +160,28 @@ class LowRankOptimizer(MatrixOptimizer):
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
         **options: Unpack[LowRankOptions],
     ) -> None:
+        if self.algorithm == "adamw":
+            raise TypeError(f"{type(self).__name__}: has no rule of its own, so all would get "
+                            "AdamW; use lissom.optim.GaLoreAdamW, which has these options and "
+                            "defaults, or derive a class that names its `algorithm`")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps,
                                   "weight_decay": weight_decay, "amsgrad": amsgrad, **options})
-        rank, held = options.get("rank"), {g["rank"] for g in self.param_groups} - {None}
-        if rank is not None and held and rank not in held:
-            warnings.warn(f"{type(self).__name__}(): rank={rank} is no group's: each matrix is in "
-                          f"one that has its own rank, {', '.join(map(str, sorted(held)))} "
-                          "(param_groups(model, rank=...) gives it there)", stacklevel=2)
 
     # ---------------------------------------------------------------- which, and what is kept
 
-    def declines(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
-        return "rank is None" if o["rank"] is None else super().declines(p, o)
-
-    def describe(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int | None, str, str]:
+    def rank_and_side(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, str]:
         m, n = self.matrix_shape(p, o)[-2:]
-        r = min(o["rank"], m, n)
-        reason = super().describe(p, o)[2]
-        if r < o["rank"]:
-            reason += f"; rank {o['rank']} clamped to the shorter side"
-        return r, project.side_of(m, n, o.get("proj_type", "std")), reason
+        return min(o["rank"], m, n), project.side_of(m, n, o["proj_type"])
 
     def check_combination(self, o: Mapping[str, Any], params: list[Tensor], explicit: set[str],
                           where: str) -> None:
+        super().check_combination(o, params, explicit, where)
         if o["rank"] is None or o["algorithm"] == "adamw":
             return
-        # DeepSpeed and FSDP1 leave these marks on what they flatten.
-        marked = any(hasattr(p, "ds_id") or hasattr(p, "_is_flat_param") for p in params)
-        if marked or ("rank" in explicit and params and all(p.ndim == 1 for p in params)):
-            shapes = ", ".join(str(tuple(p.shape)) for p in params[:3])
-            raise ValueError(f"{where}: rank={o['rank']}, but no parameter of this group is a "
-                             f"matrix (shapes {shapes}); {_FLATTENED}")
-        if o["amsgrad"] and o.get("inner", "adamw") != "adamw":
+        if o["amsgrad"] and o["inner"] != "adamw":
             raise ValueError(f"{where}: amsgrad=True, but it must be False with "
                              f"inner={o['inner']!r}, which has no second moment of Adam's")
-        bits = o.get("error_feedback_bits")
+        bits = o.get("error_feedback_bits")  # which classes without a choice of residual lack
         if bits and o["residual"] not in ("none", "error_feedback"):
             raise ValueError(f"{where}: error_feedback_bits={bits}, but it must be None with "
                              f"residual={o['residual']!r}: both want the same part of the gradient")
@@ -207,8 +189,7 @@ class LowRankOptimizer(MatrixOptimizer):
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         shape = self.matrix_shape(p, o)
         *batch, m, n = shape
-        r, side, _ = self.describe(p, o)
-        assert r is not None
+        r, side = self.rank_and_side(p, o)
         slots = {"basis_step": codec.counter()}
         slots |= RULES[o["inner"]].slots(self._low_shape(p, o), p, o)
         slots |= self.residual(o).slots(shape, p, o)
@@ -235,34 +216,43 @@ class LowRankOptimizer(MatrixOptimizer):
     def _low_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
         """Shape of R."""
         *batch, m, n = self.matrix_shape(p, o)
-        r, side, _ = self.describe(p, o)
-        assert r is not None
+        r, side = self.rank_and_side(p, o)
         return (*batch, m if side == "right" else r, n if side == "left" else r)
 
     def residual(self, o: Mapping[str, Any]) -> Residual:
         """What puts the update together."""
         return residual_of(o)
 
+    def by_projection(self, o: Mapping[str, Any]) -> bool:
+        """Whether an update between two refreshes takes nothing of G but R = P^T G Q.
+
+        A class with a :meth:`project_gradient` of its own says so anew.
+        """
+        cls, base = type(self), LowRankOptimizer
+        whole = cls.update is base.update and cls.project_gradient is base.project_gradient
+        return whole and not self.residual(o).needs_gradient
+
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         """R = G Q is a product of rows. New bases are of all rows, unless they are drawn, or
         chosen by sums over rows.
         """
-        if self.describe(p, o)[1] != "right" or len(self.matrix_shape(p, o)) > 2 or (
+        if self.rank_and_side(p, o)[1] != "right" or len(self.matrix_shape(p, o)) > 2 or (
                 not RULES[o["inner"]].elementwise):
             return False
-        apart = o["projection"] in ("dct", "random") and o["keep_energy"] is None
-        return apart or not self.due(s, o, t)
+        local = o["projection"] in ("dct", "random") and o["keep_energy"] is None
+        return local or not self.due(s, o, t)
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
                  rows: Rows | None) -> tuple[int, bool]:
         """R and decoded bases, and where all choose new cosine columns the whole transform."""
-        r, side, _ = self.describe(p, o)
-        able = (vars(type(self)).get("apart") and vars(type(self.residual(o))).get("apart")
+        r, side = self.rank_and_side(p, o)
+        residual = self.residual(o)
+        able = (self.apart and residual.apart
                 and p.ndim == 2 and p.dtype in (torch.bfloat16, torch.float32) and side != "full"
                 and o["inner"] == "adamw" and not o["amsgrad"] and not o["maximize"]
                 # Of rows the others take sums over all ranks, of one matrix at a time.
-                and (rows is None or isinstance(self.residual(o), Dropped)))
-        due = bool(able) and self.due(s, o, t)
+                and (rows is None or not residual.needs_gradient))
+        due = able and self.due(s, o, t)
         if due:
             n = p.shape[side != "left"]
             able = (o["projection"] == "dct" and int(s["basis_step"]) > 0
@@ -270,7 +260,7 @@ class LowRankOptimizer(MatrixOptimizer):
                     and o["column_norm"] == 1 and p.element_size() == 2 and rows is None
                     and not dct.by_fft(n, p, o["similarity"]))
         m, n = p.shape if rows is None else (rows.counts[rows.rank], p.shape[1])
-        return ((r or 0) * (m + n) + due * p.numel() if able else 0), due
+        return (r * (m + n) + due * p.numel() if able else 0), due
 
     # ---------------------------------------------------------------- the update
 
@@ -305,14 +295,12 @@ class LowRankOptimizer(MatrixOptimizer):
             t: count of this update.
         """
         residual, rule = self.residual(o), RULES[o["inner"]]
-        m, columns = codec.whole_shape(g, s)[-2:]
-        side = project.side_of(m, columns, o["proj_type"])
         # Kernels widen R as they read it, if it is in 16 bits, and so does the rule by itself.
         narrow = by_kernel(space.low) or not residual.needs_low
         low = space.low if narrow else codec.wide(space.low)
         shift = _in_passing(rule, s, space, o)
         moments = {} if shift else _turned(rule, s, space, o)
-        measured = residual.measure(g, low, space, side, o)
+        measured = residual.measure(g, low, space.bases, o)
         # N = inner(R); state is written from here on
         for name, x in moments.items():
             s[name] = x
@@ -324,7 +312,7 @@ class LowRankOptimizer(MatrixOptimizer):
         for name, x in space.writes.items():
             codec.write(s, name, x)
         # u = scale * P N Q^T, and what the residual adds
-        return residual.combine(g, low, n, space.bases, measured, side, s, o, t)
+        return residual.combine(g, low, n, space.bases, measured, s, o, t)
 
     def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
                   ) -> Projected:
@@ -334,20 +322,22 @@ class LowRankOptimizer(MatrixOptimizer):
             old = self.bases(g, s, o)
             return Projected(old, old.down(g))
         born, cosines = int(one["basis_step"]), o["projection"] == "dct"
-        # A new choice of cosine columns needs the indices of the last one, not the columns.
-        spared = cosines and o["keep_energy"] is None and born > 0
-        old = Bases(None, None) if spared else self.bases(g, s, o)
-        if born and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
-            low = old.down(g)
-            if _energy(low, g) >= o["keep_energy"] * s["basis_energy"].item():
-                return Projected(old, low)
-        new = self._cosines(g, s, o, born) if cosines else self._found(g, old, s, o, t, born)
+        # A new choice of cosine columns needs the indices of the last one, not the columns; bases
+        # that are drawn need the last ones where moments turn with them.
+        spared = cosines or (o["projection"] == "random" and o["moments"] != "rotate")
+        last = self.bases(g, s, o) if born and not (spared and o["keep_energy"] is None) else None
+        if last is not None and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
+            low = last.down(g)
+            if _energy(low, g, s) >= o["keep_energy"] * s["basis_energy"].item():
+                return Projected(last, low)
+        new = self._cosines(g, s, o, born) if cosines else self._found(g, last, s, o, t)
         if new is None:  # nothing to be learnt from this gradient: try again when due
+            old = self.bases(g, s, o) if last is None else last
             return Projected(old, old.down(g))
         host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         writes = {**new.writes, "basis_step": torch.tensor(float(t), **host)}
         if o["keep_energy"] is not None:
-            writes["basis_energy"] = torch.tensor(_energy(new.low, g), **host)
+            writes["basis_energy"] = torch.tensor(_energy(new.low, g, s), **host)
         # not _replace, which dynamo does not trace in torch 2.9
         return Projected(new.bases, new.low, new.turns if born else None, writes, new.more)
 
@@ -397,27 +387,36 @@ class LowRankOptimizer(MatrixOptimizer):
 
     draw = staticmethod(project.random_basis)
 
-    def _found(self, g: Tensor, old: Bases, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
-               born: int) -> Projected | None:
-        """Bases from a decomposition of the gradient, or newly drawn ones."""
-        new: list[Tensor | None] = [None, None]
+    def _found(self, g: Tensor, last: Bases | None, s: Mapping[str, Tensor], o: Mapping[str, Any],
+               t: int) -> Projected | None:
+        """Bases from a decomposition of the gradient, or newly drawn ones.
+
+        Args:
+            g: the gradient.
+            last: the last bases, from which a decomposition starts and moments turn, if there are
+                any; None too where neither is so.
+            s: state.
+            o: options.
+            t: count of this update.
+        """
+        random = o["projection"] == "random"
+        new: list[Tensor | None] = list(self.bases(g, s, o, t)) if random else [None, None]
         turns: list[Turn | None] = [None, None]
         writes: dict[str, Tensor] = {}
-        if o["projection"] == "random":
-            new = list(self.bases(g, s, o, t))
-        r = min(o["rank"], *codec.whole_shape(g, s)[-2:])
-        for number, (basis, side) in enumerate(zip(old, _SIDES, strict=True)):
-            if basis is None:
+        m, n = codec.whole_shape(g, s)[-2:]
+        r, projected = min(o["rank"], m, n), project.side_of(m, n, o["proj_type"])
+        for number, (basis, side) in enumerate(zip(last or (None, None), _SIDES, strict=True)):
+            if projected not in (side, "full"):
                 continue
-            if o["projection"] != "random":
-                found = project.find(g, r, side, o["projection"], basis if born else None,
-                                     codec.key_of(s, o), 2 * t + number)
+            if not random:
+                found = project.find(g, r, side, o["projection"], basis, codec.key_of(s, o),
+                                     2 * t + number)
                 if found is None:
                     return None
                 writes[f"basis_{side}"] = found
                 # what later steps will read back
                 new[number] = codec.rounded(s, f"basis_{side}", found).to(g.dtype)
-            if o["moments"] == "rotate":
+            if basis is not None and o["moments"] == "rotate":
                 latest = new[number]
                 assert latest is not None
                 turns[number] = project.turn(basis, latest, side == "left")
@@ -515,9 +514,6 @@ def _learnt(low: Tensor, s: Mapping[str, Tensor]) -> bool:
     return bool(size.isfinite().all()) and bool(size.any())
 
 
-def _energy(low: Tensor, g: Tensor) -> float:
+def _energy(low: Tensor, g: Tensor, s: Mapping[str, Tensor]) -> float:
     """|R|^2 / |G|^2, the smallest of a batch; 0 for a zero gradient."""
-    dim = (-2, -1)
-    whole = torch.linalg.vector_norm(g, dim=dim, dtype=torch.float64)
-    part = torch.linalg.vector_norm(low, dim=dim, dtype=torch.float64)
-    return float((part / whole).square().nan_to_num(0.0).min())
+    return float(metrics.share(low, g, s).nan_to_num(0.0).min())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .base import MatrixOptimizer
     from .batches import Work
 
-__all__ = ["Before", "after", "before", "energy", "metrics_of"]
+__all__ = ["Before", "after", "before", "energy", "metrics_of", "share"]
 
 #: What was there before a step: copies of a weight and of its limiter.
 Before = Mapping[Tensor, tuple[Tensor, Tensor | None]]
@@ -64,11 +64,16 @@ def _ratio(new: Tensor, old: Tensor) -> Tensor:
 
 def energy(optimizer: MatrixOptimizer, s: Mapping[str, Tensor], low: Tensor, g: Tensor) -> None:
     """Keep |R|^2 / |G|^2, the smallest of a batch; of a zero gradient it is NaN."""
+    found = optimizer._measured.setdefault(int(s["index"]), {})
+    found["energy"] = share(low, g, s).amin().to(torch.float32)
+
+
+def share(low: Tensor, g: Tensor, s: Mapping[str, Tensor]) -> Tensor:
+    """|R|^2 / |G|^2 of each matrix, in float64; NaN for a zero gradient."""
     part, whole = (codec.row_sum(
         torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square(), s)
         for x in (low, g))
-    found = optimizer._measured.setdefault(int(s["index"]), {})
-    found["energy"] = (part / whole).amin().to(torch.float32)
+    return part / whole
 
 
 def metrics_of(optimizer: MatrixOptimizer) -> list[dict[str, Tensor]]:

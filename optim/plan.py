@@ -13,7 +13,7 @@ __all__ = ["Plan", "Row", "aligned", "plan_of", "shown"]
 
 
 def aligned(lines: Sequence[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:
-    """Lines of a table, their cells padded; columns of numbers (``right``) on the left."""
+    """Lines of a table, their cells padded; columns in ``right`` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.rjust(w) if i in right else cell.ljust(w)
                       for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()

@@ -203,17 +203,17 @@ def request(o: Mapping[str, Any], *matrices: Tensor, steps: int | None = None,
         steps: of the polynomial methods where ``polar_steps`` is None.
         coefficients: of ``"newton-schulz"``.
     """
-    method = o.get("polar", "newton-schulz")
+    method = o["polar"]
     polynomial = method in _POLYNOMIAL
     return Whole(matrices, Oracle(
-        method, o.get("polar_steps") or (steps if polynomial else None),
+        method, o["polar_steps"] or (steps if polynomial else None),
         o["polar_dtype"] if polynomial else None,
-        coefficients if method == "newton-schulz" else None, o.get("lower_bound")))
+        coefficients if method == "newton-schulz" else None, o["lower_bound"]))
 
 
 def input_dtype(o: Mapping[str, Any], g: Tensor) -> torch.dtype:
     """In which dtype an oracle loses nothing of its input: of its products or the arithmetic."""
-    if o.get("polar", "newton-schulz") in _POLYNOMIAL and o["polar_dtype"] == "bfloat16":
+    if o["polar"] in _POLYNOMIAL and o["polar_dtype"] == "bfloat16":
         return torch.bfloat16
     return codec.wide(g[:0]).dtype
 

@@ -69,8 +69,8 @@ class PolarGrad(MatrixOptimizer):
         matricize: as :class:`lissom.optim.Muon`. Default ``"flatten"``.
         betas, eps, amsgrad, lr_adamw, betas_adamw, weight_decay_adamw: of AdamW's part. Defaults
             (0.9, 0.95), 1e-8, False, 3e-4, as betas, as weight_decay.
-        maximize, state_bits, rounding, master_bits, nonfinite, seed, shards, metrics, algorithm:
-            as :class:`lissom.optim.AdamW`.
+        maximize, state_bits, rounding, master_bits, nonfinite, seed, shards, metrics, algorithm,
+            foreach, fused, capturable, differentiable: as :class:`lissom.optim.AdamW`.
 
     Raises:
         TypeError, ValueError: an option or parameter that breaks its rule, by name and value.

@@ -25,8 +25,7 @@ __all__ = ["FINDERS", "Bases", "Gradient", "Shift", "Turn", "find", "gaussian", 
 _NOT_CONVERGED: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009
 #: Extra columns in the range finder (methods of Halko et al. use 5 to 10).
 OVERSAMPLING = 8
-#: Power iterations of a cold start; a warm start from the last basis takes WARM_ITERATIONS.
-COLD_ITERATIONS = 2
+#: Power iterations of a warm start, from the last basis.
 WARM_ITERATIONS = 2
 # A basis that captures less than this share of the gradient's energy is no start for the next.
 _LOST = 1e-2
@@ -44,6 +43,13 @@ class Bases(NamedTuple):
 
     left: Tensor | None
     right: Tensor | None
+
+    # A method, because dynamo does not trace a property of a tuple in torch 2.9.
+    def side(self) -> str:
+        """``"left"``, ``"right"`` or ``"full"``, where one of them is there."""
+        if self.left is None:
+            return "right"
+        return "left" if self.right is None else "full"
 
     def down(self, g: Tensor) -> Tensor:
         """R = P^T G Q."""
@@ -137,8 +143,8 @@ def _divided(q: Tensor, least: float) -> Tensor | None:
     factor, failed = torch.linalg.cholesky_ex(q.mT @ q, upper=True)
     sizes = factor.diagonal(dim1=-2, dim2=-1)
     # NaN is not above anything. One look at the device for all of it.
-    apart = (failed == 0) & (sizes.amin(-1) > least * sizes.amax(-1))
-    return _over(q, factor) if bool(apart.all()) else None
+    independent = (failed == 0) & (sizes.amin(-1) > least * sizes.amax(-1))
+    return _over(q, factor) if bool(independent.all()) else None
 
 
 def _over(q: Tensor, factor: Tensor) -> Tensor:
@@ -171,13 +177,12 @@ class Gradient:
     Args:
         g: (..., m, n).
         largest: (..., 1, 1) of it, each finite.
-        backend: of the kernel; see :func:`lissom.kernels.project`.
     """
 
-    def __init__(self, g: Tensor, largest: Tensor, backend: str | None = None) -> None:
-        self.shape, self.backend = g.shape, backend
+    def __init__(self, g: Tensor, largest: Tensor) -> None:
+        self.shape = g.shape
         self.divisor = torch.where(largest > 0, largest, 1.0)
-        self.narrow = g.dtype == torch.bfloat16 and use_triton(backend, g.device)
+        self.narrow = g.dtype == torch.bfloat16 and use_triton(None, g.device)
         if self.narrow:  # if sums of squares stay in fp32's range without the scale
             inside = (self.divisor > 1 / _IN_RANGE) & (self.divisor < _IN_RANGE)
             self.narrow = bool(inside.all())
@@ -198,7 +203,7 @@ class Gradient:
         for _ in range(3):
             part = rest.bfloat16()
             rest = rest - part
-            low = product(g, part, backend=self.backend)[0]
+            low = product(g, part)[0]
             total = low if total is None else total + low
         assert total is not None
         return total / self.divisor
@@ -240,10 +245,8 @@ def _randomized(g: Gradient, r: int, old: Tensor | None, noise: Callable[..., Te
     the small (GY)^T (GY). Source: Halko, Martinsson, Tropp, arXiv 0909.4061; GaLore 2, 2504.20437.
     """
     m, n = g.shape[-2:]
-    y = _orthonormal(g.transposed_times(noise(m, min(r + OVERSAMPLING, m, n))),
-                     exact=COLD_ITERATIONS == 1)
-    for number in range(1, COLD_ITERATIONS):
-        y = _iterated(g, y, number == COLD_ITERATIONS - 1)
+    y = _orthonormal(g.transposed_times(noise(m, min(r + OVERSAMPLING, m, n))), exact=False)
+    y = _iterated(g, y, exact=True)
     # In float64: a singular value of 1e-3 of the largest is 1e-6 of it in the square, where fp32
     # would leave a tenth of rounding noise in its vector.
     b = g.times(y).double()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,18 +25,32 @@ from .inner import by_kernel
 from .norms import ALONG, norms
 from .project import Bases
 
-if TYPE_CHECKING:
-    from .lowrank import Projected
-
-__all__ = ["RESIDUALS", "Fira", "Residual", "gains", "residual_of"]
+__all__ = ["RESIDUALS", "Batched", "Fira", "Residual", "gains", "residual_of"]
 
 
-class Residual:
+class Batched:
+    """Base of what may work on several matrices at once.
+
+    A derived class with methods of its own says so anew, as nobody has promised that they can.
+    """
+
+    #: Whether it works on matrices that lie :class:`lissom.kernels.apart.Apart`.
+    apart: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for base in cls.__mro__:
+            if "apart" in vars(base):
+                return
+            if any((callable(x) or isinstance(x, property)) and not name.startswith("__")
+                   for name, x in vars(base).items()):
+                cls.apart = False
+                return
+
+
+class Residual(Batched):
     """Base of all: what is outside the subspace is dropped."""
 
-    #: Whether it works on several matrices that lie :class:`lissom.kernels.apart.Apart`. Of a class
-    #: itself: those derived from it say so anew.
-    apart = False
     #: Whether R is read after the inner rule, which otherwise may overwrite it. It is then in fp32,
     #: or as it was projected where kernels read it.
     needs_low = False
@@ -52,21 +66,19 @@ class Residual:
         """What is projected."""
         return g
 
-    def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
-                ) -> Tensor | None:
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
         """All of matrix size that :meth:`combine` needs, made before the first write.
 
         Args:
             g: what :meth:`gradient` returned.
             low: R, in fp32 or as it was projected.
-            space: the bases of this step, and what came with R.
-            side: ``"left"``, ``"right"`` or ``"full"``.
+            bases: of this step.
             o: options of the group.
         """
         return None
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
-                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+                s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         """U = scale * P N Q^T, and what the residual adds; n is a temporary."""
         left, right = bases.factors(n.to(g.dtype))
         return Update(left, right, o["scale"])
@@ -97,18 +109,18 @@ class Fira(Residual):
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         return limiter_slot(shape, p, o)
 
-    def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
-                ) -> Tensor | None:
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
         # At full rank G - P R is rounding, which is not to be scaled up.
         leak = 1 - o["scale"] if o["residual_scale"] == "released" else 0.0
         if leak == 0 and low.shape == g.shape:
             return None
-        return norms(g, side)
+        return norms(g, bases.side())
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
-                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+                s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         if measured is None:
-            return super().combine(g, low, n, bases, measured, side, s, o, t)
+            return super().combine(g, low, n, bases, measured, s, o, t)
+        side = bases.side()
         released = o["residual_scale"] == "released"
         scale = o["scale"]
         correction = 1.0
@@ -134,14 +146,13 @@ class Sign(Residual):
 
     needs_gradient = True
 
-    def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
-                ) -> Tensor | None:
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
         if low.shape == g.shape:  # full rank: the rest is rounding, whose sign means nothing
             return None
-        return _without(codec.wide(g).clone(), low, space.bases).sign_()
+        return _without(codec.wide(g).clone(), low, bases).sign_()
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
-                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+                s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         left, right = bases.factors(n.to(g.dtype))
         return Update(left, right, o["scale"], measured, o["scale"])
 
@@ -162,15 +173,14 @@ class ErrorFeedback(Residual):
         assert error is not None
         return codec.wide(g) + error
 
-    def measure(self, g: Tensor, low: Tensor, space: Projected, side: str, o: Mapping[str, Any]
-                ) -> Tensor | None:
-        return _without(g, low, space.bases)  # g is A, a temporary
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
+        return _without(g, low, bases)  # g is A, a temporary
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
-                side: str, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
+                s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         assert measured is not None
         codec.write(s, "error", measured)
-        return super().combine(g, low, n, bases, measured, side, s, o, t)
+        return super().combine(g, low, n, bases, measured, s, o, t)
 
 
 #: Values of the option ``residual``.

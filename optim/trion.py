@@ -11,13 +11,12 @@ from typing_extensions import Unpack
 
 from . import codec, dct, polar, project
 from .apply import Update
-from .base import MatrixOptimizer
 from .codec import Slot, State
 from .common import AdamWPart
-from .lowrank import LowRankOptimizer
 from .muon import ADJUST_LR
 from .options import Option, choice, integer, optional, real
-from .whole import Waiting
+from .ranked import Ranked
+from .whole import Waiting, Whole
 
 __all__ = ["Trion"]
 
@@ -36,7 +35,7 @@ class TrionOptions(AdamWPart, total=False):
     similarity: str
 
 
-class Trion(LowRankOptimizer):
+class Trion(Ranked):
     """Orthogonalized low-rank momentum: Dion with cosine columns instead of power iterations.
 
     B = M + G; b = the ``rank`` columns of B Q with the largest norm (rows of Q^T B where m < n);
@@ -71,23 +70,22 @@ class Trion(LowRankOptimizer):
 
     algorithm: ClassVar[str] = "trion"
     waits: ClassVar[bool] = True
+    uncapturable: ClassVar[str | None] = "its update is a product, whose rate is a host's number"
     options: ClassVar[Mapping[str, Option]] = {
-        "rank": LowRankOptimizer.options["rank"],
+        **Ranked.options,
         "momentum": real(0.95, 0.0, 1.0, above=True),
         "ns_steps": integer(5, 1, 100),
         "adjust_lr_fn": optional(choice(None, *ADJUST_LR)),
         "polar_dtype": polar.OPTIONS["polar_dtype"],
-        **{k: LowRankOptimizer.options[k]
-           for k in ("matricize", "dct_basis", "column_norm", "similarity")},
+        **dct.OPTIONS,
     }
-    spellings: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self, params: Any, lr: float = 0.02, betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
         **options: Unpack[TrionOptions],
     ) -> None:
-        MatrixOptimizer.__init__(self, params, {
+        super().__init__(params, {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "amsgrad": amsgrad, "lr_adamw": 3e-4, **options})
 
@@ -95,7 +93,7 @@ class Trion(LowRankOptimizer):
         return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
-        return self.describe(p, o)[1] == "right" and len(self.matrix_shape(p, o)) == 2
+        return self.rank_and_side(p, o)[1] == "right" and len(self.matrix_shape(p, o)) == 2
 
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
@@ -110,7 +108,8 @@ class Trion(LowRankOptimizer):
                                  similarity=o["similarity"], cut=codec.rows_of(s))
         basis = dct.columns(index, m if left else n, o["dct_basis"], full)
         factors = (basis, low) if left else (low, basis.mT)
-        (o_,) = yield polar.request(o, low, steps=o["ns_steps"])
+        oracle = polar.Oracle("newton-schulz", o["ns_steps"], o["polar_dtype"])
+        (o_,) = yield Whole((low,), oracle)
         o_ = o_.to(g.dtype)
         # M <- B - (1 - mu) b Q_r^T
         add = torch.addmm if g.ndim == 2 else torch.baddbmm

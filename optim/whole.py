@@ -10,8 +10,8 @@ gathered on one rank and the rows of the result come back (:mod:`lissom.optim.ow
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,15 +19,10 @@ from torch import Tensor
 from .owners import exchanged
 from .sharding import Rows
 
-__all__ = ["Function", "Waiting", "Whole", "answered", "requested"]
+__all__ = ["Waiting", "Whole", "answered", "requested"]
 
 T = TypeVar("T")
-
-
-class Function(Protocol):
-    """Of each matrix of (b, m, n); hashable and equal by value."""
-
-    def __call__(self, a: Tensor) -> Tensor: ...
+_Function = Callable[[Tensor], Tensor]
 
 
 class Whole(NamedTuple):
@@ -35,12 +30,13 @@ class Whole(NamedTuple):
 
     Args:
         matrices: (..., m, n) each; shapes may differ.
-        function: from (b, m, n) to (b, m, n), matrix by matrix; equal functions are called once.
+        function: from (b, m, n) to (b, m, n), matrix by matrix; hashable and equal by value, as
+            equal functions are called once.
         rows: which rows of (m, n) matrices these are, if not all.
     """
 
     matrices: tuple[Tensor, ...]
-    function: Function
+    function: _Function
     rows: Rows | None = None
 
 
@@ -83,10 +79,10 @@ def answered(updates: Sequence[Waiting[None]]) -> Iterator[int]:
 def _results(requests: dict[int, Whole]) -> dict[int, list[Tensor]]:
     """The results of every request."""
     results: dict[int, list[Tensor]] = {i: [] for i in requests}
-    apart: dict[Any, list[int]] = {}
+    sharers: dict[Any, list[int]] = {}
     for i, (_, _, rows) in requests.items():
-        apart.setdefault(rows and rows.group, []).append(i)
-    for group, members in apart.items():
+        sharers.setdefault(rows and rows.group, []).append(i)
+    for group, members in sharers.items():
         asked = [x for i in members for x in requests[i].matrices]
         functions = [requests[i].function for i in members for _ in requests[i].matrices]
         if group is None:
@@ -101,13 +97,13 @@ def _results(requests: dict[int, Whole]) -> dict[int, list[Tensor]]:
     return results
 
 
-def _owned(functions: Sequence[Function], numbers: Sequence[int], matrices: Sequence[Tensor]
+def _owned(functions: Sequence[_Function], numbers: Sequence[int], matrices: Sequence[Tensor]
            ) -> list[Tensor]:
     """Of all functions those of some numbers."""
     return _computed(matrices, [functions[i] for i in numbers])
 
 
-def _computed(matrices: Sequence[Tensor], functions: Sequence[Function]) -> list[Tensor]:
+def _computed(matrices: Sequence[Tensor], functions: Sequence[_Function]) -> list[Tensor]:
     """Functions of matrices, same shapes and functions in one call."""
     stacks: dict[Hashable, list[int]] = {}
     results = list(matrices)

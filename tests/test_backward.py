@@ -466,6 +466,13 @@ def test_schedule_late_parameters_and_hooks():
     assert_same(snapshot(optimizers[0])["weights"], snapshot(optimizers[1])["weights"])
 
 
+class Doubled(GaLoreAdamW):
+    """Its update is not project_gradient() and lift()."""
+
+    def update(self, g, s, o, t):
+        return super().update(2 * g, s, o, t)
+
+
 def refusals() -> list[Any]:
     two = {"rank": 3, "update_proj_gap": 10}
     return [
@@ -479,6 +486,7 @@ def refusals() -> list[Any]:
         (Muon, {}, ["algorithm='muon'", "update_in_backward"]),
         (PolarGrad, {}, ["algorithm='polargrad'"]),
         (lambda ps: Trion(ps, rank=3), {}, ["algorithm='trion'"]),
+        (lambda ps: Doubled(ps, **two), {}, ["algorithm='galore'", "update_in_backward"]),
         (AdamW, {}, ["no low-rank matrix", "rank="]),
         (lambda ps: GaLoreAdamW(ps, rank=3, update_proj_gap=1), {"accumulation": 2},
          ["update_proj_gap=1", "accumulation=2", "longer"]),

@@ -11,12 +11,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lissom.kernels import _triton
-from lissom.optim import APOLLO, DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, project
+from lissom.optim import (
+    APOLLO,
+    FRUGAL,
+    AdamW,
+    DCTAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    GaLoreAdamW8bit,
+    GradNormLoRPAdamW,
+    LowRankOptimizer,
+    Trion,
+    dct,
+    project,
+)
 from lissom.optim.inner import RULES
-from lissom.optim.residual import RESIDUALS
+from lissom.optim.residual import RESIDUALS, Fira
 
 from .golden import follow, load, needs_golden, worst
 from .helpers import assert_same, feed, parameters, run, snapshot, tensors, through_disk
+
+
+def cosines(x):
+    """All of X Q."""
+    return dct.project(x, x.shape[-1], kind=2, dim=-1, norm=1, similarity="auto")[1]
+
 
 # ---- official trajectories
 
@@ -146,17 +165,15 @@ def test_dct_state_is_indices_only():
 
 def test_dct_of_full_rank_is_a_rotated_adam():
     """With all columns, W Q follows Adam on G Q."""
-    from lissom.optim import AdamW, dct
-
     (p,) = parameters([(6, 5)])
-    q = torch.nn.Parameter(dct.dct(p.detach()))
+    q = torch.nn.Parameter(cosines(p.detach()))
     a, b = DCTAdamW([p], lr=1e-2, rank=5), AdamW([q], lr=1e-2)
     for i in range(5):
         g = tensors([(6, 5)], i)[0]
-        p.grad, q.grad = g, dct.dct(g)
+        p.grad, q.grad = g, cosines(g)
         a.step()
         b.step()
-    torch.testing.assert_close(dct.dct(p.detach()), q.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(cosines(p.detach()), q.detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [None, 32, 8, 4])
@@ -359,8 +376,7 @@ def test_trion_momentum_keeps_what_was_not_taken():
     feed([p], 1)
     g = p.grad.clone()
     optimizer.step()
-    from lissom.optim import dct
-    b, m = dct.dct(g), dct.dct(optimizer.state[p]["momentum_buffer"])
+    b, m = cosines(g), cosines(optimizer.state[p]["momentum_buffer"])
     ratio = (m / b).mean(0)
     taken = b.abs().sum(0).topk(2).indices
     expected = torch.ones(5)
@@ -429,10 +445,11 @@ def test_products_of_16_bits_are_those_of_fp32(shape, backend, monkeypatch):
     if backend == "triton" and not _triton.INTERPRETED:
         pytest.skip("on the CPU kernels run under TRITON_INTERPRET=1")
     monkeypatch.setattr(project, "use_triton", lambda *_: True)
+    monkeypatch.setattr("lissom.kernels.project.use_triton", lambda *_: backend == "triton")
     for size in (1.0, 1e-9, 1e20):  # the last one is scaled first
         g = (tensors([shape], 3)[0] * size).bfloat16()
         largest = g.float().abs().amax((-2, -1), keepdim=True)
-        seen = project.Gradient(g, largest, backend)
+        seen = project.Gradient(g, largest)
         assert seen.narrow == (size < 1e12)
         assert (seen.g is g) == seen.narrow
         exact = g.double() / largest.double()
@@ -532,11 +549,123 @@ def test_random_bases_of_a_gpu_are_orthonormal_and_uniform():
                                    rtol=0)
 
 
-def test_a_rank_that_no_group_takes_is_pointed_out():
+RANKED = [APOLLO, DCTAdamW, FRUGAL, FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit, GradNormLoRPAdamW,
+          Trion]
+
+
+@pytest.mark.parametrize("cls", RANKED, ids=lambda x: x.__name__)
+def test_a_rank_that_no_group_takes_is_pointed_out(cls):
     (p,) = parameters([(12, 9)])
-    with pytest.warns(UserWarning, match=r"rank=8 is no group's: .* its own rank, 4"):
-        GaLoreAdamW([{"params": [p], "rank": 4}], rank=8)
+    with pytest.warns(UserWarning, match=r"rank=8 is no group's: .* its own rank, 4") as told:
+        cls([{"params": [p], "rank": 4}], rank=8)
+    assert [x.filename for x in told] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        GaLoreAdamW([{"params": [p], "rank": 4}])
-        GaLoreAdamW([{"params": [p]}], rank=8)
+        cls([{"params": [p], "rank": 4}])
+        cls([{"params": [p]}], rank=8)
+
+
+@pytest.mark.parametrize("cls", RANKED, ids=lambda x: x.__name__)
+def test_a_class_without_a_matrix_says_so_where_it_was_made(cls):
+    with pytest.warns(UserWarning, match="has no matrix of its own, so it is AdamW") as told:
+        cls(parameters([(12, 9)]))
+    assert [x.filename for x in told] == [__file__]
+
+
+def test_the_base_is_no_optimizer_of_its_own():
+    """It would be AdamW, without a word."""
+    class Nameless(LowRankOptimizer):
+        pass
+
+    class Named(LowRankOptimizer):
+        algorithm = "theirs"
+
+    (p,) = parameters([(12, 9)])
+    for cls in (LowRankOptimizer, Nameless):
+        with pytest.raises(TypeError, match=f"{cls.__name__}: has no rule .*GaLoreAdamW"):
+            cls([p], rank=2)
+    assert Named([p], rank=2).plan().matrices == 1
+
+
+def test_classes_without_methods_of_their_own_stay_in_batches():
+    class Options(GaLoreAdamW):
+        algorithm = "theirs"
+
+        def __init__(self, params, **options):
+            super().__init__(params, rank=2, **options)
+
+    class Draws(Options):
+        draw = staticmethod(project.gaussian_basis)
+
+    class Mixin:
+        @property
+        def residual(self):
+            return lambda o: RESIDUALS["none"]
+
+    class Mixed(Mixin, GaLoreAdamW):
+        pass
+
+    class Looks(Fira):
+        def combine(self, *given):
+            return super().combine(*given)
+
+    class Promised(Looks):
+        apart = True
+
+    assert [x.apart for x in (GaLoreAdamW8bit, Options, type("More", (Options,), {}), Promised,
+                              type("Same", (Promised,), {}))] == [True] * 5
+    assert [x.apart for x in (FRUGAL, LowRankOptimizer, Draws, type("More", (Draws,), {}), Mixed,
+                              Looks)] == [False] * 6
+
+
+def test_which_updates_take_the_projected_gradient_alone():
+    """What DDP may send in place of the gradient; a method of others may want all of it."""
+    class Updates(GaLoreAdamW):
+        def update(self, g, s, o, t):
+            return super().update(g, s, o, t)
+
+    class Projects(GaLoreAdamW):
+        def project_gradient(self, g, s, o, t):
+            return super().project_gradient(g, s, o, t)
+
+    def asked(cls, **options):
+        optimizer = cls(parameters([(12, 9)]), rank=2, **options)
+        return optimizer.by_projection(optimizer.param_groups[0])
+
+    assert asked(GaLoreAdamW)
+    assert asked(DCTAdamW)
+    assert not asked(DCTAdamW, error_feedback_bits=8)
+    for cls in (FiraAdamW, APOLLO, FRUGAL, GradNormLoRPAdamW, Updates, Projects):
+        assert not asked(cls)
+    pair = [{"params": parameters([(3, 9), (12, 3)]), "roles": ("A", "B")}]
+    factors = GradNormLoRPAdamW(pair, rank=2)
+    assert factors.by_projection(factors.param_groups[0])
+
+
+@pytest.mark.parametrize(("cls", "options"), [
+    (GaLoreAdamW, {"projection": "random"}), (GaLoreAdamW, {"projection": "random",
+                                                            "moments": "reset"}),
+    (APOLLO, {}), (FRUGAL, {})])
+def test_a_basis_is_drawn_once_a_step(cls, options, monkeypatch):
+    """The last one is needed at a refresh where moments turn with it, or its energy is asked."""
+    drawn, draw = [], cls.draw
+
+    def counted(*given):
+        drawn.append(given)
+        return draw(*given)
+
+    monkeypatch.setattr(cls, "draw", staticmethod(counted))
+
+    def counts(**more):
+        (p,) = parameters([(12, 9)])
+        optimizer = cls([p], rank=2, update_proj_gap=3, **options | more)
+        found = []
+        for step in range(7):
+            drawn.clear()
+            run(optimizer, [p], range(step, step + 1))
+            found.append(len(drawn))
+        return found
+
+    assert counts() == [1] * 7
+    assert counts(moments="rotate") == [1, 1, 1, 2, 1, 1, 2]
+    assert counts(keep_energy=1e-3) == [1] * 7
