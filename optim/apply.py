@@ -71,7 +71,8 @@ def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mappin
         return
     lr = o["lr"].double() if isinstance(o["lr"], Tensor) else o["lr"]
     keep = 1 - lr * o["weight_decay"]
-    names = [k for k in stored if k.partition(".")[0] in codec.MOMENTS or k == "master"]
+    names = [k for k in stored
+             if k == "master" or slots[k.partition(".")[0]].stream is not None]
     start = 0
     for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
         block = {**stored, **dict(zip(names, moments, strict=True))}

@@ -7,7 +7,8 @@ block of 256 (:mod:`lissom.kernels.quant8`). Blocks restart at each row of the l
 that shards of rows cut between them. Moments of fewer than 4096 elements stay in fp32 where
 8 or 4 bits are asked for, and rows of 4 or fewer in bf16. Bases and error feedback are stored
 linearly in blocks (:mod:`lissom.kernels.linear`) where they are asked for in 8 or 4 bits. What is
-in codes has them under its name and its scales under ``name.scale``.
+in codes has them under its name and its scales under ``name.scale``. How it is stored a
+:class:`Slot` says, and nothing else: names mean nothing here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,27 +32,18 @@ from . import sharding
 if TYPE_CHECKING:
     from .sharding import Rows
 
-__all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "Together", "counter", "encode", "fill",
-           "first", "held", "key_of", "keys_of", "master_slots", "moment", "name_key", "pieces",
+__all__ = ["SMALL", "Decoded", "Slot", "State", "Together", "basis", "counter", "encode", "fill",
+           "first", "key_of", "keys_of", "master_slots", "moment", "name_key", "pieces",
            "plain_name", "random_rounding", "read", "read_weight", "rounded", "row_sum", "rows_of",
-           "stored", "whole_shape", "wide", "write", "write_weight"]
+           "slots_of", "stored", "whole_shape", "wide", "write", "write_weight"]
 
-# Their positions are the streams of random bits that round them.
-_ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
-          "momentum_buffer", "magnitude_exp_avg", "magnitude_exp_avg_sq",
-          "magnitude_max_exp_avg_sq")
 # The stream of the weight itself.
 _WEIGHT = 64
-#: Names of the slots that are averages of gradients; all others are stored as they are.
-MOMENTS = frozenset(_ORDER)
 
 #: Moments of fewer elements are not quantized: their scales and their noise would not pay.
 SMALL = 4096
 #: Nor are rows of so few: a scale for each is larger than the half of bf16, in which they are kept.
 SHORT = 4
-# Averages of squares, which have no sign to store.
-_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
-            "magnitude_exp_avg_sq", "magnitude_max_exp_avg_sq"}
 # Elements that are quantized at once on a CPU; elsewhere all are.
 _PIECE = 1 << 17
 _STORAGE = {32: torch.float32, 16: torch.bfloat16}
@@ -62,11 +54,19 @@ State = MutableMapping[str, Tensor]
 
 
 class Slot(NamedTuple):
-    """Shape, dtype and device of one state tensor, which starts at zero.
+    """One value of a state, which starts at zero, and how it is stored.
 
-    With ``bits`` of 8 or 4 it stands for the two tensors that :func:`stored` gives. On the host it
-    may be ``pinned``, which is done where there is CUDA. ``rows`` tells that its first dimension is
-    the parameter's: it is sharded with it.
+    Args:
+        shape: of the value.
+        dtype: in which it is stored, where it is not in codes.
+        device: where it is stored.
+        bits: 8 or 4 for codes: it is then kept in the two tensors that :func:`stored` gives.
+        pinned: on the host, where there is CUDA.
+        rows: its first dimension is the parameter's: it is sharded with it.
+        code: of the codes: entries of the dynamic codebook, which are ``"unsigned"`` for averages
+            of squares, or ``"linear"`` steps.
+        stream: of the random bits that round it to 16, where it is an average of gradients, a
+            moment, which the arithmetic sees in fp32; None where it is none.
     """
 
     shape: tuple[int, ...]
@@ -75,6 +75,8 @@ class Slot(NamedTuple):
     bits: int = 0
     pinned: bool = False
     rows: bool = False
+    code: Literal["signed", "unsigned", "linear"] = "linear"
+    stream: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -90,13 +92,23 @@ class Slot(NamedTuple):
                            pin_memory=self.pinned and torch.cuda.is_available())
 
 
-def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
+def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any], stream: int,
+           squared: bool = False) -> Slot:
     """A slot for an average of gradients, stored as ``state_bits`` says.
 
     The moments of a float64 parameter are float64 at 32 bits, as torch has them.
+
+    Args:
+        shape: of the moment.
+        p: the parameter.
+        o: options of its group.
+        stream: below 64, and no other moment's of this parameter: what rounds one is independent
+            of what rounds another.
+        squared: it is an average of squares, which has no sign to store.
     """
     slot = Slot(tuple(shape), _STORAGE.get(o["state_bits"], torch.float32), p.device,
-                rows=shape[:1] == p.shape[:1] != ())
+                rows=shape[:1] == p.shape[:1] != (), code="unsigned" if squared else "signed",
+                stream=stream)
     if o["state_bits"] < 16 and shape and math.prod(shape) >= SMALL:
         if shape[-1] <= SHORT:
             return slot._replace(dtype=torch.bfloat16)
@@ -106,77 +118,122 @@ def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
     return slot
 
 
-def stored(name: str, slot: Slot) -> dict[str, Slot]:
-    """The tensors that are kept for a slot, by name."""
-    if not slot.bits:
-        return {name: slot}
-    codes, scale = linear_shapes(slot.shape, slot.bits)
-    rows = slot.rows and len(slot.shape) > 1  # blocks of a vector are not its rows
-    return {name: Slot(codes, torch.uint8, slot.device, rows=rows),
-            f"{name}.scale": Slot(scale, torch.float32, slot.device, rows=rows)}
-
-
-def held(name: str, shape: tuple[int, ...], bits: int | None, p: Tensor, rows: bool = False
-         ) -> dict[str, Slot]:
-    """Slots for a tensor that is no average: a basis, a residue. See :func:`read`.
+def basis(shape: tuple[int, ...], bits: int | None, p: Tensor, rows: bool = False) -> Slot:
+    """A slot for a tensor that is no average: a basis, a residue.
 
     Args:
-        name: of the slot; scales are under ``name.scale``.
         shape: of the tensor.
         bits: 32, 16, 8 or 4 bits per element; None is p's own dtype.
         p: the parameter.
         rows: its first dimension may be p's.
     """
-    rows = rows and shape[:1] == p.shape[:1]
-    if bits in (None, 16, 32):
-        dtype = p.dtype if bits is None else _STORAGE[bits]
-        return {name: Slot(tuple(shape), dtype, p.device, rows=rows)}
-    codes, scale = linear_shapes(tuple(shape), bits)
-    kind = torch.int8 if bits == 8 else torch.uint8
-    return {name: Slot(codes, kind, p.device, rows=rows),
-            f"{name}.scale": Slot(scale, torch.float32, p.device, rows=rows)}
+    slot = Slot(tuple(shape), p.dtype if bits is None else _STORAGE.get(bits, torch.float32),
+                p.device, rows=rows and shape[:1] == p.shape[:1])
+    return slot if bits in (None, 16, 32) else slot._replace(bits=bits)
 
 
-def read(s: Mapping[str, Tensor], name: str, columns: int, dtype: torch.dtype = torch.float32
-         ) -> Tensor | None:
-    """The tensor that :func:`held` made slots for, or None where there is none.
+def stored(name: str, slot: Slot) -> dict[str, Slot]:
+    """The tensors that are kept for a slot, by name."""
+    if not slot.bits:
+        return {name: slot}
+    codes, scale = linear_shapes(slot.shape, slot.bits)
+    kind = torch.int8 if slot.code == "linear" and slot.bits == 8 else torch.uint8
+    rows = slot.rows and len(slot.shape) > 1  # blocks of a vector are not its rows
+    return {name: Slot(codes, kind, slot.device, rows=rows),
+            f"{name}.scale": Slot(scale, torch.float32, slot.device, rows=rows)}
+
+
+def _decode(kept: Mapping[str, Any], name: str, slot: Slot, dtype: torch.dtype = torch.float32
+            ) -> Tensor:
+    """What is stored under a name: the tensor itself, or in ``dtype`` what its codes stand for."""
+    if not slot.bits:
+        plain: Tensor = kept[name]
+        return plain
+    codes: Matrices = kept[name]
+    scale: Matrices = kept[f"{name}.scale"]
+    _, dequantize = _coding(slot)
+    out = torch.empty((*codes.shape[:-1], slot.shape[-1]), dtype=dtype, device=codes.device)
+    if isinstance(codes, Apart) or isinstance(scale, Apart):
+        dequantize(codes, scale, out=out)
+        return out
+    for out_, codes_, scale_ in pieces(out, codes, scale):
+        dequantize(codes_, scale_, out=out_)
+    return out
+
+
+def fill(kept: Mapping[str, Any], name: str, value: Tensor, slot: Slot) -> None:
+    """Write a value to its store, whole and to nearest; for several parameters what is no code.
 
     Args:
-        s: state of a parameter.
+        kept: the store.
+        name: of the value.
+        value: what it is to be.
+        slot: how it is stored.
+    """
+    store = kept[name]
+    if slot.bits:
+        quantize, _ = _coding(slot)
+        for x_, codes_, scale_ in pieces(_readable(value, slot), store, kept[f"{name}.scale"]):
+            quantize(x_, out=(codes_, scale_))
+    elif isinstance(store, Apart):
+        each = value.unbind() if value.ndim == store.ndim else [value] * len(store)
+        torch._foreach_copy_(store.parts, each)
+    else:
+        store.copy_(value)
+
+
+def _coding(slot: Slot) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Functions from a tensor to codes and scales, and back."""
+    columns, bits = slot.shape[-1], slot.bits
+    if slot.code == "linear":
+        return (functools.partial(quantize_linear, bits=bits),
+                functools.partial(dequantize_linear, columns=columns, bits=bits))
+    signed = slot.code == "signed"
+    return (functools.partial(quantize_dynamic, bits=bits, signed=signed),
+            functools.partial(dequantize_dynamic, columns=columns, bits=bits, signed=signed))
+
+
+def _readable(x: Tensor, slot: Slot) -> Tensor:
+    """What the first of :func:`_coding` takes of x."""
+    narrow = slot.code == "linear" and x.dtype != torch.float64
+    return (x if narrow else x.float()).contiguous()
+
+
+def slots_of(s: Mapping[str, Tensor]) -> Mapping[str, Slot]:
+    """How the values of a state that is being updated are stored."""
+    assert isinstance(s, Decoded)
+    return s.slots
+
+
+def read(s: Mapping[str, Tensor], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a slot that is no moment has stored.
+
+    Args:
+        s: state that is being updated.
         name: of the slot.
-        columns: length of its last dimension, which packed codes do not tell.
-        dtype: of a quantized one.
+        dtype: of what comes out of codes.
 
     Returns:
-        The stored tensor itself if it is not quantized, else a new one.
+        The stored tensor itself if it is not in codes, else a new one.
     """
-    stored, scale = s.get(name), s.get(f"{name}.scale")
-    if stored is None or scale is None:
-        return stored
-    dequantize = functools.partial(dequantize_linear, columns=columns, bits=_linear_bits(stored))
-    return _unpacked(stored, scale, columns, dequantize, dtype)
+    assert isinstance(s, Decoded)
+    return _decode(s.kept, name, s.slots[name], dtype)
 
 
-def write(s: Mapping[str, Any], name: str, value: Tensor) -> None:
-    """Store a value under the slots of :func:`held`; for several parameters what is no code."""
-    stored, scale = s[name], s.get(f"{name}.scale")
-    if isinstance(stored, Apart):
-        each = value.unbind() if value.ndim == stored.ndim else [value] * len(stored)
-        torch._foreach_copy_(stored.parts, each)
-        return
-    if scale is None:
-        stored.copy_(value)
-        return
-    _pack(stored, scale, _single(value),
-          functools.partial(quantize_linear, bits=_linear_bits(stored)))
+def write(s: Mapping[str, Tensor], name: str, value: Tensor) -> None:
+    """Store a value at once in a slot that is no moment: see :func:`fill`."""
+    assert isinstance(s, Decoded)
+    fill(s.kept, name, value, s.slots[name])
 
 
-def _linear_bits(stored: Tensor) -> int:
-    return 8 if stored.dtype == torch.int8 else 4
-
-
-def _single(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.float64 else x
+def rounded(s: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
+    """The value as :func:`read` would give it back after :func:`write`."""
+    slot = slots_of(s)[name]
+    if not slot.bits:
+        return value.to(slot.dtype)
+    quantize, dequantize = _coding(slot)
+    back: Tensor = dequantize(*quantize(_readable(value, slot)))
+    return back
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -191,34 +248,6 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         return iter((tensors,) if count else ())
     rows = max(1, _PIECE // first.shape[-1])
     return zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
-
-
-def _pack(codes: Tensor, scale: Tensor, x: Tensor, quantize: Callable[..., Any]) -> None:
-    """Quantize x into its store, piece by piece."""
-    for x_, codes_, scale_ in pieces(x.contiguous(), codes, scale):
-        quantize(x_, out=(codes_, scale_))
-
-
-def _unpacked(codes: Matrices, scale: Matrices, columns: int, dequantize: Callable[..., Any],
-              dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a store stands for, piece by piece."""
-    out = torch.empty((*codes.shape[:-1], columns), dtype=dtype, device=codes.device)
-    if isinstance(codes, Apart) or isinstance(scale, Apart):
-        dequantize(codes, scale, out=out)
-        return out
-    for out_, codes_, scale_ in pieces(out, codes, scale):
-        dequantize(codes_, scale_, out=out_)
-    return out
-
-
-def rounded(s: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
-    """The value as :func:`read` would give it back after :func:`write`."""
-    stored, scale = s[name], s.get(f"{name}.scale")
-    if scale is None:
-        return value.to(stored.dtype)
-    bits = _linear_bits(stored)
-    return dequantize_linear(*quantize_linear(_single(value).contiguous(), bits), value.shape[-1],
-                             bits)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -302,11 +331,12 @@ class Together(Mapping[str, Tensor]):
 class Decoded(MutableMapping[str, Tensor]):
     """State as the arithmetic sees it: a moment is decoded to fp32 when it is first read.
 
-    What is stored in the precision of the arithmetic is the store itself.
+    What is stored in the precision of the arithmetic is the store itself. What else is in codes
+    is decoded at each reading.
 
     Args:
         kept: state of a parameter, or of a block of its rows.
-        slots: of which quantized moments tell bits and columns.
+        slots: how its values are stored.
         p: the parameter; a float64 one has float64 arithmetic.
         rows: which of its rows ``kept`` is of, if not of all.
     """
@@ -324,15 +354,13 @@ class Decoded(MutableMapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self.opened:
             return self.opened[name]
-        stored = self.kept[name]
-        if name in MOMENTS:
-            slot, scale = self.slots[name], self.kept.get(f"{name}.scale")
-            if scale is not None:
-                columns, bits, signed = slot.shape[-1], slot.bits, name not in _SQUARES
-                stored = _unpacked(stored, scale, columns, functools.partial(
-                    dequantize_dynamic, columns=columns, bits=bits, signed=signed))
-            stored = self.opened[name] = stored.to(self.dtype)
-        return stored
+        slot = self.slots.get(name)
+        if slot is None:
+            return self.kept[name]
+        value = _decode(self.kept, name, slot)
+        if slot.stream is not None:
+            value = self.opened[name] = value.to(self.dtype)
+        return value
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         self.opened[name] = value
@@ -415,31 +443,15 @@ def encode(
         step: 1-based count of this update, part of the random key.
         start: index of the first element of these tensors among the rows that s is of.
     """
-    for stream, name in enumerate(_ORDER):
-        if name not in kept or name not in s.opened or kept[name] is s[name]:
+    for name, slot in slots.items():
+        if slot.stream is None or name not in s.opened or kept[name] is s[name]:
             continue
-        if slots[name].bits or kept[name].dtype == s[name].dtype:
-            fill(kept, name, s[name], slots[name])
+        if slot.bits or kept[name].dtype == s[name].dtype:
+            fill(kept, name, s[name], slot)
         else:
             kept[name].copy_(stochastic_round(s[name].float(), torch.bfloat16,
                                               start + s.first(name), key_of(kept, o),
-                                              (step, stream)))
-
-
-def fill(kept: Mapping[str, Tensor], name: str, value: Tensor, slot: Slot) -> None:
-    """Write a moment to its store, whole and to nearest.
-
-    Args:
-        kept: the store.
-        name: of the moment.
-        value: its new value.
-        slot: how it is stored.
-    """
-    if slot.bits:
-        _pack(kept[name], kept[f"{name}.scale"], value.float(), functools.partial(
-            quantize_dynamic, bits=slot.bits, signed=name not in _SQUARES))
-    else:
-        kept[name].copy_(value)
+                                              (step, slot.stream)))
 
 
 def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:

@@ -59,8 +59,6 @@ _MEANING = ("polar_first", "axis")
 # Slots that every rule has.
 _NUMBERS = ("step", "index", "key")
 _ORDERED = ("svd", "subspace", "randomized")
-# Dtypes of codes, which are decoded by their shape.
-_CODES = (torch.uint8, torch.int8)
 
 
 class Converted(dict[str, Any]):
@@ -234,41 +232,18 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
     full = optimizer.checked_group({**options, "params": []}, at, entering=False)
     dense = optimizer._reason(p, full) is not None
     rule = "adamw" if dense else rule
-    for name, slot in optimizer.stored_slots(p, full).items():
-        if slot.dtype in _CODES and name in values and values[name].shape != slot.shape:
-            return _Old({k: values[k] for k in _NUMBERS if k in values}, f"{rule} of another shape")
-    slots = optimizer._logical(p, full)
-    seen = codec.Decoded(values, slots, p)
-    decoded: dict[str, Tensor] = {}
+    slots = {k: slot for k, slot in optimizer._logical(p, full).items() if k in values}
     for name, slot in slots.items():
-        if name not in values or _is_scale(name, slots):
-            continue
-        if name in codec.MOMENTS:
-            decoded[name] = seen[name]
-        elif f"{name}.scale" in values:
-            read = codec.read(values, name, slot.shape[-1] if slot.dtype == torch.int8 else
-                              _columns(name, optimizer, p, full))
-            assert read is not None
-            decoded[name] = read
-        else:
-            decoded[name] = values[name]
-    return _Old(decoded, rule, full, values)
+        if slot.bits and any(k not in values or values[k].shape != part.shape
+                             for k, part in codec.stored(name, slot).items()):
+            return _Old({k: values[k] for k in _NUMBERS if k in values}, f"{rule} of another shape")
+    decoded = codec.Decoded(values, slots, p)
+    return _Old({name: decoded[name] for name in slots}, rule, full, values)
 
 
 def _count(steps: float) -> Tensor:
     """A count as states keep it, whatever torch's defaults are."""
     return torch.tensor(float(steps), dtype=torch.float32, device="cpu")
-
-
-def _is_scale(name: str, slots: Mapping[str, Any]) -> bool:
-    """Whether a slot is the scale of another, which is written with it."""
-    return name.endswith(".scale") and name.removesuffix(".scale") in slots
-
-
-def _columns(name: str, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> int:
-    """Length of the last dimension of a basis or an error, which packed codes do not tell."""
-    m, n = optimizer.matrix_shape(p, o)[-2:]
-    return n if name == "error" else min(int(o["rank"]), m, n)
 
 
 def _bitsandbytes(entry: Mapping[str, Any], shape: tuple[int, ...], at: str
@@ -356,9 +331,9 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
         if reason:
             return None, reason
         if cut:
+            moments = {k: slot.shape for k, slot in slots.items() if slot.stream is not None}
             values = {k: x[..., :cut].contiguous() if k.startswith(("basis_l", "basis_r")) else
-                      _leading(x, slots[k].shape) if k in codec.MOMENTS and k in slots else x
-                      for k, x in values.items()}
+                      _leading(x, moments[k]) if k in moments else x for k, x in values.items()}
             changes.append(f"leading {cut} columns")
     if "max_exp_avg_sq" in slots and "exp_avg_sq" in values and "max_exp_avg_sq" not in values:
         values["max_exp_avg_sq"] = values["exp_avg_sq"]
@@ -366,8 +341,6 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
              for name, x in optimizer.stored_slots(p, o).items()}
     for name, slot in slots.items():
         value = values.get(name)
-        if _is_scale(name, slots):
-            continue
         if name == "master" and value is not None and value.dtype != slot.dtype:
             value = None
         if value is None:
@@ -376,20 +349,17 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
             if name in _AT_ZERO:
                 changes.append(f"{name} begins at zero")
             continue
-        packed = f"{name}.scale" in slots  # the last dimension is of codes
-        if value.shape[:-1 if packed else None] != tuple(slot.shape)[:-1 if packed else None]:
+        if value.shape != tuple(slot.shape):
             return None, f"{name} saved as {tuple(value.shape)}, expected {tuple(slot.shape)}"
-        parts = [k for k in (name, f"{name}.scale") if k in state]
+        parts = codec.stored(name, slot)
         alike = not cut and all(k in old.stored and (old.stored[k].shape, old.stored[k].dtype)
                                 == (state[k].shape, state[k].dtype) for k in parts)
         with torch.no_grad():
             if alike:
                 for k in parts:
                     state[k].copy_(old.stored[k])
-            elif name in codec.MOMENTS:
-                codec.fill(state, name, value.to(slot.device), slot)
             else:
-                codec.write(state, name, value.to(slot.device))
+                codec.fill(state, name, value.to(slot.device), slot)
     dropped = sorted(set(values) - set(slots))
     if dropped:
         changes.append(f"without {', '.join(dropped)}")
@@ -410,8 +380,7 @@ def _subspaces(old: _Old, slots: Mapping[str, Slot], p: Tensor, o: Mapping[str, 
         return f"dct_basis {old.options['dct_basis']}, now {o['dct_basis']}", 0
 
     def sides(names: Any) -> set[str]:
-        return {k for k in names if k.startswith(("basis_l", "basis_r", "columns_"))
-                and not k.endswith(".scale")}
+        return {k for k in names if k.startswith(("basis_l", "basis_r", "columns_"))}
 
     m, n = optimizer.matrix_shape(p, o)[-2:]
     if sides(old.values) != sides(slots) or (

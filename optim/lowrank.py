@@ -216,8 +216,8 @@ class LowRankOptimizer(MatrixOptimizer):
             if side in (name, "full") and o["projection"] == "dct":
                 slots[f"columns_{name}"] = Slot((*batch, r), torch.int32, p.device)
             elif side in (name, "full") and o["projection"] != "random":
-                slots |= codec.held(f"basis_{name}", (*batch, length, r), o["basis_bits"], p,
-                                    rows=name == "left")
+                slots[f"basis_{name}"] = codec.basis((*batch, length, r), o["basis_bits"], p,
+                                                     rows=name == "left")
         if o["keep_energy"] is not None:
             slots["basis_energy"] = codec.counter()
         return slots
@@ -378,8 +378,7 @@ class LowRankOptimizer(MatrixOptimizer):
                     basis = dct.columns(s[f"columns_{name}"], length, o["dct_basis"], g)
                 else:
                     narrow = g.dtype if g.element_size() == 2 else torch.float32
-                    basis = codec.read(s, f"basis_{name}", r, narrow)
-                    assert basis is not None
+                    basis = codec.read(s, f"basis_{name}", narrow)
                     basis = basis if basis.dtype == g.dtype else basis.to(g.dtype)
             bases.append(basis)
         return Bases(*bases)

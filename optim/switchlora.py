@@ -264,8 +264,8 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         frozen = frozen > 0
         g = representable(codec.wide(g), o["state_bits"]).masked_fill(frozen, 0.0)
         first, second = first.to(g), second.to(g)
-        for name in s:
-            if name in codec.MOMENTS:  # a frozen vector's moments restart
+        for name, slot in codec.slots_of(s).items():
+            if slot.stream is not None:  # a frozen vector's moments restart
                 s[name].masked_fill_(frozen, 0.0)
         # N = (M / (1 - b1^k)) / (sqrt(V / (1 - b2^k)) + eps)
         m, v = averages(g, s, o)

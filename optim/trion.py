@@ -14,6 +14,7 @@ from .apply import Update
 from .base import MatrixOptimizer
 from .codec import Slot, State
 from .common import AdamWPart
+from .inner import momentum_slots
 from .lowrank import LowRankOptimizer
 from .muon import ADJUST_LR
 from .options import Option, choice, fraction, integer, optional
@@ -92,7 +93,7 @@ class Trion(LowRankOptimizer):
             "amsgrad": amsgrad, "lr_adamw": 3e-4, **options})
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
+        return momentum_slots(self.matrix_shape(p, o), p, o)
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         return self.describe(p, o)[1] == "right" and len(self.matrix_shape(p, o)) == 2
