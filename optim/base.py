@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.apart import Apart
-from . import codec, metrics, sharding
+from . import codec, keys, metrics, sharding, weights
 from .apply import Update, apply, negated, step_adamw
 from .batches import Work, windows
 from .checks import (
@@ -369,7 +369,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The same with a quantized moment as one slot."""
         slots = {"step": codec.counter(device=p.device if o["capturable"] else None),
                  "index": codec.counter(torch.int64),
-                 "key": codec.counter(torch.int64), **codec.master_slots(p, o)}
+                 "key": codec.counter(torch.int64), **weights.master_slots(p, o)}
         if self._reason(p, o) is None:
             slots |= self.slots(p, o)
         else:
@@ -392,7 +392,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         dense = self._reason(p, o) is not None
         state["index"].fill_(self._next_index[dense])
         self._next_index[dense] += 1
-        key = codec.name_key(name) if "param_names" in o else int(state["index"])
+        key = keys.name_key(name) if "param_names" in o else int(state["index"])
         while key in self._keys:
             key += 1
         state["key"].fill_(key)
@@ -736,7 +736,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         kept = {k: sharding.local(x) for k, x in self.state.get(p, {}).items()}
         with torch.no_grad():
-            x = codec.read_weight(sharding.local(p), kept).clone()
+            x = weights.read_weight(sharding.local(p), kept).clone()
         return sharding.like(p, x)
 
     # ---------------------------------------------------------------- report

@@ -14,7 +14,6 @@ in codes has them under its name and its scales under ``name.scale``. How it is 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -22,23 +21,20 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.apart import Apart, Keys, Matrices
+from ..kernels.apart import Apart, Matrices
 from ..kernels.blocks import linear_shapes
 from ..kernels.linear import dequantize_linear, quantize_linear
-from ..kernels.philox import random_bits16_ref, stochastic_round
+from ..kernels.philox import stochastic_round
 from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
 from . import sharding
+from .keys import key_of, keys_of
 
 if TYPE_CHECKING:
     from .sharding import Rows
 
 __all__ = ["SMALL", "Decoded", "Slot", "State", "Together", "basis", "counter", "encode", "fill",
-           "first", "key_of", "keys_of", "master_slots", "moment", "name_key", "pieces",
-           "plain_name", "random_rounding", "read", "read_weight", "rounded", "row_sum", "rows_of",
-           "slots_of", "stored", "whole_shape", "wide", "write", "write_weight"]
-
-# The stream of the weight itself.
-_WEIGHT = 64
+           "moment", "one_of", "pieces", "read", "rounded", "row_sum", "rows_of", "slots_of",
+           "stored", "whole_shape", "wide", "write"]
 
 #: Moments of fewer elements are not quantized: their scales and their noise would not pay.
 SMALL = 4096
@@ -260,45 +256,6 @@ def counter(dtype: torch.dtype = torch.float32, device: torch.device | None = No
     return Slot((), dtype, device or torch.device("cpu"))
 
 
-# Put into names by what wraps a module; DDP's is at the beginning alone.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-def plain_name(name: str) -> str:
-    """A parameter's dotted name without what wrapping the model has put into it.
-
-    That is done by torch.compile, DDP, FSDP1 and activation checkpointing.
-    """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
-
-
-def name_key(name: str) -> int:
-    """A parameter's ``key`` from its plain name: the first 63 bits of its BLAKE2b hash."""
-    digest = hashlib.blake2b(plain_name(name).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
-    """The two 32-bit words that key a parameter's random numbers, from ``seed`` and its ``key``.
-
-    For one seed different keys give different words.
-    """
-    return _words(int(o["seed"]), int(s["key"]))
-
-
-def keys_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Keys:
-    """The same, for each of several parameters where s is of them."""
-    key: Matrices = s["key"]
-    seed = int(o["seed"])
-    return [_words(seed, int(x)) for x in key.parts] if isinstance(key, Apart) else key_of(s, o)
-
-
-def _words(seed: int, key: int) -> tuple[int, int]:
-    # Philox takes 32 bits: the upper half of a longer seed is mixed into the lower.
-    return (seed ^ (seed >> 32) * 0x9E3779B9 ^ key >> 32) & 0xFFFFFFFF, key & 0xFFFFFFFF
-
-
 class Together(Mapping[str, Tensor]):
     """State of several parameters of one layout: each slot is an :class:`Apart` of theirs.
 
@@ -394,19 +351,19 @@ class Decoded(MutableMapping[str, Tensor]):
         return {"m": m, "v": v, "m_scale": self.kept.get("exp_avg.scale"),
                 "v_scale": self.kept.get("exp_avg_sq.scale"), "bits": bits,
                 "beta1": o["betas"][0], "beta2": o["betas"][1], "eps": o["eps"],
-                "key": keys_of(self, o), "start": self.first("exp_avg"), **self._moved()}
+                "key": keys_of(self, o), "start": self.offset("exp_avg"), **self._moved()}
 
     def _moved(self) -> dict[str, Any]:
         source, rows_move = self.moved
         return {} if source is None else {"source": source, "rows_move": rows_move}
 
-    def first(self, name: str) -> int:
+    def offset(self, name: str) -> int:
         """Index in the whole slot of the first element of what is here of it."""
         slot = self.slots[name]
         return self.rows.start * math.prod(slot.shape[1:]) if self.rows and slot.rows else 0
 
 
-def first(s: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def one_of(s: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The state itself, or of several parameters that of the first one."""
     kept = s.kept if isinstance(s, Decoded) else s
     return kept.states[0] if isinstance(kept, Together) else s
@@ -450,80 +407,5 @@ def encode(
             fill(kept, name, s[name], slot)
         else:
             kept[name].copy_(stochastic_round(s[name].float(), torch.bfloat16,
-                                              start + s.first(name), key_of(kept, o),
+                                              start + s.offset(name), key_of(kept, o),
                                               (step, slot.stream)))
-
-
-def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-    """What a bf16 weight lacks of fp32: 8 or 16 bits per element, as ``master_bits`` says."""
-    if o["master_bits"] is None or p.dtype != torch.bfloat16:
-        return {}
-    kind = torch.int16 if o["master_bits"] == 16 else torch.int8
-    return {"master": Slot(tuple(p.shape), kind, p.device, rows=p.ndim > 0)}
-
-
-def read_weight(p: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
-    """The weight in the precision of the arithmetic, with the bits that the state keeps of it.
-
-    bits(fp32) = bits(bf16) 2^16 + master, or master 2^8 where that has 8 bits.
-    """
-    master = kept.get("master")
-    if master is None:
-        return wide(p)
-    low = master.int() if master.dtype == torch.int16 else master.int() << 8
-    return torch.add((p.contiguous().view(torch.int16).int() << 16), low).view(torch.float32)
-
-
-def _split_weight(p: Tensor, x: Tensor, master: Tensor, random: Tensor | None) -> None:
-    """Write the nearest bf16 number to p and what it lacks to master; ties away from zero.
-
-    Source: the split of master weights as in FlashOptim (databricks/flashoptim).
-    """
-    # above it the nearest bf16 number, or what 8 bits round to, would be infinite
-    top = torch.full((), 0x7F7F7E00, dtype=torch.int32, device=x.device).view(torch.float32)
-    bits = torch.where(x.isfinite(), torch.minimum(torch.maximum(x, -top), top), x
-                       ).contiguous().view(torch.int32)
-    eight = master.dtype == torch.int8
-    if eight:  # 24 bits of fp32 stay
-        bits = (bits + (128 if random is None else random >> 8)) & -256
-    upper = (bits + 0x8000) >> 16
-    low = bits - (upper << 16)
-    finite = x.isfinite()
-    p.copy_(torch.where(finite, upper.to(torch.int16).view(torch.bfloat16), x.bfloat16()))
-    master.copy_(torch.where(finite, low >> 8 if eight else low, 0))
-
-
-def random_rounding(p: Matrices, o: Mapping[str, Any]) -> bool:
-    """Whether results are rounded into this weight at random: by default where it is 16-bit."""
-    return (o["rounding"] != "nearest" and p.dtype in (torch.bfloat16, torch.float16)
-            and not (o["master_bits"] == 16 and p.dtype == torch.bfloat16))
-
-
-def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any],
-                 step: int | Tensor, start: int = 0) -> None:
-    """Round fp32 results into a weight, once.
-
-    Where the state keeps more of it (:func:`master_slots`) what is cut off goes there. The random
-    bits are those of (seed, key of the parameter; step, element): the same on resume, on any number
-    of ranks and on every device, and where parameters have names in any order and grouping.
-
-    Args:
-        p: a weight or a block of its rows.
-        x: its new value; nothing is done where it is p itself.
-        kept: state of the parameter.
-        o: options of the group.
-        step: 1-based count of this update.
-        start: index in the whole parameter of the first element of p.
-    """
-    if x is p:
-        return
-    if "master" in kept:
-        random = None
-        if random_rounding(p, o):
-            random = random_bits16_ref(start, x.numel(), key_of(kept, o), (step, _WEIGHT), x.device
-                                       ).view(x.shape)
-        _split_weight(p, x, kept["master"], random)
-        return
-    if random_rounding(p, o):
-        x = stochastic_round(x, p.dtype, start, key_of(kept, o), (step, _WEIGHT))
-    p.copy_(x)

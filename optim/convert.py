@@ -43,6 +43,7 @@ from . import codec, sharding
 from .base import MatrixOptimizer
 from .codec import Slot
 from .common import COMMON
+from .keys import plain_name
 from .loading import saved_groups
 from .lowrank import LowRankOptimizer
 from .plan import aligned
@@ -124,10 +125,10 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
     saved = saved_groups(state_dict, where)
     entries: list[tuple[Any, Mapping[str, Any]]] = [
         (key, group) for group in saved["param_groups"] for key in group["params"]]
-    known = [codec.plain_name(name) for group in saved["param_groups"]
+    known = [plain_name(name) for group in saved["param_groups"]
              for name in group.get("param_names") or ()]
     if names is not None:
-        known = [codec.plain_name(name) for name in names]
+        known = [plain_name(name) for name in names]
         if len(known) != len(entries):
             raise ValueError(f"{where}: names has {len(known)} entries, but {len(entries)} "
                              "parameters are saved")
@@ -139,7 +140,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
         place = {name: i for i, name in enumerate(known)}
         if len(place) != len(known):
             raise ValueError(f"{where}: names are not unique")
-        found = [place.get(codec.plain_name(name)) for name, _, _ in mine]
+        found = [place.get(plain_name(name)) for name, _, _ in mine]
         if mine and known and all(i is None for i in found):
             raise ValueError(f"{where}: no name of the saved state is one of this optimizer's: "
                              f"{known[0]!r} is saved, {mine[0][0]!r} is here")

@@ -19,6 +19,7 @@ from .base import MatrixOptimizer
 from .codec import Slot, State
 from .common import AdamWPart
 from .inner import RULES, Rule, by_kernel
+from .keys import key_of, keys_of
 from .options import Option, choice, fraction, integer, optional, real
 from .project import Bases, Shift, Turn
 from .residual import RESIDUALS, Dropped, Residual, residual_of
@@ -329,7 +330,7 @@ class LowRankOptimizer(MatrixOptimizer):
     def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
                   ) -> Projected:
         """P, Q and R = P^T G Q: the stored bases, or new ones where a refresh is due."""
-        one = codec.first(s)  # several are all due or none
+        one = codec.one_of(s)  # several are all due or none
         if not self.due(one, o, t):
             old = self.bases(g, s, o)
             return Projected(old, old.down(g))
@@ -388,11 +389,11 @@ class LowRankOptimizer(MatrixOptimizer):
         """A random basis, or one for each of several matrices."""
         steps: Any = s["basis_step"] if born is None else born
         if isinstance(steps, Apart):
-            keys: Any = codec.keys_of(s, o)
+            keys: Any = keys_of(s, o)
             like = g.parts[0]
             return Apart([self.draw(length, r, batch[1:], key, 2 * int(at) + number, like)
                           for key, at in zip(keys, steps, strict=True)])
-        return self.draw(length, r, batch, codec.key_of(s, o), 2 * int(steps) + number, g)
+        return self.draw(length, r, batch, key_of(s, o), 2 * int(steps) + number, g)
 
     draw = staticmethod(project.random_basis)
 
@@ -410,7 +411,7 @@ class LowRankOptimizer(MatrixOptimizer):
                 continue
             if o["projection"] != "random":
                 found = project.find(g, r, side, o["projection"], basis if born else None,
-                                     codec.key_of(s, o), 2 * t + number)
+                                     key_of(s, o), 2 * t + number)
                 if found is None:
                     return None
                 writes[f"basis_{side}"] = found

@@ -17,8 +17,10 @@ from .base import MatrixOptimizer, PartialStepError, Work
 from .codec import Slot, State
 from .common import AdamWPart
 from .inner import adam_slots, averages, representable
+from .keys import key_of
 from .options import Option, choice, fraction, integer, optional, real
 from .reparam import bounds, check_base, check_factors, memory, roles
+from .weights import write_weight
 
 __all__ = ["SwitchLoRAAdamW"]
 
@@ -296,7 +298,7 @@ def _pool_size(o: Mapping[str, Any], base: Tensor) -> int:
 def _draw_pool(s: dict[str, Tensor], o: Mapping[str, Any], bound: float) -> None:
     """Uniform candidates; vector i is in the place of candidate i."""
     pool = s["candidates"]
-    drawn = torch.rand(pool.shape, generator=project.generator(codec.key_of(s, o), _POOL),
+    drawn = torch.rand(pool.shape, generator=project.generator(key_of(s, o), _POOL),
                        device="cpu", dtype=torch.float32)
     pool.copy_(drawn.mul_(2).sub_(1).mul_(bound))
     s["active"].copy_(torch.arange(len(s["active"]), device="cpu"))
@@ -313,7 +315,7 @@ def chosen(s: Mapping[str, Tensor], partner: Mapping[str, Tensor], o: Mapping[st
         int64 indices on the host. The pointer in s has moved on.
     """
     r, k = len(s["active"]), int(s["step"])
-    generator = project.generator(codec.key_of(s, o), k + 1)
+    generator = project.generator(key_of(s, o), k + 1)
     # count = r / interval(k), rounded stochastically
     mean = r * o["interval_decay"] ** ((k + 1) / o["decay_steps"]) / o["interval"]
     draw = torch.rand((), generator=generator, device="cpu", dtype=torch.float32).item()
@@ -360,4 +362,4 @@ def _add(p: Tensor, left: Tensor, right: Tensor, kept: Mapping[str, Tensor], o: 
         part = p[i:i + rows]
         x = part.double().addmm_(left[i:i + rows], right, alpha=o["scaling"])
         x = x if p.dtype == torch.float64 else x.float()
-        codec.write_weight(part, x, kept, o, t, start + i * p.shape[1])
+        write_weight(part, x, kept, o, t, start + i * p.shape[1])
