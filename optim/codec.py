@@ -13,9 +13,8 @@ in codes has them under its name and its scales under ``name.scale``. How it is 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -147,13 +146,11 @@ def _decode(kept: Mapping[str, Any], name: str, slot: Slot, dtype: torch.dtype =
         return plain
     codes: Matrices = kept[name]
     scale: Matrices = kept[f"{name}.scale"]
-    _, dequantize = _coding(slot)
     out = torch.empty((*codes.shape[:-1], slot.shape[-1]), dtype=dtype, device=codes.device)
     if isinstance(codes, Apart) or isinstance(scale, Apart):
-        dequantize(codes, scale, out=out)
-        return out
+        return _dequantize(slot, codes, scale, out)
     for out_, codes_, scale_ in pieces(out, codes, scale):
-        dequantize(codes_, scale_, out=out_)
+        _dequantize(slot, codes_, scale_, out_)
     return out
 
 
@@ -168,9 +165,8 @@ def fill(kept: Mapping[str, Any], name: str, value: Tensor, slot: Slot) -> None:
     """
     store = kept[name]
     if slot.bits:
-        quantize, _ = _coding(slot)
-        for x_, codes_, scale_ in pieces(_readable(value, slot), store, kept[f"{name}.scale"]):
-            quantize(x_, out=(codes_, scale_))
+        for x_, codes_, scale_ in pieces(_readable(slot, value), store, kept[f"{name}.scale"]):
+            _quantize(slot, x_, (codes_, scale_))
     elif isinstance(store, Apart):
         each = value.unbind() if value.ndim == store.ndim else [value] * len(store)
         torch._foreach_copy_(store.parts, each)
@@ -178,21 +174,24 @@ def fill(kept: Mapping[str, Any], name: str, value: Tensor, slot: Slot) -> None:
         store.copy_(value)
 
 
-def _coding(slot: Slot) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Functions from a tensor to codes and scales, and back."""
-    columns, bits = slot.shape[-1], slot.bits
-    if slot.code == "linear":
-        return (functools.partial(quantize_linear, bits=bits),
-                functools.partial(dequantize_linear, columns=columns, bits=bits))
-    signed = slot.code == "signed"
-    return (functools.partial(quantize_dynamic, bits=bits, signed=signed),
-            functools.partial(dequantize_dynamic, columns=columns, bits=bits, signed=signed))
-
-
-def _readable(x: Tensor, slot: Slot) -> Tensor:
-    """What the first of :func:`_coding` takes of x."""
+def _readable(slot: Slot, x: Tensor) -> Tensor:
+    """What :func:`_quantize` takes of x."""
     narrow = slot.code == "linear" and x.dtype != torch.float64
     return (x if narrow else x.float()).contiguous()
+
+
+def _quantize(slot: Slot, x: Tensor, out: tuple[Tensor, Tensor] | None = None
+              ) -> tuple[Tensor, Tensor]:
+    if slot.code == "linear":
+        return quantize_linear(x, slot.bits, out=out)
+    return quantize_dynamic(x, slot.bits, slot.code == "signed", out=out)
+
+
+def _dequantize(slot: Slot, codes: Any, scale: Any, out: Tensor | None = None) -> Tensor:
+    if slot.code == "linear":
+        return dequantize_linear(codes, scale, slot.shape[-1], slot.bits, out=out)
+    return dequantize_dynamic(codes, scale, slot.shape[-1], slot.bits, slot.code == "signed",
+                              out=out)
 
 
 def slots_of(s: Mapping[str, Tensor]) -> Mapping[str, Slot]:
@@ -227,9 +226,7 @@ def rounded(s: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
     slot = slots_of(s)[name]
     if not slot.bits:
         return value.to(slot.dtype)
-    quantize, dequantize = _coding(slot)
-    back: Tensor = dequantize(*quantize(_readable(value, slot)))
-    return back
+    return _dequantize(slot, *_quantize(slot, _readable(slot, value)))
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
