@@ -15,7 +15,9 @@ from ..kernels.lift import lift
 from . import codec
 from .codec import Slot
 from .inner import adam, by_kernel
+from .keys import keys_of
 from .sharding import Rows
+from .weights import random_rounding, read_weight, write_weight
 
 __all__ = ["Update", "apply", "negated", "step_adamw"]
 
@@ -67,23 +69,24 @@ def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mappin
         stored, slots, p, rows).stored_pair(g, o)
     if fused is not None and p.is_contiguous() and "master" not in stored:
         adamw8(p, g, **fused, lr=o["lr"], weight_decay=o["weight_decay"], t=t,
-               maximize=o["maximize"], stochastic=codec.random_rounding(p, o))
+               maximize=o["maximize"], stochastic=random_rounding(p, o))
         return
     lr = o["lr"].double() if isinstance(o["lr"], Tensor) else o["lr"]
     keep = 1 - lr * o["weight_decay"]
-    names = [k for k in stored if k.partition(".")[0] in codec.MOMENTS or k == "master"]
+    names = [k for k in stored
+             if k == "master" or slots[k.partition(".")[0]].stream is not None]
     start = 0
     for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
         block = {**stored, **dict(zip(names, moments, strict=True))}
         s = codec.Decoded(block, slots, p, rows)
-        x = codec.read_weight(p_, block)
+        x = read_weight(p_, block)
         u = adam(negated(codec.wide(g_), o), s, o, t)
         x.mul_(keep)
         if isinstance(u.factor, Tensor):  # addcdiv would read it
             x += (u.numerator * (-lr * u.factor)).div_(u.denominator)
         else:
             x.addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
-        codec.write_weight(p_, x, block, o, t, first + start)
+        write_weight(p_, x, block, o, t, first + start)
         codec.encode(s, block, slots, o, t, start)
         start += p_.numel()
 
@@ -132,7 +135,7 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
         lr, o = 1.0, {**o, "lr": 1.0}
     if _in_one_pass(p, u, kept):
         lift(p, u.left, u.right, alpha=-lr * u.factor, keep=keep, dense=u.dense, gain=u.gain,
-             beta=-lr, key=codec.keys_of(kept, o) if codec.random_rounding(p, o) else None, t=t,
+             beta=-lr, key=keys_of(kept, o) if random_rounding(p, o) else None, t=t,
              start=start)
         return
     if isinstance(p, Apart):  # in fp32, whose product a library computes
@@ -144,7 +147,7 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
         return
     master = kept["master"].view(p.shape) if "master" in kept else None
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
-    if p.ndim == 3 and codec.random_rounding(p, o):
+    if p.ndim == 3 and random_rounding(p, o):
         # One matrix after the other, whose elements have consecutive numbers.
         for i, p_ in enumerate(p):
             left, right, dense = (None if x is None else x.expand(len(p), *x.shape[-2:])[i]
@@ -164,7 +167,7 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
            for x in (u.left, u.dense, gain, keep, master)]
     for p_, left, dense, gain_, keep_, master_ in zip(parts, *cut, strict=True):
         kept_ = kept if master_ is None else {**kept, "master": master_}
-        x = codec.read_weight(p_, kept_)
+        x = read_weight(p_, kept_)
         if isinstance(keep_, Tensor):
             x.mul_(keep_)
             keep_ = 1.0
@@ -183,5 +186,5 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
             x.addcmul_(codec.wide(dense), gain_, value=-lr)
         elif dense is not None:
             x.add_(dense, alpha=-lr * gain_)
-        codec.write_weight(p_, x, kept_, o, t, start)
+        write_weight(p_, x, kept_, o, t, start)
         start += p_.numel()

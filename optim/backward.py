@@ -116,14 +116,14 @@ class ProjectInBackward(InBackward):
         if self.exact:
             self._norms[p] = torch.linalg.vector_norm(g, dtype=codec.wide(g[:0]).dtype)
         if space.writes:
-            self._pending[p] = self._early(space, stored)
+            self._pending[p] = self._early(space, s)
         for slot, x in {"projected": space.low, **space.more}.items():
             stored[slot].add_(x) if count else stored[slot].copy_(x)
         stored["projected_count"] += 1
         p.grad = None
 
     @staticmethod
-    def _early(space: Projected, stored: Mapping[str, Tensor]) -> Projected:
+    def _early(space: Projected, s: State) -> Projected:
         """What is to be kept of a refresh until the step; the first basis is stored at once.
 
         Nobody reads a basis whose ``basis_step`` is 0, so nothing but that is lost if the step is
@@ -132,11 +132,11 @@ class ProjectInBackward(InBackward):
         """
         # R itself is in the buffer.
         space = space._replace(low=space.low.new_empty(0), more={})
-        if int(stored["basis_step"]):
+        if int(s["basis_step"]):
             return space
         for name, x in space.writes.items():
             if name.startswith(_BASES):
-                codec.write(stored, name, x)
+                codec.write(s, name, x)
         writes = {k: x for k, x in space.writes.items() if not k.startswith(_BASES)}
         return space._replace(bases=Bases(None, None), turns=None, writes=writes)
 

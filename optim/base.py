@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.apart import Apart
-from . import codec, metrics, sharding
+from . import codec, metrics, sharding, weights
 from .apply import apply, negated, step_adamw
 from .batches import Work, operands, windows
 from .checks import check_capture, check_gradient, check_parameter
@@ -428,7 +428,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         """
         kept = {k: sharding.local(x) for k, x in self.state.get(p, {}).items()}
         with torch.no_grad():
-            x = codec.read_weight(sharding.local(p), kept).clone()
+            x = weights.read_weight(sharding.local(p), kept).clone()
         return sharding.like(p, x)
 
     # ---------------------------------------------------------------- report

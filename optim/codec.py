@@ -7,51 +7,38 @@ block of 256 (:mod:`lissom.kernels.quant8`). Blocks restart at each row of the l
 that shards of rows cut between them. Moments of fewer than 4096 elements stay in fp32 where
 8 or 4 bits are asked for, and rows of 4 or fewer in bf16. Bases and error feedback are stored
 linearly in blocks (:mod:`lissom.kernels.linear`) where they are asked for in 8 or 4 bits. What is
-in codes has them under its name and its scales under ``name.scale``.
+in codes has them under its name and its scales under ``name.scale``. How it is stored a
+:class:`Slot` says, and nothing else: names mean nothing here.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.apart import Apart, Keys, Matrices
+from ..kernels.apart import Apart, Matrices
 from ..kernels.blocks import linear_shapes
 from ..kernels.linear import dequantize_linear, quantize_linear
-from ..kernels.philox import random_bits16_ref, stochastic_round
+from ..kernels.philox import stochastic_round
 from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
 from . import sharding
+from .keys import key_of, keys_of
 
 if TYPE_CHECKING:
     from .sharding import Rows
 
-__all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "Together", "counter", "encode", "fill",
-           "first", "held", "key_of", "keys_of", "master_slots", "moment", "name_key", "pieces",
-           "plain_name", "random_rounding", "read", "read_weight", "rounded", "row_sum", "rows_of",
-           "stored", "whole_shape", "wide", "write", "write_weight"]
-
-# Their positions are the streams of random bits that round them.
-_ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
-          "momentum_buffer", "magnitude_exp_avg", "magnitude_exp_avg_sq",
-          "magnitude_max_exp_avg_sq")
-# The stream of the weight itself.
-_WEIGHT = 64
-#: Names of the slots that are averages of gradients; all others are stored as they are.
-MOMENTS = frozenset(_ORDER)
+__all__ = ["SMALL", "Decoded", "Slot", "State", "Together", "basis", "counter", "encode", "fill",
+           "moment", "one_of", "pieces", "read", "rounded", "row_sum", "rows_of", "slots_of",
+           "stored", "whole_shape", "wide", "write"]
 
 #: Moments of fewer elements are not quantized: their scales and their noise would not pay.
 SMALL = 4096
 #: Nor are rows of so few: a scale for each is larger than the half of bf16, in which they are kept.
 SHORT = 4
-# Averages of squares, which have no sign to store.
-_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
-            "magnitude_exp_avg_sq", "magnitude_max_exp_avg_sq"}
 # Elements that are quantized at once on a CPU; elsewhere all are.
 _PIECE = 1 << 17
 _STORAGE = {32: torch.float32, 16: torch.bfloat16}
@@ -62,11 +49,19 @@ State = MutableMapping[str, Tensor]
 
 
 class Slot(NamedTuple):
-    """Shape, dtype and device of one state tensor, which starts at zero.
+    """One value of a state, which starts at zero, and how it is stored.
 
-    With ``bits`` of 8 or 4 it stands for the two tensors that :func:`stored` gives. On the host it
-    may be ``pinned``, which is done where there is CUDA. ``rows`` tells that its first dimension is
-    the parameter's: it is sharded with it.
+    Args:
+        shape: of the value.
+        dtype: in which it is stored, where it is not in codes.
+        device: where it is stored.
+        bits: 8 or 4 for codes: it is then kept in the two tensors that :func:`stored` gives.
+        pinned: on the host, where there is CUDA.
+        rows: its first dimension is the parameter's: it is sharded with it.
+        code: of the codes: entries of the dynamic codebook, which are ``"unsigned"`` for averages
+            of squares, or ``"linear"`` steps.
+        stream: of the random bits that round it to 16, where it is an average of gradients, a
+            moment, which the arithmetic sees in fp32; None where it is none.
     """
 
     shape: tuple[int, ...]
@@ -75,6 +70,8 @@ class Slot(NamedTuple):
     bits: int = 0
     pinned: bool = False
     rows: bool = False
+    code: Literal["signed", "unsigned", "linear"] = "linear"
+    stream: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -90,13 +87,23 @@ class Slot(NamedTuple):
                            pin_memory=self.pinned and torch.cuda.is_available())
 
 
-def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
+def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any], stream: int,
+           squared: bool = False) -> Slot:
     """A slot for an average of gradients, stored as ``state_bits`` says.
 
     The moments of a float64 parameter are float64 at 32 bits, as torch has them.
+
+    Args:
+        shape: of the moment.
+        p: the parameter.
+        o: options of its group.
+        stream: below 64, and no other moment's of this parameter: what rounds one is independent
+            of what rounds another.
+        squared: it is an average of squares, which has no sign to store.
     """
     slot = Slot(tuple(shape), _STORAGE.get(o["state_bits"], torch.float32), p.device,
-                rows=shape[:1] == p.shape[:1] != ())
+                rows=shape[:1] == p.shape[:1] != (), code="unsigned" if squared else "signed",
+                stream=stream)
     if o["state_bits"] < 16 and shape and math.prod(shape) >= SMALL:
         if shape[-1] <= SHORT:
             return slot._replace(dtype=torch.bfloat16)
@@ -106,77 +113,120 @@ def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> Slot:
     return slot
 
 
-def stored(name: str, slot: Slot) -> dict[str, Slot]:
-    """The tensors that are kept for a slot, by name."""
-    if not slot.bits:
-        return {name: slot}
-    codes, scale = linear_shapes(slot.shape, slot.bits)
-    rows = slot.rows and len(slot.shape) > 1  # blocks of a vector are not its rows
-    return {name: Slot(codes, torch.uint8, slot.device, rows=rows),
-            f"{name}.scale": Slot(scale, torch.float32, slot.device, rows=rows)}
-
-
-def held(name: str, shape: tuple[int, ...], bits: int | None, p: Tensor, rows: bool = False
-         ) -> dict[str, Slot]:
-    """Slots for a tensor that is no average: a basis, a residue. See :func:`read`.
+def basis(shape: tuple[int, ...], bits: int | None, p: Tensor, rows: bool = False) -> Slot:
+    """A slot for a tensor that is no average: a basis, a residue.
 
     Args:
-        name: of the slot; scales are under ``name.scale``.
         shape: of the tensor.
         bits: 32, 16, 8 or 4 bits per element; None is p's own dtype.
         p: the parameter.
         rows: its first dimension may be p's.
     """
-    rows = rows and shape[:1] == p.shape[:1]
-    if bits in (None, 16, 32):
-        dtype = p.dtype if bits is None else _STORAGE[bits]
-        return {name: Slot(tuple(shape), dtype, p.device, rows=rows)}
-    codes, scale = linear_shapes(tuple(shape), bits)
-    kind = torch.int8 if bits == 8 else torch.uint8
-    return {name: Slot(codes, kind, p.device, rows=rows),
-            f"{name}.scale": Slot(scale, torch.float32, p.device, rows=rows)}
+    slot = Slot(tuple(shape), p.dtype if bits is None else _STORAGE.get(bits, torch.float32),
+                p.device, rows=rows and shape[:1] == p.shape[:1])
+    return slot if bits in (None, 16, 32) else slot._replace(bits=bits)
 
 
-def read(s: Mapping[str, Tensor], name: str, columns: int, dtype: torch.dtype = torch.float32
-         ) -> Tensor | None:
-    """The tensor that :func:`held` made slots for, or None where there is none.
+def stored(name: str, slot: Slot) -> dict[str, Slot]:
+    """The tensors that are kept for a slot, by name."""
+    if not slot.bits:
+        return {name: slot}
+    codes, scale = linear_shapes(slot.shape, slot.bits)
+    kind = torch.int8 if slot.code == "linear" and slot.bits == 8 else torch.uint8
+    rows = slot.rows and len(slot.shape) > 1  # blocks of a vector are not its rows
+    return {name: Slot(codes, kind, slot.device, rows=rows),
+            f"{name}.scale": Slot(scale, torch.float32, slot.device, rows=rows)}
+
+
+def _decode(kept: Mapping[str, Any], name: str, slot: Slot, dtype: torch.dtype = torch.float32
+            ) -> Tensor:
+    """What is stored under a name: the tensor itself, or in ``dtype`` what its codes stand for."""
+    if not slot.bits:
+        plain: Tensor = kept[name]
+        return plain
+    codes: Matrices = kept[name]
+    scale: Matrices = kept[f"{name}.scale"]
+    out = torch.empty((*codes.shape[:-1], slot.shape[-1]), dtype=dtype, device=codes.device)
+    if isinstance(codes, Apart) or isinstance(scale, Apart):
+        return _dequantize(slot, codes, scale, out)
+    for out_, codes_, scale_ in pieces(out, codes, scale):
+        _dequantize(slot, codes_, scale_, out_)
+    return out
+
+
+def fill(kept: Mapping[str, Any], name: str, value: Tensor, slot: Slot) -> None:
+    """Write a value to its store, whole and to nearest; for several parameters what is no code.
 
     Args:
-        s: state of a parameter.
+        kept: the store.
+        name: of the value.
+        value: what it is to be.
+        slot: how it is stored.
+    """
+    store = kept[name]
+    if slot.bits:
+        for x_, codes_, scale_ in pieces(_readable(slot, value), store, kept[f"{name}.scale"]):
+            _quantize(slot, x_, (codes_, scale_))
+    elif isinstance(store, Apart):
+        each = value.unbind() if value.ndim == store.ndim else [value] * len(store)
+        torch._foreach_copy_(store.parts, each)
+    else:
+        store.copy_(value)
+
+
+def _readable(slot: Slot, x: Tensor) -> Tensor:
+    """What :func:`_quantize` takes of x."""
+    narrow = slot.code == "linear" and x.dtype != torch.float64
+    return (x if narrow else x.float()).contiguous()
+
+
+def _quantize(slot: Slot, x: Tensor, out: tuple[Tensor, Tensor] | None = None
+              ) -> tuple[Tensor, Tensor]:
+    if slot.code == "linear":
+        return quantize_linear(x, slot.bits, out=out)
+    return quantize_dynamic(x, slot.bits, slot.code == "signed", out=out)
+
+
+def _dequantize(slot: Slot, codes: Any, scale: Any, out: Tensor | None = None) -> Tensor:
+    if slot.code == "linear":
+        return dequantize_linear(codes, scale, slot.shape[-1], slot.bits, out=out)
+    return dequantize_dynamic(codes, scale, slot.shape[-1], slot.bits, slot.code == "signed",
+                              out=out)
+
+
+def slots_of(s: Mapping[str, Tensor]) -> Mapping[str, Slot]:
+    """How the values of a state that is being updated are stored."""
+    assert isinstance(s, Decoded)
+    return s.slots
+
+
+def read(s: Mapping[str, Tensor], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a slot that is no moment has stored.
+
+    Args:
+        s: state that is being updated.
         name: of the slot.
-        columns: length of its last dimension, which packed codes do not tell.
-        dtype: of a quantized one.
+        dtype: of what comes out of codes.
 
     Returns:
-        The stored tensor itself if it is not quantized, else a new one.
+        The stored tensor itself if it is not in codes, else a new one.
     """
-    stored, scale = s.get(name), s.get(f"{name}.scale")
-    if stored is None or scale is None:
-        return stored
-    dequantize = functools.partial(dequantize_linear, columns=columns, bits=_linear_bits(stored))
-    return _unpacked(stored, scale, columns, dequantize, dtype)
+    assert isinstance(s, Decoded)
+    return _decode(s.kept, name, s.slots[name], dtype)
 
 
-def write(s: Mapping[str, Any], name: str, value: Tensor) -> None:
-    """Store a value under the slots of :func:`held`; for several parameters what is no code."""
-    stored, scale = s[name], s.get(f"{name}.scale")
-    if isinstance(stored, Apart):
-        each = value.unbind() if value.ndim == stored.ndim else [value] * len(stored)
-        torch._foreach_copy_(stored.parts, each)
-        return
-    if scale is None:
-        stored.copy_(value)
-        return
-    _pack(stored, scale, _single(value),
-          functools.partial(quantize_linear, bits=_linear_bits(stored)))
+def write(s: Mapping[str, Tensor], name: str, value: Tensor) -> None:
+    """Store a value at once in a slot that is no moment: see :func:`fill`."""
+    assert isinstance(s, Decoded)
+    fill(s.kept, name, value, s.slots[name])
 
 
-def _linear_bits(stored: Tensor) -> int:
-    return 8 if stored.dtype == torch.int8 else 4
-
-
-def _single(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.float64 else x
+def rounded(s: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
+    """The value as :func:`read` would give it back after :func:`write`."""
+    slot = slots_of(s)[name]
+    if not slot.bits:
+        return value.to(slot.dtype)
+    return _dequantize(slot, *_quantize(slot, _readable(slot, value)))
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -193,34 +243,6 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)
 
 
-def _pack(codes: Tensor, scale: Tensor, x: Tensor, quantize: Callable[..., Any]) -> None:
-    """Quantize x into its store, piece by piece."""
-    for x_, codes_, scale_ in pieces(x.contiguous(), codes, scale):
-        quantize(x_, out=(codes_, scale_))
-
-
-def _unpacked(codes: Matrices, scale: Matrices, columns: int, dequantize: Callable[..., Any],
-              dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a store stands for, piece by piece."""
-    out = torch.empty((*codes.shape[:-1], columns), dtype=dtype, device=codes.device)
-    if isinstance(codes, Apart) or isinstance(scale, Apart):
-        dequantize(codes, scale, out=out)
-        return out
-    for out_, codes_, scale_ in pieces(out, codes, scale):
-        dequantize(codes_, scale_, out=out_)
-    return out
-
-
-def rounded(s: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
-    """The value as :func:`read` would give it back after :func:`write`."""
-    stored, scale = s[name], s.get(f"{name}.scale")
-    if scale is None:
-        return value.to(stored.dtype)
-    bits = _linear_bits(stored)
-    return dequantize_linear(*quantize_linear(_single(value).contiguous(), bits), value.shape[-1],
-                             bits)
-
-
 def wide(x: Tensor) -> Tensor:
     """Return x in the precision of the arithmetic: fp32, or float64 if it is that already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -229,45 +251,6 @@ def wide(x: Tensor) -> Tensor:
 def counter(dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Slot:
     """A number kept on the host, where reading it waits for no device, or on one."""
     return Slot((), dtype, device or torch.device("cpu"))
-
-
-# Put into names by what wraps a module; DDP's is at the beginning alone.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-def plain_name(name: str) -> str:
-    """A parameter's dotted name without what wrapping the model has put into it.
-
-    That is done by torch.compile, DDP, FSDP1 and activation checkpointing.
-    """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
-
-
-def name_key(name: str) -> int:
-    """A parameter's ``key`` from its plain name: the first 63 bits of its BLAKE2b hash."""
-    digest = hashlib.blake2b(plain_name(name).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
-    """The two 32-bit words that key a parameter's random numbers, from ``seed`` and its ``key``.
-
-    For one seed different keys give different words.
-    """
-    return _words(int(o["seed"]), int(s["key"]))
-
-
-def keys_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Keys:
-    """The same, for each of several parameters where s is of them."""
-    key: Matrices = s["key"]
-    seed = int(o["seed"])
-    return [_words(seed, int(x)) for x in key.parts] if isinstance(key, Apart) else key_of(s, o)
-
-
-def _words(seed: int, key: int) -> tuple[int, int]:
-    # Philox takes 32 bits: the upper half of a longer seed is mixed into the lower.
-    return (seed ^ (seed >> 32) * 0x9E3779B9 ^ key >> 32) & 0xFFFFFFFF, key & 0xFFFFFFFF
 
 
 class Together(Mapping[str, Tensor]):
@@ -302,11 +285,12 @@ class Together(Mapping[str, Tensor]):
 class Decoded(MutableMapping[str, Tensor]):
     """State as the arithmetic sees it: a moment is decoded to fp32 when it is first read.
 
-    What is stored in the precision of the arithmetic is the store itself.
+    What is stored in the precision of the arithmetic is the store itself. What else is in codes
+    is decoded at each reading.
 
     Args:
         kept: state of a parameter, or of a block of its rows.
-        slots: of which quantized moments tell bits and columns.
+        slots: how its values are stored.
         p: the parameter; a float64 one has float64 arithmetic.
         rows: which of its rows ``kept`` is of, if not of all.
     """
@@ -324,15 +308,13 @@ class Decoded(MutableMapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self.opened:
             return self.opened[name]
-        stored = self.kept[name]
-        if name in MOMENTS:
-            slot, scale = self.slots[name], self.kept.get(f"{name}.scale")
-            if scale is not None:
-                columns, bits, signed = slot.shape[-1], slot.bits, name not in _SQUARES
-                stored = _unpacked(stored, scale, columns, functools.partial(
-                    dequantize_dynamic, columns=columns, bits=bits, signed=signed))
-            stored = self.opened[name] = stored.to(self.dtype)
-        return stored
+        slot = self.slots.get(name)
+        if slot is None:
+            return self.kept[name]
+        value = _decode(self.kept, name, slot)
+        if slot.stream is not None:
+            value = self.opened[name] = value.to(self.dtype)
+        return value
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         self.opened[name] = value
@@ -366,19 +348,19 @@ class Decoded(MutableMapping[str, Tensor]):
         return {"m": m, "v": v, "m_scale": self.kept.get("exp_avg.scale"),
                 "v_scale": self.kept.get("exp_avg_sq.scale"), "bits": bits,
                 "beta1": o["betas"][0], "beta2": o["betas"][1], "eps": o["eps"],
-                "key": keys_of(self, o), "start": self.first("exp_avg"), **self._moved()}
+                "key": keys_of(self, o), "start": self.offset("exp_avg"), **self._moved()}
 
     def _moved(self) -> dict[str, Any]:
         source, rows_move = self.moved
         return {} if source is None else {"source": source, "rows_move": rows_move}
 
-    def first(self, name: str) -> int:
+    def offset(self, name: str) -> int:
         """Index in the whole slot of the first element of what is here of it."""
         slot = self.slots[name]
         return self.rows.start * math.prod(slot.shape[1:]) if self.rows and slot.rows else 0
 
 
-def first(s: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def one_of(s: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The state itself, or of several parameters that of the first one."""
     kept = s.kept if isinstance(s, Decoded) else s
     return kept.states[0] if isinstance(kept, Together) else s
@@ -415,103 +397,12 @@ def encode(
         step: 1-based count of this update, part of the random key.
         start: index of the first element of these tensors among the rows that s is of.
     """
-    for stream, name in enumerate(_ORDER):
-        if name not in kept or name not in s.opened or kept[name] is s[name]:
+    for name, slot in slots.items():
+        if slot.stream is None or name not in s.opened or kept[name] is s[name]:
             continue
-        if slots[name].bits or kept[name].dtype == s[name].dtype:
-            fill(kept, name, s[name], slots[name])
+        if slot.bits or kept[name].dtype == s[name].dtype:
+            fill(kept, name, s[name], slot)
         else:
             kept[name].copy_(stochastic_round(s[name].float(), torch.bfloat16,
-                                              start + s.first(name), key_of(kept, o),
-                                              (step, stream)))
-
-
-def fill(kept: Mapping[str, Tensor], name: str, value: Tensor, slot: Slot) -> None:
-    """Write a moment to its store, whole and to nearest.
-
-    Args:
-        kept: the store.
-        name: of the moment.
-        value: its new value.
-        slot: how it is stored.
-    """
-    if slot.bits:
-        _pack(kept[name], kept[f"{name}.scale"], value.float(), functools.partial(
-            quantize_dynamic, bits=slot.bits, signed=name not in _SQUARES))
-    else:
-        kept[name].copy_(value)
-
-
-def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-    """What a bf16 weight lacks of fp32: 8 or 16 bits per element, as ``master_bits`` says."""
-    if o["master_bits"] is None or p.dtype != torch.bfloat16:
-        return {}
-    kind = torch.int16 if o["master_bits"] == 16 else torch.int8
-    return {"master": Slot(tuple(p.shape), kind, p.device, rows=p.ndim > 0)}
-
-
-def read_weight(p: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
-    """The weight in the precision of the arithmetic, with the bits that the state keeps of it.
-
-    bits(fp32) = bits(bf16) 2^16 + master, or master 2^8 where that has 8 bits.
-    """
-    master = kept.get("master")
-    if master is None:
-        return wide(p)
-    low = master.int() if master.dtype == torch.int16 else master.int() << 8
-    return torch.add((p.contiguous().view(torch.int16).int() << 16), low).view(torch.float32)
-
-
-def _split_weight(p: Tensor, x: Tensor, master: Tensor, random: Tensor | None) -> None:
-    """Write the nearest bf16 number to p and what it lacks to master; ties away from zero.
-
-    Source: the split of master weights as in FlashOptim (databricks/flashoptim).
-    """
-    # above it the nearest bf16 number, or what 8 bits round to, would be infinite
-    top = torch.full((), 0x7F7F7E00, dtype=torch.int32, device=x.device).view(torch.float32)
-    bits = torch.where(x.isfinite(), torch.minimum(torch.maximum(x, -top), top), x
-                       ).contiguous().view(torch.int32)
-    eight = master.dtype == torch.int8
-    if eight:  # 24 bits of fp32 stay
-        bits = (bits + (128 if random is None else random >> 8)) & -256
-    upper = (bits + 0x8000) >> 16
-    low = bits - (upper << 16)
-    finite = x.isfinite()
-    p.copy_(torch.where(finite, upper.to(torch.int16).view(torch.bfloat16), x.bfloat16()))
-    master.copy_(torch.where(finite, low >> 8 if eight else low, 0))
-
-
-def random_rounding(p: Matrices, o: Mapping[str, Any]) -> bool:
-    """Whether results are rounded into this weight at random: by default where it is 16-bit."""
-    return (o["rounding"] != "nearest" and p.dtype in (torch.bfloat16, torch.float16)
-            and not (o["master_bits"] == 16 and p.dtype == torch.bfloat16))
-
-
-def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any],
-                 step: int | Tensor, start: int = 0) -> None:
-    """Round fp32 results into a weight, once.
-
-    Where the state keeps more of it (:func:`master_slots`) what is cut off goes there. The random
-    bits are those of (seed, key of the parameter; step, element): the same on resume, on any number
-    of ranks and on every device, and where parameters have names in any order and grouping.
-
-    Args:
-        p: a weight or a block of its rows.
-        x: its new value; nothing is done where it is p itself.
-        kept: state of the parameter.
-        o: options of the group.
-        step: 1-based count of this update.
-        start: index in the whole parameter of the first element of p.
-    """
-    if x is p:
-        return
-    if "master" in kept:
-        random = None
-        if random_rounding(p, o):
-            random = random_bits16_ref(start, x.numel(), key_of(kept, o), (step, _WEIGHT), x.device
-                                       ).view(x.shape)
-        _split_weight(p, x, kept["master"], random)
-        return
-    if random_rounding(p, o):
-        x = stochastic_round(x, p.dtype, start, key_of(kept, o), (step, _WEIGHT))
-    p.copy_(x)
+                                              start + s.offset(name), key_of(kept, o),
+                                              (step, slot.stream)))

@@ -45,6 +45,7 @@ from .codec import Slot
 from .common import COMMON
 from .door import checked_group
 from .hooks import checked_optimizer
+from .keys import plain_name
 from .layouts import slots_of
 from .loading import saved_groups
 from .lowrank import LowRankOptimizer
@@ -62,8 +63,6 @@ _MEANING = ("polar_first", "axis")
 # Slots that every rule has.
 _NUMBERS = ("step", "index", "key")
 _ORDERED = ("svd", "subspace", "randomized")
-# Dtypes of codes, which are decoded by their shape.
-_CODES = (torch.uint8, torch.int8)
 
 
 class Converted(dict[str, Any]):
@@ -166,10 +165,10 @@ def _matched(saved: Mapping[str, Any], optimizer: MatrixOptimizer, names: Sequen
     """
     entries: list[tuple[Any, Mapping[str, Any]]] = [
         (key, group) for group in saved["param_groups"] for key in group["params"]]
-    known = [codec.plain_name(name) for group in saved["param_groups"]
+    known = [plain_name(name) for group in saved["param_groups"]
              for name in group.get("param_names") or ()]
     if names is not None:
-        known = [codec.plain_name(name) for name in names]
+        known = [plain_name(name) for name in names]
         if len(known) != len(entries):
             raise ValueError(f"{where}: names has {len(known)} entries, but {len(entries)} "
                              "parameters are saved")
@@ -179,7 +178,7 @@ def _matched(saved: Mapping[str, Any], optimizer: MatrixOptimizer, names: Sequen
         place = dict(zip(known, entries, strict=True))
         if len(place) != len(known):
             raise ValueError(f"{where}: names are not unique")
-        found = [place.get(codec.plain_name(name)) for name in mine]
+        found = [place.get(plain_name(name)) for name in mine]
         if mine and known and not any(found):
             raise ValueError(f"{where}: no name of the saved state is one of this optimizer's: "
                              f"{known[0]!r} is saved, {mine[0]!r} is here")
@@ -244,41 +243,18 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
     full = checked_group(optimizer, {**options, "params": []}, at, entering=False)
     dense = optimizer._reason(p, full) is not None
     rule = "adamw" if dense else rule
-    for name, slot in optimizer.stored_slots(p, full).items():
-        if slot.dtype in _CODES and name in values and values[name].shape != slot.shape:
-            return _Old({k: values[k] for k in _NUMBERS if k in values}, f"{rule} of another shape")
-    slots = slots_of(optimizer, p, full)
-    seen = codec.Decoded(values, slots, p)
-    decoded: dict[str, Tensor] = {}
+    slots = {k: slot for k, slot in slots_of(optimizer, p, full).items() if k in values}
     for name, slot in slots.items():
-        if name not in values or _is_scale(name, slots):
-            continue
-        if name in codec.MOMENTS:
-            decoded[name] = seen[name]
-        elif f"{name}.scale" in values:
-            read = codec.read(values, name, slot.shape[-1] if slot.dtype == torch.int8 else
-                              _columns(name, optimizer, p, full))
-            assert read is not None
-            decoded[name] = read
-        else:
-            decoded[name] = values[name]
-    return _Old(decoded, rule, full, values)
+        if slot.bits and any(k not in values or values[k].shape != part.shape
+                             for k, part in codec.stored(name, slot).items()):
+            return _Old({k: values[k] for k in _NUMBERS if k in values}, f"{rule} of another shape")
+    decoded = codec.Decoded(values, slots, p)
+    return _Old({name: decoded[name] for name in slots}, rule, full, values)
 
 
 def _count(steps: float) -> Tensor:
     """A count as states keep it, whatever torch's defaults are."""
     return torch.tensor(float(steps), dtype=torch.float32, device="cpu")
-
-
-def _is_scale(name: str, slots: Mapping[str, Any]) -> bool:
-    """Whether a slot is the scale of another, which is written with it."""
-    return name.endswith(".scale") and name.removesuffix(".scale") in slots
-
-
-def _columns(name: str, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> int:
-    """Length of the last dimension of a basis or an error, which packed codes do not tell."""
-    m, n = optimizer.matrix_shape(p, o)[-2:]
-    return n if name == "error" else min(int(o["rank"]), m, n)
 
 
 def _bitsandbytes(entry: Mapping[str, Any], shape: tuple[int, ...], at: str
@@ -366,9 +342,9 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
         if reason:
             return None, reason
         if cut:
+            moments = {k: slot.shape for k, slot in slots.items() if slot.stream is not None}
             values = {k: x[..., :cut].contiguous() if k.startswith(("basis_l", "basis_r")) else
-                      _leading(x, slots[k].shape) if k in codec.MOMENTS and k in slots else x
-                      for k, x in values.items()}
+                      _leading(x, moments[k]) if k in moments else x for k, x in values.items()}
             changes.append(f"leading {cut} columns")
     if "max_exp_avg_sq" in slots and "exp_avg_sq" in values and "max_exp_avg_sq" not in values:
         values["max_exp_avg_sq"] = values["exp_avg_sq"]
@@ -376,8 +352,6 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
              for name, x in optimizer.stored_slots(p, o).items()}
     for name, slot in slots.items():
         value = values.get(name)
-        if _is_scale(name, slots):
-            continue
         if name == "master" and value is not None and value.dtype != slot.dtype:
             value = None
         if value is None:
@@ -386,20 +360,17 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
             if name in _AT_ZERO:
                 changes.append(f"{name} begins at zero")
             continue
-        packed = f"{name}.scale" in slots  # the last dimension is of codes
-        if value.shape[:-1 if packed else None] != tuple(slot.shape)[:-1 if packed else None]:
+        if value.shape != tuple(slot.shape):
             return None, f"{name} saved as {tuple(value.shape)}, expected {tuple(slot.shape)}"
-        parts = [k for k in (name, f"{name}.scale") if k in state]
+        parts = codec.stored(name, slot)
         alike = not cut and all(k in old.stored and (old.stored[k].shape, old.stored[k].dtype)
                                 == (state[k].shape, state[k].dtype) for k in parts)
         with torch.no_grad():
             if alike:
                 for k in parts:
                     state[k].copy_(old.stored[k])
-            elif name in codec.MOMENTS:
-                codec.fill(state, name, value.to(slot.device), slot)
             else:
-                codec.write(state, name, value.to(slot.device))
+                codec.fill(state, name, value.to(slot.device), slot)
     dropped = sorted(set(values) - set(slots))
     if dropped:
         changes.append(f"without {', '.join(dropped)}")
@@ -420,8 +391,7 @@ def _subspaces(old: _Old, slots: Mapping[str, Slot], p: Tensor, o: Mapping[str, 
         return f"dct_basis {old.options['dct_basis']}, now {o['dct_basis']}", 0
 
     def sides(names: Any) -> set[str]:
-        return {k for k in names if k.startswith(("basis_l", "basis_r", "columns_"))
-                and not k.endswith(".scale")}
+        return {k for k in names if k.startswith(("basis_l", "basis_r", "columns_"))}
 
     m, n = optimizer.matrix_shape(p, o)[-2:]
     if sides(old.values) != sides(slots) or (

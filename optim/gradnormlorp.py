@@ -24,6 +24,8 @@ __all__ = ["GradNormLoRPAdamW"]
 
 # Slots of the magnitude's moments begin with this.
 _MAGNITUDE = "magnitude_"
+# The first one's stream of random bits, after those of the inner rules.
+_STREAM = 6
 # The buffer of dL/dmu, where gradients are projected in the backward pass.
 _SLOPE = "projected_slope"
 # A column's direction step may shorten it to this share; below, it would be all rounding.
@@ -132,7 +134,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if o["roles"] is None:
             *batch, m, n = self.matrix_shape(p, o)
             count = (*batch, n if o["axis"] == "input" else m)
-            slots |= {_MAGNITUDE + k: slot for k, slot in adam_slots(count, p, o).items()}
+            slots |= {_MAGNITUDE + k: slot for k, slot in adam_slots(count, p, o, _STREAM).items()}
         return slots
 
     def buffers(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:

@@ -20,7 +20,7 @@ from . import codec
 from .codec import Slot
 
 __all__ = ["RULES", "Quotient", "Rule", "adam", "adam_slots", "averages", "by_kernel",
-           "representable"]
+           "momentum_slots", "representable"]
 
 Shape = tuple[int, ...]
 State = Mapping[str, Tensor]
@@ -55,10 +55,11 @@ def representable(g: Tensor, state_bits: int = 32, terms: int = 1) -> Tensor:
     return torch.where(g.isinf(), g, g.clamp(-limit, limit))
 
 
-def adam_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
-    """M and V, and V's maximum with ``amsgrad``."""
+def adam_slots(shape: Shape, p: Tensor, o: Options, stream: int = 0) -> dict[str, Slot]:
+    """M and V, and V's maximum with ``amsgrad``; ``stream`` is M's, the others' follow."""
     names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if o["amsgrad"] else ()))
-    return {name: codec.moment(shape, p, o) for name in names}
+    return {name: codec.moment(shape, p, o, stream + i, squared=i > 0)
+            for i, name in enumerate(names)}
 
 
 def averages(g: Tensor, s: State, o: Options) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,9 @@ class Rule(NamedTuple):
     """An inner rule of a low-rank method.
 
     Args:
-        slots: (shape of R, parameter, options) to what is kept.
+        slots: (shape of R, parameter, options) to what is kept: moments by
+            :func:`lissom.optim.codec.moment`, each with a stream of its own from 0 to 5 (those of
+            a magnitude beside them follow).
         direction: (R, state, options, t, consume) to (N, factor), the direction being
             factor * N in fp32, or in R's 16 bits by a kernel. Moments in the state change in place.
             With ``consume`` R may be overwritten.
@@ -150,8 +153,9 @@ def _adamw(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tens
     return torch.div(m, denominator, out=denominator), factor
 
 
-def _momentum_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
-    return {"momentum_buffer": codec.moment(shape, p, o)}
+def momentum_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
+    """M alone."""
+    return {"momentum_buffer": codec.moment(shape, p, o, 5)}
 
 
 def _momentum(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
@@ -175,9 +179,9 @@ def _lion(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tenso
 
 def _factored_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
     *batch, rows, columns = shape
-    return {"exp_avg": codec.moment(shape, p, o),
-            "exp_avg_sq_row": codec.moment((*batch, rows, 1), p, o),
-            "exp_avg_sq_col": codec.moment((*batch, 1, columns), p, o)}
+    return {"exp_avg": codec.moment(shape, p, o, 0),
+            "exp_avg_sq_row": codec.moment((*batch, rows, 1), p, o, 3, squared=True),
+            "exp_avg_sq_col": codec.moment((*batch, 1, columns), p, o, 4, squared=True)}
 
 
 def _factored(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
@@ -204,8 +208,8 @@ def _factored(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[T
 #: Values of the option ``inner``.
 RULES: dict[str, Rule] = {
     "adamw": Rule(adam_slots, _adamw, {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}),
-    "momentum": Rule(_momentum_slots, _momentum, {"momentum_buffer": 1}),
-    "lion": Rule(_momentum_slots, _lion, {"momentum_buffer": 1}),
+    "momentum": Rule(momentum_slots, _momentum, {"momentum_buffer": 1}),
+    "lion": Rule(momentum_slots, _lion, {"momentum_buffer": 1}),
     "factored": Rule(_factored_slots, _factored,
                      {"exp_avg": 1, "exp_avg_sq_row": 2, "exp_avg_sq_col": 2},
                      elementwise=False),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import codec, sharding
+from . import codec, keys, sharding, weights
 from .codec import Slot
 from .common import BOOKKEEPING
 from .inner import adam_slots
@@ -28,7 +28,7 @@ def slots_of(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> dic
     """The slots that p has under options o, a quantized moment as one."""
     slots = {"step": codec.counter(device=p.device if o["capturable"] else None),
              "index": codec.counter(torch.int64),
-             "key": codec.counter(torch.int64), **codec.master_slots(p, o)}
+             "key": codec.counter(torch.int64), **weights.master_slots(p, o)}
     if optimizer._reason(p, o) is None:
         slots |= optimizer.slots(p, o)
     else:
@@ -136,7 +136,7 @@ class Layouts:
         dense = optimizer._reason(p, o) is not None
         state["index"].fill_(self._next_index[dense])
         self._next_index[dense] += 1
-        key = codec.name_key(name) if "param_names" in o else int(state["index"])
+        key = keys.name_key(name) if "param_names" in o else int(state["index"])
         while key in self._keys:
             key += 1
         state["key"].fill_(key)

@@ -17,6 +17,7 @@ from .apply import Update
 from .codec import Slot, State
 from .common import AdamWPart
 from .inner import RULES, Rule, by_kernel
+from .keys import key_of, keys_of
 from .options import Option, choice, integer, optional, real
 from .project import Bases, Shift, Turn
 from .ranked import Ranked
@@ -197,8 +198,8 @@ class LowRankOptimizer(Batched, Ranked):
             if side in (name, "full") and o["projection"] == "dct":
                 slots[f"columns_{name}"] = Slot((*batch, r), torch.int32, p.device)
             elif side in (name, "full") and o["projection"] != "random":
-                slots |= codec.held(f"basis_{name}", (*batch, length, r), o["basis_bits"], p,
-                                    rows=name == "left")
+                slots[f"basis_{name}"] = codec.basis((*batch, length, r), o["basis_bits"], p,
+                                                     rows=name == "left")
         if o["keep_energy"] is not None:
             slots["basis_energy"] = codec.counter()
         return slots
@@ -317,7 +318,7 @@ class LowRankOptimizer(Batched, Ranked):
     def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
                   ) -> Projected:
         """P, Q and R = P^T G Q: the stored bases, or new ones where a refresh is due."""
-        one = codec.first(s)  # several are all due or none
+        one = codec.one_of(s)  # several are all due or none
         if not self.due(one, o, t):
             old = self.bases(g, s, o)
             return Projected(old, old.down(g))
@@ -368,8 +369,7 @@ class LowRankOptimizer(Batched, Ranked):
                     basis = dct.columns(s[f"columns_{name}"], length, o["dct_basis"], g)
                 else:
                     narrow = g.dtype if g.element_size() == 2 else torch.float32
-                    basis = codec.read(s, f"basis_{name}", r, narrow)
-                    assert basis is not None
+                    basis = codec.read(s, f"basis_{name}", narrow)
                     basis = basis if basis.dtype == g.dtype else basis.to(g.dtype)
             bases.append(basis)
         return Bases(*bases)
@@ -379,11 +379,11 @@ class LowRankOptimizer(Batched, Ranked):
         """A random basis, or one for each of several matrices."""
         steps: Any = s["basis_step"] if born is None else born
         if isinstance(steps, Apart):
-            keys: Any = codec.keys_of(s, o)
+            keys: Any = keys_of(s, o)
             like = g.parts[0]
             return Apart([self.draw(length, r, batch[1:], key, 2 * int(at) + number, like)
                           for key, at in zip(keys, steps, strict=True)])
-        return self.draw(length, r, batch, codec.key_of(s, o), 2 * int(steps) + number, g)
+        return self.draw(length, r, batch, key_of(s, o), 2 * int(steps) + number, g)
 
     draw = staticmethod(project.random_basis)
 
@@ -409,7 +409,7 @@ class LowRankOptimizer(Batched, Ranked):
             if projected not in (side, "full"):
                 continue
             if not random:
-                found = project.find(g, r, side, o["projection"], basis, codec.key_of(s, o),
+                found = project.find(g, r, side, o["projection"], basis, key_of(s, o),
                                      2 * t + number)
                 if found is None:
                     return None

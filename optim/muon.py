@@ -15,6 +15,7 @@ from .apply import Update
 from .base import MatrixOptimizer
 from .codec import Slot, State
 from .common import AdamWPart
+from .inner import momentum_slots
 from .options import Option, boolean, choice, integer, optional, real, several
 from .whole import Waiting
 
@@ -125,7 +126,7 @@ class Muon(MatrixOptimizer):
                                  f"rows of every matrix of the group, and one has {rows}")
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
+        return momentum_slots(self.matrix_shape(p, o), p, o)
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         return o["split_sizes"] is None and len(self.matrix_shape(p, o)) == 2

@@ -14,6 +14,7 @@ from .apply import Update
 from .base import MatrixOptimizer
 from .codec import Slot, State
 from .common import AdamWPart
+from .inner import momentum_slots
 from .options import Option, boolean, choice, optional, real, several
 from .whole import Waiting
 
@@ -105,7 +106,7 @@ class PolarGrad(MatrixOptimizer):
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         if o["momentum"] is None:
             return {}
-        return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
+        return momentum_slots(self.matrix_shape(p, o), p, o)
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         return len(self.matrix_shape(p, o)) == 2

@@ -166,12 +166,10 @@ class ErrorFeedback(Residual):
     needs_gradient = True
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        return codec.held("error", shape, o["error_feedback_bits"] or 32, p, rows=True)
+        return {"error": codec.basis(shape, o["error_feedback_bits"] or 32, p, rows=True)}
 
     def gradient(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Tensor:
-        error = codec.read(s, "error", g.shape[-1])
-        assert error is not None
-        return codec.wide(g) + error
+        return codec.wide(g) + codec.read(s, "error")
 
     def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
         return _without(g, low, bases)  # g is A, a temporary

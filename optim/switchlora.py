@@ -18,8 +18,10 @@ from .batches import Work
 from .codec import Slot, State
 from .common import AdamWPart
 from .inner import adam_slots, averages, representable
+from .keys import key_of
 from .options import Option, choice, integer, optional, real
 from .pairs import bounds, check_base, check_factors, memory, roles
+from .weights import write_weight
 
 __all__ = ["SwitchLoRAAdamW"]
 
@@ -265,8 +267,8 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         frozen = frozen > 0
         g = representable(codec.wide(g), o["state_bits"]).masked_fill(frozen, 0.0)
         first, second = first.to(g), second.to(g)
-        for name in s:
-            if name in codec.MOMENTS:  # a frozen vector's moments restart
+        for name, slot in codec.slots_of(s).items():
+            if slot.stream is not None:  # a frozen vector's moments restart
                 s[name].masked_fill_(frozen, 0.0)
         # N = (M / (1 - b1^k)) / (sqrt(V / (1 - b2^k)) + eps)
         m, v = averages(g, s, o)
@@ -297,7 +299,7 @@ def _pool_size(o: Mapping[str, Any], base: Tensor) -> int:
 def _draw_pool(s: dict[str, Tensor], o: Mapping[str, Any], bound: float) -> None:
     """Uniform candidates; vector i is in the place of candidate i."""
     pool = s["candidates"]
-    drawn = torch.rand(pool.shape, generator=project.generator(codec.key_of(s, o), _POOL),
+    drawn = torch.rand(pool.shape, generator=project.generator(key_of(s, o), _POOL),
                        device="cpu", dtype=torch.float32)
     pool.copy_(drawn.mul_(2).sub_(1).mul_(bound))
     s["active"].copy_(torch.arange(len(s["active"]), device="cpu"))
@@ -314,7 +316,7 @@ def chosen(s: Mapping[str, Tensor], partner: Mapping[str, Tensor], o: Mapping[st
         int64 indices on the host. The pointer in s has moved on.
     """
     r, k = len(s["active"]), int(s["step"])
-    generator = project.generator(codec.key_of(s, o), k + 1)
+    generator = project.generator(key_of(s, o), k + 1)
     # count = r / interval(k), rounded stochastically
     mean = r * o["interval_decay"] ** ((k + 1) / o["decay_steps"]) / o["interval"]
     draw = torch.rand((), generator=generator, device="cpu", dtype=torch.float32).item()
@@ -361,4 +363,4 @@ def _add(p: Tensor, left: Tensor, right: Tensor, kept: Mapping[str, Tensor], o: 
         part = p[i:i + rows]
         x = part.double().addmm_(left[i:i + rows], right, alpha=o["scaling"])
         x = x if p.dtype == torch.float64 else x.float()
-        codec.write_weight(part, x, kept, o, t, start + i * p.shape[1])
+        write_weight(part, x, kept, o, t, start + i * p.shape[1])

@@ -13,6 +13,7 @@ from . import codec, dct, polar, project
 from .apply import Update
 from .codec import Slot, State
 from .common import AdamWPart
+from .inner import momentum_slots
 from .muon import ADJUST_LR
 from .options import Option, choice, integer, optional, real
 from .ranked import Ranked
@@ -90,7 +91,7 @@ class Trion(Ranked):
             "amsgrad": amsgrad, "lr_adamw": 3e-4, **options})
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        return {"momentum_buffer": codec.moment(self.matrix_shape(p, o), p, o)}
+        return momentum_slots(self.matrix_shape(p, o), p, o)
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         return self.rank_and_side(p, o)[1] == "right" and len(self.matrix_shape(p, o)) == 2

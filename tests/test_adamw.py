@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lissom.optim import AdamW, AdamW8bit, GaLoreAdamW, codec
+from lissom.optim import AdamW, AdamW8bit, GaLoreAdamW, weights
 
 from .helpers import assert_same, feed, parameters, run
 
@@ -239,8 +239,8 @@ def test_split_weights_at_the_ends_of_the_range(bits):
     kept = {"master": torch.zeros(len(x), dtype=torch.int16 if bits == 16 else torch.int8),
             "key": torch.tensor(0)}
     o = {"rounding": "nearest", "master_bits": bits, "seed": 0}
-    codec.write_weight(p, x, kept, o, 1)
-    back = codec.read_weight(p, kept)
+    weights.write_weight(p, x, kept, o, 1)
+    back = weights.read_weight(p, kept)
     finite = x.isfinite() & (x.abs() < 3.39e38)
     if bits == 16:
         assert torch.equal(back[finite], x[finite])

@@ -33,6 +33,7 @@ from lissom.optim import (
     project_in_backward,
     update_in_backward,
 )
+from lissom.optim.codec import Decoded
 from torch import nn
 
 from .cases import Case, apollo, dctadamw, first_of_each_class, galore, gradnormlorp
@@ -280,14 +281,13 @@ def test_clipping(micro, exact):
         else:  # the same norm, by hand: R of what has been projected, G of the rest
             parts = []
             for p, q in zip(ps, qs, strict=True):
-                s = plain.state[p]
+                s = Decoded(plain.state[p], plain._layouts[p], p)
                 if q.grad is None and int(s["basis_step"]) and not plain.due(
                         s, plain.param_groups[0], i + 1):
                     o, shape = plain.param_groups[0], plain.matrix_shape(p, plain.param_groups[0])
                     g = p.grad.view(shape)
                     parts.append(plain.bases(g, s, o, 1).down(g))
                 elif q.grad is None:  # refreshed in the hook
-                    s = copy.deepcopy(s)
                     s["weight"] = p.view(plain.matrix_shape(p, plain.param_groups[0]))
                     parts.append(plain.project_gradient(
                         p.grad.view(s["weight"].shape), s, plain.param_groups[0], i + 1)[1].low)

@@ -37,7 +37,8 @@ from lissom.kernels.quant8 import (
     quantize_dynamic,
     quantize_dynamic_ref,
 )
-from lissom.optim import AdamW, codec, inner
+from lissom.optim import AdamW, codec, inner, weights
+from lissom.optim.keys import key_of
 from torch.library import opcheck
 
 from .aot import compile_for_a_gpu
@@ -372,7 +373,7 @@ def test_reference_is_decode_adam_encode(kind, bits):
     shape, t = (40, 257), 3
     o = {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": False, "state_bits": bits, "seed": KEY[0],
          "rounding": None, "master_bits": None}
-    key = codec.key_of({"key": torch.tensor(KEY[1])}, o)
+    key = key_of({"key": torch.tensor(KEY[1])}, o)
     g, p = tensors([shape, shape], 4)
     g.view(-1)[5:8] = torch.tensor([1e30, math.inf, 0.0])
     p, g = p.to(kind), g.to(kind)
@@ -399,7 +400,7 @@ def test_reference_is_decode_adam_encode(kind, bits):
     u = inner.adam(-g.float(), s, o, t)
     x = p.float().mul_(1 - 1e-3).addcdiv_(u.numerator, u.denominator, value=-1e-2 * u.factor)
     expected = p.clone()
-    codec.write_weight(expected, x, before, o, t, 16)
+    weights.write_weight(expected, x, before, o, t, 16)
     codec.encode(s, before, slots, o, t, 16)
     assert_same(weight, expected)
     assert_same(direct, [before.get(k) for k in names])
@@ -594,8 +595,9 @@ def test_compile_passes_through():
 
 
 def test_streams_are_those_of_the_codec():
-    assert (codec._ORDER.index("exp_avg"), codec._ORDER.index("exp_avg_sq"),
-                       codec._WEIGHT) == STREAMS
+    p = torch.zeros(3, 4)
+    slots = inner.adam_slots((3, 4), p, {"amsgrad": False, "state_bits": 16})
+    assert (*(slot.stream for slot in slots.values()), weights.STREAM) == STREAMS
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="needs triton")

@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from lissom.optim import AdamW, SwitchLoRAAdamW, adapter_groups, codec
+from lissom.kernels.philox import random_bits16_ref
+from lissom.optim import AdamW, SwitchLoRAAdamW, adapter_groups
+from lissom.optim.keys import key_of, name_key
 from torch import nn
 
 from .cases import CASES
@@ -41,8 +43,8 @@ def test_order_and_grouping_change_nothing(case):
     assert_same(expected, trained(case, [names[::-1]]))
     assert_same(expected, trained(case, [names[4:], names[1:3], [names[0], names[3]]]))
     # the bits do differ between parameters
-    assert not torch.equal(*(codec.random_bits16_ref(0, 8, codec.key_of(
-        {"key": torch.tensor(codec.name_key(name))}, {"seed": 0}), (1, 64)) for name in names[:2]))
+    assert not torch.equal(*(random_bits16_ref(0, 8, key_of(
+        {"key": torch.tensor(name_key(name))}, {"seed": 0}), (1, 64)) for name in names[:2]))
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -78,21 +80,21 @@ def test_pairs_in_another_order():
 
 def test_frozen_keys():
     """What a name's bits are must stay what it is, or runs do not continue."""
-    assert codec.name_key("layers.0.weight") == 459896534589147935
-    key = codec.key_of({"key": torch.tensor(codec.name_key("layers.0.weight"))}, {"seed": 3})
+    assert name_key("layers.0.weight") == 459896534589147935
+    key = key_of({"key": torch.tensor(name_key("layers.0.weight"))}, {"seed": 3})
     assert key == (107078005, 698256159)
-    assert codec.key_of({"key": torch.tensor((1 << 31) + 5)}, {"seed": 7}) == (7, (1 << 31) + 5)
+    assert key_of({"key": torch.tensor((1 << 31) + 5)}, {"seed": 7}) == (7, (1 << 31) + 5)
 
 
 def test_wrappers_keep_the_key():
-    plain = codec.name_key("layers.0.weight")
+    plain = name_key("layers.0.weight")
     for name in ("module.layers.0.weight", "_orig_mod.layers.0.weight",
                  "_orig_mod.module.layers.0._checkpoint_wrapped_module.weight",
                  "_fsdp_wrapped_module.layers.0._fsdp_wrapped_module.weight"):
-        assert codec.name_key(name) == plain
+        assert name_key(name) == plain
     for name in ("layers.0.bias", "layers.module.0.weight", "Layers.0.weight"):
-        assert codec.name_key(name) != plain
-    assert codec.name_key("module") != codec.name_key("_orig_mod.weight")
+        assert name_key(name) != plain
+    assert name_key("module") != name_key("_orig_mod.weight")
 
 
 def test_compiled_model_gives_the_keys_of_the_plain_one():
@@ -107,18 +109,18 @@ def test_no_key_twice(monkeypatch):
     ps = parameters([(4, 2)] * 4, dtype=torch.bfloat16)
     named = [("w", ps[0]), ("v", ps[1]), ("module.w", ps[2])]
     with monkeypatch.context() as patch:
-        patch.setattr("lissom.optim.codec.name_key", lambda name: 5)
+        patch.setattr("lissom.optim.keys.name_key", lambda name: 5)
         optimizer = AdamW(named)
         optimizer.add_param_group({"params": [("late", ps[3])]})
         assert [int(optimizer.state[p]["key"]) for p in ps] == [5, 6, 7, 8]
     twin = AdamW([*named, ("late", ps[3])])
-    first = codec.name_key("w")
+    first = name_key("w")
     assert [int(twin.state[p]["key"]) for p in ps] == [
-        first, codec.name_key("v"), first + 1, codec.name_key("late")]
+        first, name_key("v"), first + 1, name_key("late")]
     loaded = AdamW([{"params": named}, {"params": [("late", ps[3])]}])
     loaded.load_state_dict(optimizer.state_dict())
     assert [int(loaded.state[p]["key"]) for p in ps] == [5, 6, 7, 8]
-    monkeypatch.setattr("lissom.optim.codec.name_key", lambda name: 6)
+    monkeypatch.setattr("lissom.optim.keys.name_key", lambda name: 6)
     ps += parameters([(4, 2)])
     loaded.add_param_group({"params": [("later", ps[4])]})
     assert int(loaded.state[ps[4]]["key"]) == 9
@@ -160,7 +162,7 @@ def test_a_parameter_that_changes_before_the_first_step_keeps_its_key():
     optimizer = AdamW([("w", p)])
     p.data = p.data.double()
     optimizer.state_dict()
-    assert int(optimizer.state[p]["key"]) == codec.name_key("w")
+    assert int(optimizer.state[p]["key"]) == name_key("w")
 
 
 def test_a_state_of_torch_keeps_the_key_of_the_name():
@@ -170,4 +172,4 @@ def test_a_state_of_torch_keeps_the_key_of_the_name():
     other.step()
     optimizer = AdamW([("w", p)])
     optimizer.load_state_dict(other.state_dict())
-    assert int(optimizer.state[p]["key"]) == codec.name_key("w")
+    assert int(optimizer.state[p]["key"]) == name_key("w")

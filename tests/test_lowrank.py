@@ -230,7 +230,7 @@ def test_stored_bases_are_near_the_exact(bits, error):
     run(a, [p], range(1))
     run(b, [q], range(1))
     from lissom.optim import codec
-    basis = codec.read(a.state[p], "basis_right", 4).float()
+    basis = codec.Decoded(a.state[p], a._layouts[p], p)["basis_right"].float()
     exact = b.state[q]["basis_right"]
     assert 0 < (basis - exact).abs().max() < error
     sizes = {16: 30 * 4 * 2, 8: 30 * 4 + 30 * 4, 4: 30 * 2 + 30 * 4}

@@ -1,0 +1,54 @@
+"""What keys a parameter's random numbers: its name and the seed.
+
+A parameter's ``key`` is of its name, so that it draws the same wherever it stands among others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..kernels.apart import Apart, Keys, Matrices
+
+__all__ = ["key_of", "keys_of", "name_key", "plain_name"]
+
+# Put into names by what wraps a module; DDP's is at the beginning alone.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's dotted name without what wrapping the model has put into it.
+
+    That is done by torch.compile, DDP, FSDP1 and activation checkpointing.
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
+
+
+def name_key(name: str) -> int:
+    """A parameter's ``key`` from its plain name: the first 63 bits of its BLAKE2b hash."""
+    digest = hashlib.blake2b(plain_name(name).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def key_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> tuple[int, int]:
+    """The two 32-bit words that key a parameter's random numbers, from ``seed`` and its ``key``.
+
+    For one seed different keys give different words.
+    """
+    return _words(int(o["seed"]), int(s["key"]))
+
+
+def keys_of(s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Keys:
+    """The same, for each of several parameters where s is of them."""
+    key: Matrices = s["key"]
+    seed = int(o["seed"])
+    return [_words(seed, int(x)) for x in key.parts] if isinstance(key, Apart) else key_of(s, o)
+
+
+def _words(seed: int, key: int) -> tuple[int, int]:
+    # Philox takes 32 bits: the upper half of a longer seed is mixed into the lower.
+    return (seed ^ (seed >> 32) * 0x9E3779B9 ^ key >> 32) & 0xFFFFFFFF, key & 0xFFFFFFFF

@@ -1,0 +1,94 @@
+"""How results are written to weights: rounded once, and what a bf16 weight lacks of fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.apart import Matrices
+from ..kernels.philox import random_bits16_ref, stochastic_round
+from .codec import Slot, wide
+from .keys import key_of
+
+__all__ = ["STREAM", "master_slots", "random_rounding", "read_weight", "write_weight"]
+
+#: The stream of random bits that rounds a weight; those of its moments are below.
+STREAM = 64
+
+
+def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+    """What a bf16 weight lacks of fp32: 8 or 16 bits per element, as ``master_bits`` says."""
+    if o["master_bits"] is None or p.dtype != torch.bfloat16:
+        return {}
+    kind = torch.int16 if o["master_bits"] == 16 else torch.int8
+    return {"master": Slot(tuple(p.shape), kind, p.device, rows=p.ndim > 0)}
+
+
+def read_weight(p: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+    """The weight in the precision of the arithmetic, with the bits that the state keeps of it.
+
+    bits(fp32) = bits(bf16) 2^16 + master, or master 2^8 where that has 8 bits.
+    """
+    master = kept.get("master")
+    if master is None:
+        return wide(p)
+    low = master.int() if master.dtype == torch.int16 else master.int() << 8
+    return torch.add((p.contiguous().view(torch.int16).int() << 16), low).view(torch.float32)
+
+
+def _split_weight(p: Tensor, x: Tensor, master: Tensor, random: Tensor | None) -> None:
+    """Write the nearest bf16 number to p and what it lacks to master; ties away from zero.
+
+    Source: the split of master weights as in FlashOptim (databricks/flashoptim).
+    """
+    # above it the nearest bf16 number, or what 8 bits round to, would be infinite
+    top = torch.full((), 0x7F7F7E00, dtype=torch.int32, device=x.device).view(torch.float32)
+    bits = torch.where(x.isfinite(), torch.minimum(torch.maximum(x, -top), top), x
+                       ).contiguous().view(torch.int32)
+    eight = master.dtype == torch.int8
+    if eight:  # 24 bits of fp32 stay
+        bits = (bits + (128 if random is None else random >> 8)) & -256
+    upper = (bits + 0x8000) >> 16
+    low = bits - (upper << 16)
+    finite = x.isfinite()
+    p.copy_(torch.where(finite, upper.to(torch.int16).view(torch.bfloat16), x.bfloat16()))
+    master.copy_(torch.where(finite, low >> 8 if eight else low, 0))
+
+
+def random_rounding(p: Matrices, o: Mapping[str, Any]) -> bool:
+    """Whether results are rounded into this weight at random: by default where it is 16-bit."""
+    return (o["rounding"] != "nearest" and p.dtype in (torch.bfloat16, torch.float16)
+            and not (o["master_bits"] == 16 and p.dtype == torch.bfloat16))
+
+
+def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any],
+                 step: int | Tensor, start: int = 0) -> None:
+    """Round fp32 results into a weight, once.
+
+    Where the state keeps more of it (:func:`master_slots`) what is cut off goes there. The random
+    bits are those of (seed, key of the parameter; step, element): the same on resume, on any number
+    of ranks and on every device, and where parameters have names in any order and grouping.
+
+    Args:
+        p: a weight or a block of its rows.
+        x: its new value; nothing is done where it is p itself.
+        kept: state of the parameter.
+        o: options of the group.
+        step: 1-based count of this update.
+        start: index in the whole parameter of the first element of p.
+    """
+    if x is p:
+        return
+    if "master" in kept:
+        random = None
+        if random_rounding(p, o):
+            random = random_bits16_ref(start, x.numel(), key_of(kept, o), (step, STREAM), x.device
+                                       ).view(x.shape)
+        _split_weight(p, x, kept["master"], random)
+        return
+    if random_rounding(p, o):
+        x = stochastic_round(x, p.dtype, start, key_of(kept, o), (step, STREAM))
+    p.copy_(x)
