@@ -28,6 +28,7 @@ from lissom.optim import (
     inner,
     project,
 )
+from lissom.optim.layouts import slots_of
 from lissom.optim.options import choice
 
 from .helpers import assert_same, feed, parameters, run, tensors, through_disk
@@ -388,7 +389,7 @@ def test_moments_of_a_new_rule_are_converted(skewed, bits):
     assert [row[1] for row in converted.rows] == ["kept"]
     other.load_state_dict(converted)
     exact = optimizer.state[p]["third_moment"]
-    slots = other._logical(q, other.param_groups[0])
+    slots = slots_of(other, q, other.param_groups[0])
     kept = codec.Decoded(other.state[q], slots, q)["third_moment"]
     assert (kept - exact).norm() <= 0.02 * exact.norm()
 
