@@ -146,7 +146,7 @@ def _held(optimizer: MatrixOptimizer, w: Work, p: Tensor, g: Tensor, dense: bool
         rows = optimizer._rows(w.p, o)
         if rows is None:  # gathered, which is done with one after the other
             return 0, None
-    common = False
+    common: Hashable = False
     if dense:  # whose updates hold next to nothing
         size = int(p.dtype != torch.float64 and not o["amsgrad"] and p.numel() <= _LARGE)
     else:

@@ -53,8 +53,8 @@ class FRUGAL(LowRankOptimizer):
     """Full-rank training with low-rank state: AdamW in a subspace, signSGD in all the rest.
 
     R = P^T G, N = Adam(R), u = scale * P N + free_scale * sign(G - P R). Every
-    ``update_proj_gap`` steps the subspace is another one, and its moments start from zero. State:
-    2 r max(m, n) numbers. Other arguments, defaults and errors are those of
+    ``update_proj_gap`` steps the subspace is another one, and Adam starts anew in it, its bias
+    correction too. State: 2 r max(m, n) numbers. Other arguments, defaults and errors are those of
     :class:`lissom.optim.LowRankOptimizer`; there is no ``residual``, and so no ``limiter``,
     ``residual_scale`` or ``error_feedback_bits``.
 

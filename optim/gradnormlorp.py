@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -120,7 +120,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         return o["roles"] is not None and super().by_rows(p, s, o, t)
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
-                 rows: Rows | None) -> tuple[int, bool]:
+                 rows: Rows | None) -> tuple[int, Hashable]:
         # A plain weight is looked at itself.
         return (0, False) if o["roles"] is None else super().together(
             p, s, o, t, rows)

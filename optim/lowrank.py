@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -105,7 +105,8 @@ class LowRankOptimizer(Batched, Ranked):
         inner: rule on R: ``"adamw"`` (default); ``"momentum"``, SGD with momentum betas[0];
             ``"lion"`` (arXiv 2302.06675); ``"factored"``, Adam with a second moment of rank one.
         moments: at a refresh ``"keep"`` them as they are (default), ``"rotate"`` them into the
-            new basis, or ``"reset"`` them to zero.
+            new basis, or ``"reset"`` them to zero, and the count of their bias correction with
+            them.
         residual: what is done with the gradient outside the subspace: ``"none"`` (default),
             ``"fira"`` (scaled columns with a norm-growth limiter), ``"sign"`` (its sign, as
             FRUGAL), ``"error_feedback"`` (added to the next gradient).
@@ -244,7 +245,7 @@ class LowRankOptimizer(Batched, Ranked):
         return local or not self.due(s, o, t)
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
-                 rows: Rows | None) -> tuple[int, bool]:
+                 rows: Rows | None) -> tuple[int, Hashable]:
         """R and decoded bases, and where all choose new cosine columns the whole transform."""
         r, side = self.rank_and_side(p, o)
         residual = self.residual(o)
@@ -261,7 +262,8 @@ class LowRankOptimizer(Batched, Ranked):
                     and o["column_norm"] == 1 and p.element_size() == 2 and rows is None
                     and not dct.by_fft(n, p, o["similarity"]))
         m, n = p.shape if rows is None else (rows.counts[rows.rank], p.shape[1])
-        return (r * (m + n) + due * p.numel() if able else 0), due
+        age = o["moments"] == "reset" and int(s["basis_step"])
+        return (r * (m + n) + due * p.numel() if able else 0), (due, age)
 
     # ---------------------------------------------------------------- the update
 
@@ -307,13 +309,24 @@ class LowRankOptimizer(Batched, Ranked):
             s[name] = x
         if shift and isinstance(s, codec.Decoded):
             s.moved = shift.source, shift.left
-        n, factor = rule.direction(low, s, o, t, not residual.needs_low)
+        age = self.age(space, s, o, t)
+        n, factor = rule.direction(low, s, o, age, not residual.needs_low)
         if factor != 1.0:
             n.mul_(factor)
         for name, x in space.writes.items():
             codec.write(s, name, x)
         # u = scale * P N Q^T, and what the residual adds
-        return residual.combine(g, low, n, space.bases, measured, s, o, t)
+        return residual.combine(g, low, n, space.bases, measured, s, o, age)
+
+    def age(self, space: Projected, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> int:
+        """Updates that the moments have seen, this one too: the count of Adam's bias correction.
+
+        Moments that are reset begin anew with each basis.
+        """
+        if o["moments"] != "reset":
+            return t
+        born = int(space.writes.get("basis_step", codec.one_of(s)["basis_step"]))
+        return t - born + 1 if born else t
 
     def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
                   ) -> Projected:

@@ -26,7 +26,7 @@ is in :mod:`lissom.optim.base`. Parameters that a method declines, or whose grou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -109,7 +109,7 @@ class Method:
         return False
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
-                 rows: Rows | None) -> tuple[int, bool]:
+                 rows: Rows | None) -> tuple[int, Hashable]:
         """What update t of p holds beside those of matrices that are like it, on a GPU.
 
         Where it holds something it may be one update with theirs: then g, ``s["weight"]`` and the

@@ -220,9 +220,11 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         a, b, base = pair[1:]
         sa, sb = self.state[a], self.state[b]
         bound_a, bound_b = bounds(base, len(a), o["scaling"])
-        for s, bound in ((sa, bound_a), (sb, bound_b)):
+        # Half a round apart, so that neither finds its next vector frozen by the other.
+        for s, bound, pointer in ((sa, bound_a, 0), (sb, bound_b, len(a) // 2)):
             if not int(s["pool_step"]):
                 _draw_pool(s, o, bound)
+                s["pointer"].fill_(pointer)
         # A first: it freezes columns of B, which then are not switched.
         i, to_a = chosen(sa, sb, o)
         sb["frozen"][i] = o["freeze_steps"]

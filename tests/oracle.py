@@ -115,18 +115,19 @@ def lowrank(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
     side = _side(*w.shape, o.get("proj_type", "std"))
     residual = "error_feedback" if o.get("error_feedback_bits") else o.get("residual", "none")
     bases, s, error, last, out = None, {}, torch.zeros_like(w), None, []
+    since = 0  # updates before the moments began
     for t, g in enumerate(gradients, 1):
         g = g.double().flatten(1) * (-1 if o.get("maximize") else 1)
         a = g + error if residual == "error_feedback" else g
         if t == 1 or (t - 1 + dct_adamw) % gap == 0:
             before, bases = bases, _bases(a, bases, r, side, o)
             if before and o.get("moments", "keep") == "reset":
-                s = {}
+                s, since = {}, t - 1
             elif before and o.get("moments", "keep") == "rotate":
                 s = _turn(s, bases[0].mT @ before[0], before[1].mT @ bases[1], r)
         p, q = bases
         low = p.mT @ a @ q
-        n = _inner(low, s, t, o)
+        n = _inner(low, s, t - since, o)
         lifted = p @ n @ q.mT
         rest = g - p @ low @ q.mT
         if residual == "error_feedback":
@@ -137,7 +138,7 @@ def lowrank(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
         if residual == "fira" or "scale_type" in o:
             released = o.get("residual_scale") == "released"
             b1, b2 = o.get("betas", (0.9, 0.999))
-            late = (1 - b2**t) ** 0.5 / (1 - b1**t) if released else 1.0
+            late = (1 - b2 ** (t - since)) ** 0.5 / (1 - b1 ** (t - since)) if released else 1.0
             along = "full" if o.get("scale_type") == "tensor" else side
             phi = _columns(n / late, along) / (_columns(low, along) + eps)
             if "scale_type" in o:
@@ -195,7 +196,7 @@ def trion(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
         p, q = _bases(b, None, r, side, {**o, "projection": "dct"})
         low = p.mT @ b @ q
         m = b - (1 - mu) * p @ low @ q.mT
-        w = (1 - lr * wd) * w - lr * s * p @ quintic(low, o.get("ns_steps", 5)) @ q.mT
+        w = (1 - lr * wd) * w - lr * s * p @ quintic(low, o.get("ns_steps", o.get("ns_steps", 5))) @ q.mT
         out.append(w.view(start.shape))
     return out
 
@@ -397,10 +398,11 @@ def frugal(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
             inside = u[:, :r] @ u[:, :r].mT if wide else vh[:r].mT @ vh[:r]
             down = (lambda x, u=u: u[:, :r].mT @ x) if wide else (lambda x, vh=vh: x @ vh[:r].mT)
             up = (lambda x, u=u: u[:, :r] @ x) if wide else (lambda x, vh=vh: x @ vh[:r])
-            m, v = torch.zeros_like(down(g)), torch.zeros_like(down(g))
+            m, v, t = torch.zeros_like(down(g)), torch.zeros_like(down(g)), 0
         low, free = down(g), g - (inside @ g if wide else g @ inside)
         m, v = b1 * m + (1 - b1) * low, b2 * v + (1 - b2) * low * low
-        n = (m / (1 - b1 ** (k + 1))) / ((v / (1 - b2 ** (k + 1))).sqrt() + eps)
+        t += 1  # of this subspace: the authors' code restarts the count with the moments
+        n = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
         w = (1 - lr * wd) * w - lr * (o.get("scale", 1) * up(n)
                                       + o.get("free_scale", 1) * free.sign())
         out.append(w.view(start.shape))

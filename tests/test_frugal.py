@@ -62,6 +62,19 @@ def test_coordinates_change_and_moments_start_anew():
     assert chosen[0] == chosen[1] != chosen[2] == chosen[3]
 
 
+def test_bias_correction_starts_anew_with_the_moments():
+    """Under a constant gradient each entry of Adam's moves by the rate, after a refresh too."""
+    (p,) = parameters([(8, 6)])
+    optimizer = FRUGAL([p], rank=3, lr=1e-2, weight_decay=0.0, free_scale=0.0, update_proj_gap=4,
+                       refresh="synchronous")
+    for _ in range(10):
+        before = p.detach().clone()
+        p.grad = torch.full_like(p, 0.3)
+        optimizer.step()
+        moved = (before - p.detach()).sort().values
+        torch.testing.assert_close(moved[:, 3:], torch.full((8, 3), 1e-2), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("projection", ["svd", "subspace", "dct"])
 def test_the_sign_of_rounding_moves_nothing(projection):
     """At full rank nothing is outside the subspace but rounding errors."""

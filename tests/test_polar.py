@@ -228,6 +228,14 @@ def test_zolotarev_coefficients_are_elliptic_functions(largest):
     assert abs(polar_module._tangent_squared(0.5, 1e15) / 1e15 - 1) < 1e-12
 
 
+def test_degrees_are_those_of_the_paper():
+    """Poles of one step for a condition number: the table of Nakatsukasa and Freund, 2016."""
+    for largest, degree in ((1.0005, 2), (1.05, 4), (1.4, 6), (1.9, 8), (6.0, 2), (100.0, 3),
+                            (1e4, 4), (1e6, 5), (1e8, 6), (1e12, 7), (1e15, 8)):
+        poles, zeros = polar_module._zolotarev(largest)
+        assert len(poles) == len(zeros) == degree
+
+
 def test_bad_arguments():
     a = torch.ones(3, 2)
     for words, call in {
