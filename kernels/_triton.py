@@ -35,7 +35,7 @@ except ImportError:
 def jit(fn: Callable[..., Any]) -> Any:
     """triton.jit; without Triton the function as it is, which nothing then calls.
 
-    No integer is specialized on: counters and keys change with every step and parameter.
+    Counters and keys are not specialized on: they change with every step and parameter.
     """
     if triton is None:
         return fn

@@ -153,9 +153,10 @@ def kind(x: Matrices | None) -> Any:
 
 def alignment(*given: Matrices | None) -> int:
     """What all addresses in tables are known to be multiples of."""
-    even = all(y.data_ptr() % _ALIGNED == 0 for x in given if isinstance(x, Apart)
-               for y in x.parts)
-    return _ALIGNED if even else 1
+    for x in given:
+        if isinstance(x, Apart) and any(y.data_ptr() % _ALIGNED for y in x.parts):
+            return 1
+    return _ALIGNED
 
 
 def key_words(key: Keys, like: Matrices) -> tuple[Any, Any]:

@@ -1,9 +1,9 @@
 """The last pass of a step: lift, decay, what the residual adds and rounding, applied to the weight.
 
-    P <- keep o P + alpha L R + beta gain o D, rounded once
+    P <- keep o P + alpha A B + beta gain o D, rounded once
 
-with L (..., m, r), R (..., r, n) and D (..., m, n). Each term but the first may be missing; keep
-and gain are numbers or broadcast to P. Sums are in fp32. No temporary has P's size.
+with A (..., m, k) to the left of B (..., k, n), and D (..., m, n). Each term but the first may be
+missing; keep and gain are numbers or broadcast to P. Sums are in fp32. No temporary has P's size.
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ from .apart import (
     parts_of,
     writable,
 )
-from .philox import stochastic_round, weight_tile
+from .philox import WEIGHT_STREAM, stochastic_round, weight_tile
 from .tiles import Tiles, dot_tile, place_tile, precision, stacked, tiles_for, widened
 
-__all__ = ["STREAM", "lift", "lift_ref"]
-
-#: Stream of the random bits that round a weight.
-STREAM = 64
+__all__ = ["lift", "lift_ref"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # What follows the product needs registers and time. It is done a few columns after another, which
@@ -55,7 +52,7 @@ def lift_ref(p: Tensor, left: Tensor | None = None, right: Tensor | None = None,
     if dense is not None:
         x += beta * (gain * dense.float())
     if key is not None and p.dtype != torch.float32:
-        x = stochastic_round(x, p.dtype, start, key, (t, STREAM), backend="torch")
+        x = stochastic_round(x, p.dtype, start, key, (t, WEIGHT_STREAM), backend="torch")
     p.copy_(x)
 
 
@@ -202,15 +199,15 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
          alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Matrices | None = None,
          gain: Tensor | float = 1.0, beta: float = 1.0, key: Keys | None = None,
          t: int | Tensor = 1, start: int = 0, backend: str | None = None) -> None:
-    """P <- keep o P + alpha L R + beta gain o D in place, rounded once.
+    """P <- keep o P + alpha A B + beta gain o D in place, rounded once.
 
     Several weights may lie :class:`lissom.kernels.apart.Apart`, with a key for each; what else they
     have is stacked or lies apart.
 
     Args:
         p: weight (..., m, n), contiguous, fp32, bf16 or fp16.
-        left: L, (..., m, r), any strides, or None with ``right`` for no product.
-        right: R, (..., r, n) of left's dtype. L and R have p's leading dimensions, or none.
+        left: A, (..., m, k), any strides, or None with ``right`` for no product.
+        right: B, (..., k, n) of left's dtype. A and B have p's leading dimensions, or none.
         alpha: multiplies the product.
         keep: multiplies P: a number, or an fp32 tensor that broadcasts to it.
         dense: D, of p's shape, any strides; None for no such term.
@@ -239,7 +236,7 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
                             f"got {left.dtype} and {right.dtype}")
         if (left.shape[-2] != p.shape[-2] or right.shape[-1] != p.shape[-1]
                 or left.shape[-1] != right.shape[-2]):
-            raise ValueError(f"left, right: expected (..., m, r) and (..., r, n) for p of "
+            raise ValueError(f"left, right: expected (..., m, k) and (..., k, n) for p of "
                              f"{tuple(p.shape)}, got {tuple(left.shape)} and {tuple(right.shape)}")
     if dense is not None and dense.shape != p.shape:
         raise ValueError(f"dense: expected shape {tuple(p.shape)}, got {tuple(dense.shape)}")

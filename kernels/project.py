@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, tl, use_triton
 from .apart import Apart, Matrices, address, alignment, item_ptr, kind, stack
-from .philox import nearest_bf16
+from .philox import nearest
 from .tiles import Tiles, dot_tile, place_tile, precision, stacked, tiles_for, widened
 
 __all__ = ["project", "project_ref"]
@@ -56,10 +56,7 @@ def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, scores
                      b_column, BM, BN, BK, PRECISION, WIDEN)
     mask = (row < m)[:, None] & (column < n)[None, :]
     c = c_ptr + batch * c_batch + row[:, None] * c_row + column[None, :] * c_column
-    if c_ptr.dtype.element_ty == tl.bfloat16:
-        tl.store(c, nearest_bf16(total), mask=mask)
-    else:
-        tl.store(c, total.to(c_ptr.dtype.element_ty), mask=mask)
+    tl.store(c, nearest(total, c_ptr), mask=mask)
     if SCORES > 0:
         # Partial sums of this row of tiles; rows beyond the end are zero.
         if SCORES == 1:

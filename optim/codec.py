@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.apart import Apart, Keys, Matrices
-from ..kernels.blocks import linear_shapes
+from ..kernels.blocks import code_shapes
 from ..kernels.linear import dequantize_linear, quantize_linear
-from ..kernels.philox import random_bits16_ref, stochastic_round
+from ..kernels.philox import WEIGHT_STREAM, random_bits16_ref, stochastic_round
 from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
 from . import sharding
 
@@ -40,8 +40,6 @@ __all__ = ["MOMENTS", "SMALL", "Decoded", "Slot", "State", "Together", "counter"
 _ORDER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col",
           "momentum_buffer", "magnitude_exp_avg", "magnitude_exp_avg_sq",
           "magnitude_max_exp_avg_sq")
-# The stream of the weight itself.
-_WEIGHT = 64
 #: Names of the slots that are averages of gradients; all others are stored as they are.
 MOMENTS = frozenset(_ORDER)
 
@@ -110,7 +108,7 @@ def stored(name: str, slot: Slot) -> dict[str, Slot]:
     """The tensors that are kept for a slot, by name."""
     if not slot.bits:
         return {name: slot}
-    codes, scale = linear_shapes(slot.shape, slot.bits)
+    codes, scale = code_shapes(slot.shape, slot.bits)
     rows = slot.rows and len(slot.shape) > 1  # blocks of a vector are not its rows
     return {name: Slot(codes, torch.uint8, slot.device, rows=rows),
             f"{name}.scale": Slot(scale, torch.float32, slot.device, rows=rows)}
@@ -131,7 +129,7 @@ def held(name: str, shape: tuple[int, ...], bits: int | None, p: Tensor, rows: b
     if bits in (None, 16, 32):
         dtype = p.dtype if bits is None else _STORAGE[bits]
         return {name: Slot(tuple(shape), dtype, p.device, rows=rows)}
-    codes, scale = linear_shapes(tuple(shape), bits)
+    codes, scale = code_shapes(tuple(shape), bits)
     kind = torch.int8 if bits == 8 else torch.uint8
     return {name: Slot(codes, kind, p.device, rows=rows),
             f"{name}.scale": Slot(scale, torch.float32, p.device, rows=rows)}
@@ -318,7 +316,7 @@ class Decoded(MutableMapping[str, Tensor]):
         #: What has been read or set.
         self.opened: dict[str, Tensor] = {}
         #: Where moments are to come from as a kernel reads them: (source, rows_move) of
-        #: :func:`lissom.kernels.adam8.adam8`.
+        #: :func:`lissom.kernels.adam.adam8`.
         self.moved: tuple[Tensor | None, bool] = (None, False)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -508,10 +506,10 @@ def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[st
     if "master" in kept:
         random = None
         if random_rounding(p, o):
-            random = random_bits16_ref(start, x.numel(), key_of(kept, o), (step, _WEIGHT), x.device
-                                       ).view(x.shape)
+            random = random_bits16_ref(start, x.numel(), key_of(kept, o), (step, WEIGHT_STREAM),
+                                       x.device).view(x.shape)
         _split_weight(p, x, kept["master"], random)
         return
     if random_rounding(p, o):
-        x = stochastic_round(x, p.dtype, start, key_of(kept, o), (step, _WEIGHT))
+        x = stochastic_round(x, p.dtype, start, key_of(kept, o), (step, WEIGHT_STREAM))
     p.copy_(x)
