@@ -426,7 +426,7 @@ def test_the_limiter_is_the_formula():
 
 def test_what_gains_and_norms_refuse():
     x = torch.ones(2, 3, dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"r: expected torch\.float64, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"size_r: expected torch\.float64, got torch\.float32"):
         limited_gains(x, x.float(), x, None, more=1.0, eps=0.0)
     with pytest.raises(ValueError, match=r"last: expected shape \(2,\), got \(3,\)"):
         limited_gains(x, x, x, torch.ones(3), more=1.0, eps=0.0)
