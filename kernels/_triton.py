@@ -15,11 +15,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 if TYPE_CHECKING:
     from .apart import Matrices
 
-__all__ = ["EXACT", "INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32", "tl",
-           "use_triton"]
+__all__ = ["EXACT", "FLOATS", "INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32",
+           "tl", "use_triton"]
 
 # The context in which nothing changes.
 _HERE = contextlib.nullcontext()
+
+#: What kernels read and write.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Types of tensors that are no subclass with calls of its own.
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
+from ._triton import FLOATS, INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
 from .apart import (
     Apart,
     Keys,
@@ -72,7 +72,6 @@ __all__ = ["STREAMS", "adam8", "adam8_ref", "adamw8", "adamw8_ref"]
 #: Streams of the random bits that round M and V.
 STREAMS = (0, 1)
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _RATES = (torch.float32, torch.float64)
 # What a moment is stored in, by bits.
 _KINDS = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8, 4: torch.uint8}
@@ -494,7 +493,7 @@ def _check(g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices | None,
         raise ValueError(f"t: expected a count of 1 or more, got {t}")
     if random and key is None:
         raise ValueError("key: expected two words for stochastic rounding, got None")
-    check("g", g, shape=shape, dtypes=_FLOATS, device=device)
+    check("g", g, shape=shape, dtypes=FLOATS, device=device)
     shapes = store_shapes(shape, bits) if bits < 16 else (shape, ())
     for name, x, scale in (("m", m, m_scale), ("v", v, v_scale)):
         if bits < 16 and scale is None:
@@ -557,7 +556,7 @@ def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
     if out is None:
         out = torch.empty_like(g, dtype=torch.float32)
     else:
-        check("out", out, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
+        check("out", out, shape=tuple(g.shape), dtypes=FLOATS, device=g.device)
     if source is not None:
         of_one = g.shape[1:] if isinstance(m, Apart) else g.shape
         if len(of_one) != 2:
@@ -618,7 +617,7 @@ def adamw8(p: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices
         if held_t is None:
             raise ValueError("lr: expected a number with a number for t, got a tensor")
     _check(g, m, v, m_scale, v_scale, bits, count, bits == 16 or stochastic, key)
-    check("p", p, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
+    check("p", p, shape=tuple(g.shape), dtypes=FLOATS, device=g.device)
     run = _adam8 if isinstance(m, Apart) else _op
     run(p, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, count, rate, weight_decay, maximize,
         _keys(key, m), stochastic, start, use_triton(backend, g.device), held_lr, held_t)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
+from ._triton import FLOATS, cdiv, check, define, jit, launch, signed32, tl, use_triton
 from .apart import (
     Apart,
     Keys,
@@ -27,11 +27,10 @@ from .apart import (
     writable,
 )
 from .philox import WEIGHT_STREAM, stochastic_round, weight_tile
-from .tiles import Tiles, dot_tile, place_tile, precision, stacked, tiles_for, widened
+from .tiles import Tiles, dot_tile, place_tile, precision, stacked, strides, tiles_for, widened
 
 __all__ = ["lift", "lift_ref"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # What follows the product needs registers and time. It is done a few columns after another, which
 # leaves registers for two programs on a processor: one multiplies while the other rounds. Chosen by
 # bench.machine, which counts them; bench.tiles has yet to time it against others.
@@ -172,12 +171,9 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
     tiles = _FLAT if left is None else tiles_for(
         left, 1 if isinstance(p, Apart) else batch, m, n, (_SHARED,))
     tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
-    strides = [s for x in (left, right, dense, gains, keeps)
-               for s in ((0, 0, 0) if x is None else x.stride() if x.ndim == 3 else
-                         (0, *x.stride()))]
     words, tensors = key_words(key, p), (p, left, right, dense)
     launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, *map(address, tensors), gains, keeps,
-           m, n, k, *strides, alpha, beta, keep, start, *words,
+           m, n, k, *strides(left, right, dense, gains, keeps), alpha, beta, keep, start, *words,
            signed32(t) if held_t is None else held_t, tiles_m, tiles_n,
            PRODUCT=left is not None, DENSE=dense is not None, GAIN=_vary(gains), KEEP=_vary(keeps),
            STOCHASTIC=stochastic, HELD=held_t is not None,
@@ -227,12 +223,12 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
     """
     if p.ndim < 2:
         raise ValueError(f"p: expected (..., m, n), got shape {tuple(p.shape)}")
-    check("p", p, shape=tuple(p.shape), dtypes=_FLOATS, device=p.device)
+    check("p", p, shape=tuple(p.shape), dtypes=FLOATS, device=p.device)
     if (left is None) != (right is None):
         raise ValueError("left, right: expected two tensors or None and None, got one of them")
     if left is not None and right is not None:
-        if left.dtype not in _FLOATS or right.dtype != left.dtype:
-            raise TypeError(f"left, right: expected one dtype of {' or '.join(map(str, _FLOATS))}, "
+        if left.dtype not in FLOATS or right.dtype != left.dtype:
+            raise TypeError(f"left, right: expected one dtype of {' or '.join(map(str, FLOATS))}, "
                             f"got {left.dtype} and {right.dtype}")
         if (left.shape[-2] != p.shape[-2] or right.shape[-1] != p.shape[-1]
                 or left.shape[-1] != right.shape[-2]):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._triton import cdiv, check, define, jit, launch, tl, use_triton
+from ._triton import FLOATS, cdiv, check, define, jit, launch, tl, use_triton
 from .apart import Apart, Matrices, address, alignment, item_ptr, kind
 from .blocks import (
     BLOCK,
@@ -35,7 +35,6 @@ __all__ = ["dequantize_linear", "dequantize_linear_ref", "quantize_linear", "qua
 
 _LEVELS = {8: 127, 4: 7}
 _KINDS = {8: torch.int8, 4: torch.uint8}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_linear_ref(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +181,7 @@ def quantize_linear(x: Tensor, bits: int, *, out: tuple[Tensor, Tensor] | None =
         RuntimeError: "triton" was asked for and cannot run there.
     """
     shape = tuple(x.shape)
-    check("x", x, shape=shape, dtypes=_FLOATS, device=x.device)
+    check("x", x, shape=shape, dtypes=FLOATS, device=x.device)
     shapes = store_shapes(shape, bits)
     if out is None:
         out = (torch.empty(shapes[0], dtype=_KINDS[bits], device=x.device),
@@ -217,7 +216,7 @@ def dequantize_linear(codes: Matrices, scale: Matrices, columns: int, bits: int,
     check_store("codes", codes, scale, store_shapes(shape, bits), device, _KINDS[bits])
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
-    check("out", out, shape=shape, dtypes=_FLOATS, device=device)
+    check("out", out, shape=shape, dtypes=FLOATS, device=device)
     run = _dequantize if isinstance(codes, Apart) else _dequantize_op
     run(codes, scale, out, bits, use_triton(backend, device))
     return out

@@ -41,7 +41,6 @@ from .blocks import (
 __all__ = ["block_codes", "block_values", "codebook", "dequantize_dynamic",
            "dequantize_dynamic_ref", "lines", "quantize_dynamic", "quantize_dynamic_ref"]
 
-
 # Lines by which cell ends are counted: eight for each of 32 powers of two.
 _LINES = 256
 
