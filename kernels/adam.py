@@ -403,10 +403,8 @@ def _by_torch(tensors: Tensors, step: Step, source: Tensor | None, rows_move: bo
 
 
 @functools.lru_cache(maxsize=32)
-def _tables(bits: int, device: torch.device) -> tuple[Tensor | None, ...]:
+def _tables(bits: int, device: torch.device) -> tuple[Tensor, ...]:
     """What a kernel decodes and encodes codes of both moments with."""
-    if bits >= 16:
-        return (None,) * 6
     return (codebook(bits, True, device), codebook(bits, False, device),
             *lines(bits, True, device), *lines(bits, False, device))
 
@@ -434,6 +432,7 @@ def _by_kernel(tensors: Tensors, step: Step, source: Tensor | None, rows_move: b
     columns = g.shape[-1] if bits < 16 or source is not None else size  # as in pieces
     rows = size // columns
     height, width = tile(rows, columns)
+    tables: tuple[Any, ...] = _tables(bits, g.device) if bits < 16 else (None,) * 6
     old: tuple[Any, ...] = (None,) * 5
     if source is not None:
         old = *(stack(x) if isinstance(x, Apart) else x if x is None else x.clone()
@@ -441,8 +440,8 @@ def _by_kernel(tensors: Tensors, step: Step, source: Tensor | None, rows_move: b
     t, *numbers = _kernel_numbers(step)
     words = key_words(step.key, g)
     launch(_adam_kernel, (cdiv(rows * cdiv(columns, width), height), count), g.device,
-           *given, *_tables(bits, g.device), *old, rows, columns, code_bytes(columns, bits), start,
-           *words, t, 1 - step.beta1, step.beta2, 1 - step.beta2, step.eps, *numbers, BITS=bits,
+           *given, *tables, *old, rows, columns, code_bytes(columns, bits), start, *words, t,
+           1 - step.beta1, step.beta2, 1 - step.beta2, step.eps, *numbers, BITS=bits,
            WEIGHT=step.lr is not None, MAXIMIZE=step.maximize,
            STOCHASTIC=step.stochastic and target.dtype != torch.float32,
            HELD=isinstance(t, Tensor),

@@ -103,7 +103,7 @@ def _limit_kernel(n_ptr: tl.tensor, r_ptr: tl.tensor, g_ptr: tl.tensor, last_ptr
             part = gain * rest
             sums += tl.where(mask, part * part, 0.0)
         size = tl.sqrt(tl.sum(sums, 0))
-        floor = 0.001 * tl.sqrt(square)
+        floor = 0.001 * tl.sqrt(square)  # _FLOOR
         last = tl.load(last_ptr).to(tl.float64)
         times = size / (last + eps) / limiter
         growth = tl.where((last > floor) & ((times > 1) | (times != times)), times, 1.0)
