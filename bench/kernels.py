@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import _triton, quant8
-from ..kernels.adam8 import adam8, adam8_ref, adamw8, adamw8_ref
+from ..kernels.adam import adam8, adam8_ref, adamw8, adamw8_ref
 from ..kernels.lift import lift
 from ..kernels.limit import limited_gains
 from ..kernels.linear import (

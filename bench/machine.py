@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from ..kernels import (
     _triton,
-    adam8,
+    adam,
     blocks,
     lift,
     linear,
@@ -174,20 +174,20 @@ def cases() -> Iterator[Case]:
         for name, weight in (("adamw8", True), ("adam8", False)):
             flags = {"BITS": bits, "WEIGHT": weight, "MAXIMIZE": False, "STOCHASTIC": weight,
                      "HELD": False, "ALIGNED": True, **none, **tile}
-            yield Case(f"{name}, {bits} bits", adam8._adam_kernel, types, flags, of_blocks,
+            yield Case(f"{name}, {bits} bits", adam._adam_kernel, types, flags, of_blocks,
                        blocks.WARPS)
             if bits == 8 and not weight:  # from rows or columns of a copy
                 old = {"m_old_ptr": store, "v_old_ptr": store, "m_old_scale_ptr": "*fp32",
                        "v_old_scale_ptr": "*fp32", "source_ptr": "*i64"}
                 for moved, what in ((1, "rows"), (2, "columns")):
-                    yield Case(f"{name}, {bits} bits, moved {what}", adam8._adam_kernel,
+                    yield Case(f"{name}, {bits} bits, moved {what}", adam._adam_kernel,
                                {**types, **old}, {**flags, "MOVED": moved}, of_blocks,
                                blocks.WARPS)
             if bits == 8:
                 listed = ["m_ptr", "v_ptr", "m_scale_ptr", "v_scale_ptr", "seed"]
                 kind = tl.bfloat16 if weight else None  # directions and gradients are stacked
                 listed += ["target_ptr", "g_ptr"] if weight else []
-                yield Case(f"{name}, {bits} bits, of several", adam8._adam_kernel,
+                yield Case(f"{name}, {bits} bits, of several", adam._adam_kernel,
                            {**types, **dict.fromkeys(listed, "*i64")},
                            {**flags, **_SEVERAL, "TARGET": kind, "GRADIENT": kind,
                             "MOMENT": tl.uint8}, of_blocks, blocks.WARPS)

@@ -88,7 +88,7 @@ def _sweep(shape: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
                                        (128, 32, 8, 4), (128, 128, 8, 2), (64, 64, 4, 4),
                                        (64, 64, 4, 3), (64, 128, 4, 3)):
         for side in (512, 1024, 2048):
-            tiles = symmul.Tiles(size, depth, side, warps, stages)
+            tiles = symmul.SquareTiles(size, depth, side, warps, stages)
             try:
                 symmul._tiles = lambda *_, tiles=tiles: tiles
                 s = symmul.syrk(x, backend="triton") / 1e4

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels import _triton, adam8, blocks, lift
+from ..kernels import _triton, adam, blocks, lift
 from ..kernels.tiles import Tiles
 from . import clock, kernels
 
@@ -61,7 +61,7 @@ CHOICES: Mapping[str, Choice] = {
     "lift": Choice(((lift, "_SHARED"), (lift, "_SLICES")),
                    tuple((tile, slices) for tile in _LIFTS for slices in (4, 2, 1)),
                    (("lift", 4096), ("lift, residual", 4096))),
-    "adam": Choice(((blocks, "_TILE"), (adam8, "WARPS")),
+    "adam": Choice(((blocks, "_TILE"), (adam, "WARPS")),
                    tuple((32 * warps * each, warps) for each in (8, 16) for warps in (2, 4, 8)),
                    (("adamw8, 8 bits", 2**28), ("adam8, 8 bits", 2**28))),
 }

@@ -15,11 +15,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 if TYPE_CHECKING:
     from .apart import Matrices
 
-__all__ = ["EXACT", "INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32", "tl",
-           "use_triton"]
+__all__ = ["EXACT", "FLOATS", "INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32",
+           "tl", "use_triton"]
 
 # The context in which nothing changes.
 _HERE = contextlib.nullcontext()
+
+#: What kernels read and write.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Types of tensors that are no subclass with calls of its own.
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -35,7 +38,7 @@ except ImportError:
 def jit(fn: Callable[..., Any]) -> Any:
     """triton.jit; without Triton the function as it is, which nothing then calls.
 
-    No integer is specialized on: counters and keys change with every step and parameter.
+    Counters and keys are not specialized on: they change with every step and parameter.
     """
     if triton is None:
         return fn

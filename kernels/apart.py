@@ -153,9 +153,12 @@ def kind(x: Matrices | None) -> Any:
 
 def alignment(*given: Matrices | None) -> int:
     """What all addresses in tables are known to be multiples of."""
-    even = all(y.data_ptr() % _ALIGNED == 0 for x in given if isinstance(x, Apart)
-               for y in x.parts)
-    return _ALIGNED if even else 1
+    for x in given:
+        if isinstance(x, Apart):
+            for y in x.parts:
+                if y.data_ptr() % _ALIGNED:
+                    return 1
+    return _ALIGNED
 
 
 def key_words(key: Keys, like: Matrices) -> tuple[Any, Any]:
@@ -169,7 +172,13 @@ def key_words(key: Keys, like: Matrices) -> tuple[Any, Any]:
 
 def writable(*given: Matrices | None) -> list[Tensor]:
     """All tensors of these, whose versions count up when a kernel has written to them."""
-    return [y for x in given if x is not None for y in (x.parts if isinstance(x, Apart) else (x,))]
+    found: list[Tensor] = []
+    for x in given:
+        if isinstance(x, Apart):
+            found += x.parts
+        elif x is not None:
+            found.append(x)
+    return found
 
 
 @jit

@@ -13,7 +13,7 @@ from torch.nn import functional
 from ._triton import cdiv, check, jit, tl
 from .apart import Matrices
 
-__all__ = ["BLOCK", "WARPS", "block_place", "check_store", "code_bytes", "linear_shapes",
+__all__ = ["BLOCK", "WARPS", "block_place", "check_store", "code_bytes", "code_shapes",
            "load_codes", "pack4", "store_codes", "store_shapes", "tile", "unpack4"]
 
 #: Elements that share a scale.
@@ -23,7 +23,7 @@ _TILE = 512
 WARPS = 2
 
 
-def linear_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def code_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of codes and scales for a tensor of this shape (of one dimension or more)."""
     *rows, columns = shape
     return (*rows, code_bytes(columns, bits)), (*rows, -(-columns // BLOCK))
@@ -41,16 +41,17 @@ def unpack4(packed: Tensor, columns: int) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)[..., :columns]
 
 
-def check_store(codes: Matrices, scale: Matrices, shape: tuple[int, ...], bits: int,
-                device: torch.device, name: str = "codes", kind: torch.dtype = torch.uint8) -> None:
-    """Raise if codes and scales are not the contiguous store of a tensor of this shape.
+def check_store(name: str, codes: Matrices, scale: Matrices | None,
+                shapes: tuple[tuple[int, ...], tuple[int, ...]], device: torch.device,
+                dtype: torch.dtype = torch.uint8) -> None:
+    """Raise if codes and scales are not contiguous ones of :func:`store_shapes`.
 
     Raises:
         TypeError, ValueError: the message gives expected and received.
     """
-    of_codes, of_scale = store_shapes(shape, bits)
-    check(name, codes, shape=of_codes, dtypes=(kind,), device=device)
-    check(f"{name}'s scale", scale, shape=of_scale, dtypes=(torch.float32,), device=device)
+    check(name, codes, shape=shapes[0], dtypes=(dtype,), device=device)
+    if scale is not None:
+        check(f"{name}'s scale", scale, shape=shapes[1], dtypes=(torch.float32,), device=device)
 
 
 def code_bytes(columns: int, bits: int) -> int:
@@ -64,7 +65,7 @@ def store_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tu
         raise ValueError(f"bits: expected 8 or 4, got {bits}")
     if not shape:
         raise ValueError("expected a tensor of one dimension or more, got shape ()")
-    return linear_shapes(shape, bits)
+    return code_shapes(shape, bits)
 
 
 def tile(rows: int, columns: int) -> tuple[int, int]:

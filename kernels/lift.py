@@ -1,9 +1,9 @@
 """The last pass of a step: lift, decay, what the residual adds and rounding, applied to the weight.
 
-    P <- keep o P + alpha L R + beta gain o D, rounded once
+    P <- keep o P + alpha A B + beta gain o D, rounded once
 
-with L (..., m, r), R (..., r, n) and D (..., m, n). Each term but the first may be missing; keep
-and gain are numbers or broadcast to P. Sums are in fp32. No temporary has P's size.
+with A (..., m, k) to the left of B (..., k, n), and D (..., m, n). Each term but the first may be
+missing; keep and gain are numbers or broadcast to P. Sums are in fp32. No temporary has P's size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
+from ._triton import FLOATS, cdiv, check, define, jit, launch, signed32, tl, use_triton
 from .apart import (
     Apart,
     Keys,
@@ -26,15 +26,11 @@ from .apart import (
     parts_of,
     writable,
 )
-from .philox import stochastic_round, weight_tile
-from .tiles import Tiles, dot_tile, place_tile, precision, stacked, tiles_for, widened
+from .philox import WEIGHT_STREAM, stochastic_round, weight_tile
+from .tiles import Tiles, dot_tile, place_tile, precision, stacked, strides, tiles_for, widened
 
-__all__ = ["STREAM", "lift", "lift_ref"]
+__all__ = ["lift", "lift_ref"]
 
-#: Stream of the random bits that round a weight.
-STREAM = 64
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # What follows the product needs registers and time. It is done a few columns after another, which
 # leaves registers for two programs on a processor: one multiplies while the other rounds. Chosen by
 # bench.machine, which counts them; bench.tiles has yet to time it against others.
@@ -55,7 +51,7 @@ def lift_ref(p: Tensor, left: Tensor | None = None, right: Tensor | None = None,
     if dense is not None:
         x += beta * (gain * dense.float())
     if key is not None and p.dtype != torch.float32:
-        x = stochastic_round(x, p.dtype, start, key, (t, STREAM), backend="torch")
+        x = stochastic_round(x, p.dtype, start, key, (t, WEIGHT_STREAM), backend="torch")
     p.copy_(x)
 
 
@@ -175,12 +171,9 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
     tiles = _FLAT if left is None else tiles_for(
         left, 1 if isinstance(p, Apart) else batch, m, n, (_SHARED,))
     tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
-    strides = [s for x in (left, right, dense, gains, keeps)
-               for s in ((0, 0, 0) if x is None else x.stride() if x.ndim == 3 else
-                         (0, *x.stride()))]
     words, tensors = key_words(key, p), (p, left, right, dense)
     launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, *map(address, tensors), gains, keeps,
-           m, n, k, *strides, alpha, beta, keep, start, *words,
+           m, n, k, *strides(left, right, dense, gains, keeps), alpha, beta, keep, start, *words,
            signed32(t) if held_t is None else held_t, tiles_m, tiles_n,
            PRODUCT=left is not None, DENSE=dense is not None, GAIN=_vary(gains), KEEP=_vary(keeps),
            STOCHASTIC=stochastic, HELD=held_t is not None,
@@ -202,15 +195,15 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
          alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Matrices | None = None,
          gain: Tensor | float = 1.0, beta: float = 1.0, key: Keys | None = None,
          t: int | Tensor = 1, start: int = 0, backend: str | None = None) -> None:
-    """P <- keep o P + alpha L R + beta gain o D in place, rounded once.
+    """P <- keep o P + alpha A B + beta gain o D in place, rounded once.
 
     Several weights may lie :class:`lissom.kernels.apart.Apart`, with a key for each; what else they
     have is stacked or lies apart.
 
     Args:
         p: weight (..., m, n), contiguous, fp32, bf16 or fp16.
-        left: L, (..., m, r), any strides, or None with ``right`` for no product.
-        right: R, (..., r, n) of left's dtype. L and R have p's leading dimensions, or none.
+        left: A, (..., m, k), any strides, or None with ``right`` for no product.
+        right: B, (..., k, n) of left's dtype. A and B have p's leading dimensions, or none.
         alpha: multiplies the product.
         keep: multiplies P: a number, or an fp32 tensor that broadcasts to it.
         dense: D, of p's shape, any strides; None for no such term.
@@ -230,16 +223,16 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
     """
     if p.ndim < 2:
         raise ValueError(f"p: expected (..., m, n), got shape {tuple(p.shape)}")
-    check("p", p, shape=tuple(p.shape), dtypes=_FLOATS, device=p.device)
+    check("p", p, shape=tuple(p.shape), dtypes=FLOATS, device=p.device)
     if (left is None) != (right is None):
         raise ValueError("left, right: expected two tensors or None and None, got one of them")
     if left is not None and right is not None:
-        if left.dtype not in _FLOATS or right.dtype != left.dtype:
-            raise TypeError(f"left, right: expected one dtype of {' or '.join(map(str, _FLOATS))}, "
+        if left.dtype not in FLOATS or right.dtype != left.dtype:
+            raise TypeError(f"left, right: expected one dtype of {' or '.join(map(str, FLOATS))}, "
                             f"got {left.dtype} and {right.dtype}")
         if (left.shape[-2] != p.shape[-2] or right.shape[-1] != p.shape[-1]
                 or left.shape[-1] != right.shape[-2]):
-            raise ValueError(f"left, right: expected (..., m, r) and (..., r, n) for p of "
+            raise ValueError(f"left, right: expected (..., m, k) and (..., k, n) for p of "
                              f"{tuple(p.shape)}, got {tuple(left.shape)} and {tuple(right.shape)}")
     if dense is not None and dense.shape != p.shape:
         raise ValueError(f"dense: expected shape {tuple(p.shape)}, got {tuple(dense.shape)}")

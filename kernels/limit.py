@@ -33,8 +33,8 @@ _FLOOR = 1e-3
 _BLOCK, _WARPS = 4096, 16
 
 
-def limited_gains_ref(n: Tensor, r: Tensor, g: Tensor, last: Tensor | None, *, more: float,
-                      eps: float, leak: float | None = None, limiter: float = 1.0,
+def limited_gains_ref(size_n: Tensor, size_r: Tensor, size_g: Tensor, last: Tensor | None, *,
+                      more: float, eps: float, leak: float | None = None, limiter: float = 1.0,
                       count: int | None = None, total: Callable[[Tensor], Tensor] | None = None
                       ) -> Tensor:
     """Define :func:`limited_gains`."""
@@ -42,11 +42,11 @@ def limited_gains_ref(n: Tensor, r: Tensor, g: Tensor, last: Tensor | None, *, m
         part = x.square().sum(-1, keepdim=True)
         return part if total is None else total(part)
 
-    rest = g if leak is None else ((g.square() - r.square()).clamp_min(0)
-                                   + (leak * r).square()).sqrt()
-    whole = square(n)
-    cap = _CAP * math.sqrt(more) * (whole / (count or n.shape[-1])).sqrt() / rest
-    gain = torch.where(n > 0, n / (r + eps), n)
+    rest = size_g if leak is None else ((size_g.square() - size_r.square()).clamp_min(0)
+                                        + (leak * size_r).square()).sqrt()
+    whole = square(size_n)
+    cap = _CAP * math.sqrt(more) * (whole / (count or size_n.shape[-1])).sqrt() / rest
+    gain = torch.where(size_n > 0, size_n / (size_r + eps), size_n)
     # Where there is nothing to multiply, nothing is lost; a NaN of the gradient stays one.
     gain = torch.where(rest == 0, 0.0, torch.minimum(gain, cap))
     if last is None:
@@ -80,7 +80,7 @@ def _limit_kernel(n_ptr: tl.tensor, r_ptr: tl.tensor, g_ptr: tl.tensor, last_ptr
                   eps: tl.tensor, leak: tl.tensor, limiter: tl.tensor, LEAK: tl.constexpr,
                   LIMIT: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr = None,
                   ALIGN: tl.constexpr = 1) -> None:
-    # One program has a row: sums over it twice, then the factors.
+    # One program has a row: sums over it twice, then the factors. n, r and g are norms.
     if LIMIT:
         last_ptr = item_ptr(last_ptr, tl.program_id(0), 1, LAST, ALIGN)
     row = tl.program_id(0).to(tl.int64) * columns
@@ -103,7 +103,7 @@ def _limit_kernel(n_ptr: tl.tensor, r_ptr: tl.tensor, g_ptr: tl.tensor, last_ptr
             part = gain * rest
             sums += tl.where(mask, part * part, 0.0)
         size = tl.sqrt(tl.sum(sums, 0))
-        floor = 0.001 * tl.sqrt(square)
+        floor = 0.001 * tl.sqrt(square)  # _FLOOR
         last = tl.load(last_ptr).to(tl.float64)
         times = size / (last + eps) / limiter
         growth = tl.where((last > floor) & ((times > 1) | (times != times)), times, 1.0)
@@ -118,31 +118,33 @@ def _limit_kernel(n_ptr: tl.tensor, r_ptr: tl.tensor, g_ptr: tl.tensor, last_ptr
         tl.store(out_ptr + at, gain / growth, mask=mask)
 
 
-def _limit(n: Tensor, r: Tensor, g: Tensor, last: Matrices | None, out: Tensor, factor: float,
-           count: int, eps: float, leak: float | None, limiter: float) -> None:
-    if not n.numel():
+def _limit(size_n: Tensor, size_r: Tensor, size_g: Tensor, last: Matrices | None, out: Tensor,
+           factor: float, count: int, eps: float, leak: float | None, limiter: float) -> None:
+    if not out.numel():
         return
-    launch(_limit_kernel, len(n), n.device, n, r, g, address(last), out, n.shape[-1], count, factor,
-           eps, leak or 0.0, limiter, LEAK=leak is not None, LIMIT=last is not None,
+    batch, columns = out.shape
+    launch(_limit_kernel, batch, out.device, size_n, size_r, size_g, address(last), out, columns,
+           count, factor, eps, leak or 0.0, limiter, LEAK=leak is not None, LIMIT=last is not None,
            BLOCK=_BLOCK, LAST=kind(last), ALIGN=alignment(last), num_warps=_WARPS)
     if last is not None:
         torch.autograd.graph.increment_version(writable(last))
 
 
-_op = define("limited_gains(Tensor n, Tensor r, Tensor g, Tensor(a!)? last, Tensor(b!) out, "
-             "float factor, int count, float eps, float? leak, float limiter) -> ()", _limit)
+_op = define("limited_gains(Tensor size_n, Tensor size_r, Tensor size_g, Tensor(a!)? last, "
+             "Tensor(b!) out, float factor, int count, float eps, float? leak, float limiter) "
+             "-> ()", _limit)
 
 
-def limited_gains(n: Tensor, r: Tensor, g: Tensor, last: Matrices | None, *, more: float,
-                  eps: float, leak: float | None = None, limiter: float = 1.0,
+def limited_gains(size_n: Tensor, size_r: Tensor, size_g: Tensor, last: Matrices | None, *,
+                  more: float, eps: float, leak: float | None = None, limiter: float = 1.0,
                   count: int | None = None, total: Callable[[Tensor], Tensor] | None = None,
                   backend: str | None = None) -> Tensor:
     """Factors phi of the columns of one matrix in each row, as the module says.
 
     Args:
-        n: norms of the columns of N, (b, columns), float64.
-        r: of R.
-        g: of G.
+        size_n: norms of the columns of N, (b, columns), float64.
+        size_r: of R.
+        size_g: of G.
         last: |S| of the last step, (b,), fp32, which becomes this one's; None is no limiter.
             Those of several matrices may lie :class:`lissom.kernels.apart.Apart`, each all of one.
         more: how many times more entries than N's the columns have that the factors are for.
@@ -160,20 +162,23 @@ def limited_gains(n: Tensor, r: Tensor, g: Tensor, last: Matrices | None, *, mor
         TypeError, ValueError: a tensor does not fit, by name.
         RuntimeError: "triton" was asked for and cannot run there.
     """
-    for name, x in (("n", n), ("r", r), ("g", g)):
-        check(name, x, shape=tuple(n.shape), dtypes=(torch.float64,), device=n.device)
+    sizes, shape, device = (size_n, size_r, size_g), tuple(size_n.shape), size_n.device
+    for name, x in zip(("size_n", "size_r", "size_g"), sizes, strict=True):
+        check(name, x, shape=shape, dtypes=(torch.float64,), device=device)
+    several = isinstance(last, Apart)
     if last is not None:
-        shape = (len(n), *[1] * (last.ndim - 1 if isinstance(last, Apart) else 0))
-        check("last", last, shape=shape, dtypes=(torch.float32,), device=n.device)
-    if isinstance(last, Apart) and not use_triton(backend, n.device):
-        return torch.cat([limited_gains(n_, r_, g_, last_.view(-1), more=more, eps=eps, leak=leak,
+        check("last", last, shape=(shape[0], *[1] * (last.ndim - 1 if several else 0)),
+              dtypes=(torch.float32,), device=device)
+    triton = use_triton(backend, device)
+    if isinstance(last, Apart) and not triton:
+        each = zip(*(x.split(1) for x in sizes), last, strict=True)
+        return torch.cat([limited_gains(n, r, g, last_.view(-1), more=more, eps=eps, leak=leak,
                                         limiter=limiter, count=count, backend=backend)
-                          for n_, r_, g_, last_ in zip(n.split(1), r.split(1), g.split(1), last,
-                                                       strict=True)])
-    if not isinstance(last, Apart) and (total is not None or not use_triton(backend, n.device)):
-        return limited_gains_ref(n, r, g, last, more=more, eps=eps, leak=leak, limiter=limiter,
+                          for n, r, g, last_ in each])
+    if not isinstance(last, Apart) and (total is not None or not triton):
+        return limited_gains_ref(*sizes, last, more=more, eps=eps, leak=leak, limiter=limiter,
                                  count=count, total=total)
-    out = torch.empty_like(n)
-    run = _limit if isinstance(last, Apart) else _op
-    run(n, r, g, last, out, _CAP * math.sqrt(more), count or n.shape[-1], eps, leak, limiter)
+    out = torch.empty_like(size_n)
+    (_limit if several else _op)(*sizes, last, out, _CAP * math.sqrt(more), count or shape[-1], eps,
+                                 leak, limiter)
     return out

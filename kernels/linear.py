@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._triton import cdiv, check, define, jit, launch, tl, use_triton
+from ._triton import FLOATS, cdiv, check, define, jit, launch, tl, use_triton
 from .apart import Apart, Matrices, address, alignment, item_ptr, kind
 from .blocks import (
     BLOCK,
@@ -29,13 +29,12 @@ from .blocks import (
     tile,
     unpack4,
 )
-from .philox import nearest_bf16
+from .philox import nearest
 
 __all__ = ["dequantize_linear", "dequantize_linear_ref", "quantize_linear", "quantize_linear_ref"]
 
 _LEVELS = {8: 127, 4: 7}
 _KINDS = {8: torch.int8, 4: torch.uint8}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize_linear_ref(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -119,9 +118,7 @@ def _dequantize_linear_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_pt
         codes -= 8
     x = codes.to(tl.float32) * tl.load(scale_ptr + block, mask=inside, other=0.0)[:, None]
     column = first[:, None] + tl.arange(0, W)[None, :]
-    if out_ptr.dtype.element_ty == tl.bfloat16:
-        x = nearest_bf16(x)
-    tl.store(out_ptr + row[:, None] * columns + column, x.to(out_ptr.dtype.element_ty),
+    tl.store(out_ptr + row[:, None] * columns + column, nearest(x, out_ptr),
              mask=inside[:, None] & (column < columns))
 
 
@@ -184,13 +181,13 @@ def quantize_linear(x: Tensor, bits: int, *, out: tuple[Tensor, Tensor] | None =
         RuntimeError: "triton" was asked for and cannot run there.
     """
     shape = tuple(x.shape)
-    check("x", x, shape=shape, dtypes=_FLOATS, device=x.device)
-    of_codes, of_scale = store_shapes(shape, bits)
+    check("x", x, shape=shape, dtypes=FLOATS, device=x.device)
+    shapes = store_shapes(shape, bits)
     if out is None:
-        out = (torch.empty(of_codes, dtype=_KINDS[bits], device=x.device),
-               torch.empty(of_scale, dtype=torch.float32, device=x.device))
+        out = (torch.empty(shapes[0], dtype=_KINDS[bits], device=x.device),
+               torch.empty(shapes[1], dtype=torch.float32, device=x.device))
     codes, scale = out
-    check_store(codes, scale, shape, bits, x.device, kind=_KINDS[bits])
+    check_store("codes", codes, scale, shapes, x.device, _KINDS[bits])
     _quantize_op(x, codes, scale, bits, use_triton(backend, x.device))
     return codes, scale
 
@@ -216,11 +213,10 @@ def dequantize_linear(codes: Matrices, scale: Matrices, columns: int, bits: int,
         RuntimeError: "triton" was asked for and cannot run there.
     """
     shape, device = (*codes.shape[:-1], columns), codes.device
-    # Other bits than those are refused there.
-    check_store(codes, scale, shape, bits, device, kind=_KINDS.get(bits, torch.int8))
+    check_store("codes", codes, scale, store_shapes(shape, bits), device, _KINDS[bits])
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
-    check("out", out, shape=shape, dtypes=_FLOATS, device=device)
+    check("out", out, shape=shape, dtypes=FLOATS, device=device)
     run = _dequantize if isinstance(codes, Apart) else _dequantize_op
     run(codes, scale, out, bits, use_triton(backend, device))
     return out

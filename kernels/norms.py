@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, define, jit, launch, tl, use_triton
+from ._triton import FLOATS, cdiv, define, jit, launch, tl, use_triton
 from .apart import Apart, Matrices, address, alignment, item_ptr, kind
 from .tiles import stacked
 
 __all__ = ["row_norms", "row_norms_ref", "row_squares"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of one program and columns at once: of a matrix whose rows are contiguous, and of one whose
 # columns are.
 _ALONG, _ACROSS = (4, 512), (64, 16)
@@ -133,8 +132,8 @@ def row_norms(x: Matrices, *, backend: str | None = None) -> Tensor:
     triton = use_triton(backend, x.device)
     if not triton or (x.dtype == torch.float64 and backend is None):
         return torch.stack([*map(row_norms_ref, x)]) if isinstance(x, Apart) else row_norms_ref(x)
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: expected {' or '.join(map(str, _FLOATS))}, got {x.dtype}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: expected {' or '.join(map(str, FLOATS))}, got {x.dtype}")
     lead = x.shape[:-1]
     if not x.numel():
         return torch.zeros(lead, dtype=torch.float64, device=x.device)

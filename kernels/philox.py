@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ._triton import INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
 
-__all__ = ["bounded", "nearest_bf16", "random16", "random16_rows", "random16_tile",
+__all__ = ["WEIGHT_STREAM", "nearest", "random16", "random16_rows", "random16_tile",
            "random_bits16_ref", "round_bf16", "round_fp16", "stochastic_bf16_ref",
-           "stochastic_fp16_ref", "stochastic_round", "weight_tile"]
+           "stochastic_fp16_ref", "stochastic_round", "weight_tile", "within"]
+
+#: Stream of the random bits that round a weight; its moments have streams of lower numbers.
+WEIGHT_STREAM = 64
 
 _MASK = 0xFFFFFFFF
 # Multipliers and Weyl constants of Philox 4x32 (Salmon et al., 2011).
@@ -98,18 +101,29 @@ def random_bits16_ref(
     return out
 
 
-def bounded(x: Tensor, largest: float) -> bool:
+def _bounded(x: Tensor, largest: float) -> bool:
     """Whether x is known to be finite and within +-largest, where that can be had cheaply."""
     if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
         return False
     low, high = torch.aminmax(x)
+    # False for NaN too.
     return low.item() >= -largest and high.item() <= largest
+
+
+def within(x: Tensor, largest: float) -> Tensor:
+    """x, its finite entries brought to within +-largest; infinities and NaN stay what they are.
+
+    It is x itself where that is known to change nothing.
+    """
+    if x.device.type == "meta" or not x.numel() or _bounded(x, largest):
+        return x
+    return torch.where(x.isinf(), x, x.clamp(-largest, largest))
 
 
 def _bf16_ref(x: Tensor, random: Tensor) -> Tensor:
     """((bits(x) + random) >> 16) << 16, as fp32; random (int32) is overwritten."""
     largest = _LARGEST[torch.bfloat16]
-    if bounded(x, largest):
+    if _bounded(x, largest):
         return random.add_(x.view(torch.int32)).bitwise_and_(-65536).view(torch.float32)
     # Rounded up, a number above the largest of bf16 would be infinite.
     bits = x.clamp(-largest, largest).view(torch.int32)
@@ -129,7 +143,7 @@ def _fp16_ref(x: Tensor, random: Tensor) -> Tensor:
     floor.add_(exact < floor, alpha=-1)
     rounded = floor * step.bitwise_left_shift_(23).view(torch.float32)
     largest = _LARGEST[torch.float16]
-    if bounded(x, largest):
+    if _bounded(x, largest):
         return rounded.clamp_(-largest, largest)
     return torch.where(x.abs() <= largest, rounded.clamp_(-largest, largest), x)
 
@@ -258,7 +272,16 @@ def _nearest_bf16_interpreted(x: tl.tensor) -> tl.tensor:
     return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
-nearest_bf16 = jit(_nearest_bf16_interpreted if INTERPRETED else _nearest_bf16)
+_bf16 = jit(_nearest_bf16_interpreted if INTERPRETED else _nearest_bf16)
+
+
+@jit
+def nearest(x: tl.tensor, ptr: tl.tensor) -> tl.tensor:
+    """fp32 to nearest, in the type that ptr points to."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        return _bf16(x)
+    else:
+        return x.to(ptr.dtype.element_ty)
 
 
 @jit
@@ -277,21 +300,20 @@ def round_fp16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
 @jit
 def weight_tile(x: tl.tensor, ptr: tl.tensor, index: tl.tensor, seed: tl.tensor,
                 parameter: tl.tensor, step: tl.tensor, STOCHASTIC: tl.constexpr,
-                ALIGNED: tl.constexpr, W: tl.constexpr) -> tl.tensor:
+                ALIGNED: tl.constexpr, W: tl.constexpr,
+                STREAM: tl.constexpr = WEIGHT_STREAM) -> tl.tensor:
     """Rows [R, W] of a weight, from each index [R] on, in the type that ptr points to.
 
     Rounded at random, by the stream of weights, or to nearest.
     """
     if STOCHASTIC:
-        random = random16_tile(index, seed, parameter, step, 64, ALIGNED, W)
+        random = random16_tile(index, seed, parameter, step, STREAM, ALIGNED, W)
         if ptr.dtype.element_ty == tl.bfloat16:
             return round_bf16(x, random)
         else:
             return round_fp16(x, random)
-    elif ptr.dtype.element_ty == tl.bfloat16:
-        return nearest_bf16(x)
     else:
-        return x.to(ptr.dtype.element_ty)
+        return nearest(x, ptr)
 
 
 @jit

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, check, define, jit, launch, tl, use_triton
+from ._triton import FLOATS, cdiv, check, define, jit, launch, tl, use_triton
 from .apart import Apart, Matrices, address, alignment, item_ptr, kind, stack
-from .philox import nearest_bf16
-from .tiles import Tiles, dot_tile, place_tile, precision, stacked, tiles_for, widened
+from .philox import nearest
+from .tiles import Tiles, dot_tile, place_tile, precision, stacked, strides, tiles_for, widened
 
 __all__ = ["project", "project_ref"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def project_ref(a: Tensor, b: Tensor, *, dtype: torch.dtype = torch.float32,
@@ -56,10 +55,7 @@ def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, scores
                      b_column, BM, BN, BK, PRECISION, WIDEN)
     mask = (row < m)[:, None] & (column < n)[None, :]
     c = c_ptr + batch * c_batch + row[:, None] * c_row + column[None, :] * c_column
-    if c_ptr.dtype.element_ty == tl.bfloat16:
-        tl.store(c, nearest_bf16(total), mask=mask)
-    else:
-        tl.store(c, total.to(c_ptr.dtype.element_ty), mask=mask)
+    tl.store(c, nearest(total, c_ptr), mask=mask)
     if SCORES > 0:
         # Partial sums of this row of tiles; rows beyond the end are zero.
         if SCORES == 1:
@@ -82,9 +78,8 @@ def _project(a: Any, b: Tensor, c: Tensor, scores: Tensor | None, largest: Tenso
     n = b.shape[-1]
     t = _tiles(a, m, n)
     tiles_m, tiles_n = cdiv(m, t.rows), cdiv(n, t.columns)
-    strides = [s for x in (a, b, c) for s in (x.stride() if x.ndim == 3 else (0, *x.stride()))]
     launch(_project_kernel, batch * tiles_m * tiles_n, a.device, address(a), b, c, scores,
-           largest, m, n, k, *strides, tiles_m, tiles_n,
+           largest, m, n, k, *strides(a, b, c), tiles_m, tiles_n,
            SCORES=order if scores is not None else 0, BM=t.rows, BN=t.columns, BK=t.depth,
            GROUP=t.group, PRECISION=precision(), WIDEN=widened(a), KIND=kind(a),
            ALIGN=alignment(a), num_warps=t.warps, num_stages=t.stages)
@@ -122,8 +117,8 @@ def project(a: Matrices, b: Tensor, *, dtype: torch.dtype = torch.float32,
             b.ndim > 2 and b.shape[:-2] != a.shape[:-2]):
         raise ValueError(f"a, b: expected (..., m, k) and (..., k, n), got {tuple(a.shape)} and "
                          f"{tuple(b.shape)}")
-    if a.dtype not in _FLOATS or b.dtype != a.dtype:
-        raise TypeError(f"a, b: expected one dtype of {' or '.join(map(str, _FLOATS))}, got "
+    if a.dtype not in FLOATS or b.dtype != a.dtype:
+        raise TypeError(f"a, b: expected one dtype of {' or '.join(map(str, FLOATS))}, got "
                         f"{a.dtype} and {b.dtype}")
     if scores not in (None, 1, 2):
         raise ValueError(f"scores: expected None, 1 or 2, got {scores!r}")

@@ -41,7 +41,6 @@ from .blocks import (
 __all__ = ["block_codes", "block_values", "codebook", "dequantize_dynamic",
            "dequantize_dynamic_ref", "lines", "quantize_dynamic", "quantize_dynamic_ref"]
 
-
 # Lines by which cell ends are counted: eight for each of 32 powers of two.
 _LINES = 256
 
@@ -350,12 +349,12 @@ def quantize_dynamic(x: Tensor, bits: int, signed: bool, *,
     """
     shape = tuple(x.shape)
     check("x", x, shape=shape, dtypes=(torch.float32,), device=x.device)
+    shapes = store_shapes(shape, bits)
     if out is None:
-        of_codes, of_scale = store_shapes(shape, bits)
-        out = (torch.empty(of_codes, dtype=torch.uint8, device=x.device),
-               torch.empty(of_scale, dtype=torch.float32, device=x.device))
+        out = (torch.empty(shapes[0], dtype=torch.uint8, device=x.device),
+               torch.empty(shapes[1], dtype=torch.float32, device=x.device))
     codes, scale = out
-    check_store(codes, scale, shape, bits, x.device)
+    check_store("codes", codes, scale, shapes, x.device)
     _quantize_op(x, codes, scale, bits, signed, use_triton(backend, x.device))
     return codes, scale
 
@@ -379,7 +378,7 @@ def dequantize_dynamic(codes: Tensor, scale: Tensor, columns: int, bits: int, si
         RuntimeError: "triton" was asked for and cannot run there.
     """
     shape = (*codes.shape[:-1], columns)
-    check_store(codes, scale, shape, bits, codes.device)
+    check_store("codes", codes, scale, store_shapes(shape, bits), codes.device)
     if out is None:
         out = torch.empty(shape, dtype=torch.float32, device=codes.device)
     check("out", out, shape=shape, dtypes=(torch.float32,), device=codes.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, define, jit, launch, tl, use_triton
-from .philox import nearest_bf16
+from .philox import nearest
 from .tiles import dot_tile, fits, precision, stacked, widened
 
 __all__ = ["newton_schulz_step", "newton_schulz_step_ref", "symm_muladd", "symm_muladd_ref", "syrk",
@@ -28,7 +28,7 @@ _HALVES = 768
 _BUSY = 132
 
 
-class Tiles(NamedTuple):
+class SquareTiles(NamedTuple):
     """How a product is cut: square tiles of ``size`` rows, ``depth`` terms of their sums at once.
 
     ``side`` rows are a square of tiles that run one after the other: 8 x 8 tiles read 16 panels
@@ -45,13 +45,13 @@ class Tiles(NamedTuple):
 # The fastest of several on an H100: three stages of two 128 x 64 panels of 16 bits are 96 KiB, so
 # that two programs share the 227 KiB of a processor and one's stores overlap the other's products.
 # With four warps alpha A would not fit in the registers beside the sums.
-_LARGE = Tiles(128, 64, 1024, 4, 3)
-_ADDING = Tiles(128, 64, 1024, 8, 4)
-_SMALL = Tiles(64, 64, 512, 4, 4)
-_WIDE = Tiles(64, 32, 512, 4, 3)  # fp32: twice the bytes
+_LARGE = SquareTiles(128, 64, 1024, 4, 3)
+_ADDING = SquareTiles(128, 64, 1024, 8, 4)
+_SMALL = SquareTiles(64, 64, 512, 4, 4)
+_WIDE = SquareTiles(64, 32, 512, 4, 3)  # fp32: twice the bytes
 
 
-def _tiles(left: Tensor, adds: bool) -> Tiles:
+def _tiles(left: Tensor, adds: bool) -> SquareTiles:
     """Large tiles where they fit and are enough, with other ones where ``alpha A`` is added."""
     if left.dtype == torch.float32:
         return _WIDE
@@ -116,10 +116,7 @@ def _symmul_kernel(left_ptr: tl.tensor, right_ptr: tl.tensor, out_ptr: tl.tensor
             total += alpha * tl.load(old, mask=mask, other=0.0).to(tl.float32)
         if first_row == first_column:
             total = tl.where(row[:, None] >= column[None, :], total, tl.trans(total))
-        if out_ptr.dtype.element_ty == tl.bfloat16:
-            rounded = nearest_bf16(total)
-        else:
-            rounded = total.to(out_ptr.dtype.element_ty)
+        rounded = nearest(total, out_ptr)
         out_ptr += batch * m * m
         tl.store(out_ptr + row[:, None] * m + column[None, :], rounded, mask=mask)
         if first_row != first_column:

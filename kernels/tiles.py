@@ -12,7 +12,7 @@ from ._triton import INTERPRETED, cdiv, jit, tl
 from .apart import Matrices
 
 __all__ = ["LARGE", "MEDIUM", "SMALL", "WIDE", "Tiles", "dot_tile", "fits", "place_tile",
-           "precision", "stacked", "tiles_for", "widened"]
+           "precision", "stacked", "strides", "tiles_for", "widened"]
 
 
 class Tiles(NamedTuple):
@@ -87,6 +87,14 @@ def widened(x: Matrices) -> bool:
 def stacked(x: Tensor) -> Tensor:
     """(..., m, n) as (batch, m, n)."""
     return x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
+
+
+def strides(*given: Matrices | None) -> list[int]:
+    """Of each three: from matrix to matrix, 0 where it is one, from row to row, from column to
+    column; zeros where there is nothing.
+    """
+    return [s for x in given for s in ((0, 0, 0) if x is None else x.stride() if x.ndim == 3 else
+                                       (0, *x.stride()))]
 
 
 @jit

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.adam8 import adamw8
+from ..kernels.adam import adamw8
 from ..kernels.apart import Apart, Matrices, parts_of
 from ..kernels.lift import lift
 from . import codec

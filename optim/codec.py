@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.apart import Apart, Matrices
-from ..kernels.blocks import linear_shapes
+from ..kernels.blocks import code_shapes
 from ..kernels.linear import dequantize_linear, quantize_linear
 from ..kernels.philox import stochastic_round
 from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
@@ -131,7 +131,7 @@ def stored(name: str, slot: Slot) -> dict[str, Slot]:
     """The tensors that are kept for a slot, by name."""
     if not slot.bits:
         return {name: slot}
-    codes, scale = linear_shapes(slot.shape, slot.bits)
+    codes, scale = code_shapes(slot.shape, slot.bits)
     kind = torch.int8 if slot.code == "linear" and slot.bits == 8 else torch.uint8
     rows = slot.rows and len(slot.shape) > 1  # blocks of a vector are not its rows
     return {name: Slot(codes, kind, slot.device, rows=rows),
@@ -302,7 +302,7 @@ class Decoded(MutableMapping[str, Tensor]):
         #: What has been read or set.
         self.opened: dict[str, Tensor] = {}
         #: Where moments are to come from as a kernel reads them: (source, rows_move) of
-        #: :func:`lissom.kernels.adam8.adam8`.
+        #: :func:`lissom.kernels.adam.adam8`.
         self.moved: tuple[Tensor | None, bool] = (None, False)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..kernels._triton import use_triton
-from ..kernels.adam8 import adam8
+from ..kernels.adam import adam8
 from ..kernels.apart import Matrices
+from ..kernels.philox import within
 from . import codec
 from .codec import Slot
 
@@ -44,15 +45,7 @@ def representable(g: Tensor, state_bits: int = 32, terms: int = 1) -> Tensor:
     """
     # Squares of larger numbers are infinite. The range of fewer bits is fp32's.
     largest = torch.finfo(g.dtype if state_bits == 32 else torch.float32).max
-    limit = math.sqrt(largest / terms)
-    if g.device.type == "cpu" and g.numel() and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(g)
-        # False for NaN too, which the clamp below would pass on in any case.
-        if low.item() >= -limit and high.item() <= limit:
-            return g
-    elif g.device.type == "meta" or not g.numel():
-        return g
-    return torch.where(g.isinf(), g, g.clamp(-limit, limit))
+    return within(g, math.sqrt(largest / terms))
 
 
 def adam_slots(shape: Shape, p: Tensor, o: Options, stream: int = 0) -> dict[str, Slot]:

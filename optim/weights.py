@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.apart import Matrices
-from ..kernels.philox import random_bits16_ref, stochastic_round
+from ..kernels.philox import WEIGHT_STREAM, random_bits16_ref, stochastic_round
 from .codec import Slot, wide
 from .keys import key_of
 
-__all__ = ["STREAM", "master_slots", "random_rounding", "read_weight", "write_weight"]
-
-#: The stream of random bits that rounds a weight; those of its moments are below.
-STREAM = 64
-
+__all__ = ["master_slots", "random_rounding", "read_weight", "write_weight"]
 
 def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
     """What a bf16 weight lacks of fp32: 8 or 16 bits per element, as ``master_bits`` says."""
@@ -85,10 +81,10 @@ def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[st
     if "master" in kept:
         random = None
         if random_rounding(p, o):
-            random = random_bits16_ref(start, x.numel(), key_of(kept, o), (step, STREAM), x.device
-                                       ).view(x.shape)
+            random = random_bits16_ref(start, x.numel(), key_of(kept, o), (step, WEIGHT_STREAM),
+                                       x.device).view(x.shape)
         _split_weight(p, x, kept["master"], random)
         return
     if random_rounding(p, o):
-        x = stochastic_round(x, p.dtype, start, key_of(kept, o), (step, STREAM))
+        x = stochastic_round(x, p.dtype, start, key_of(kept, o), (step, WEIGHT_STREAM))
     p.copy_(x)

@@ -196,7 +196,7 @@ def trion(start: Tensor, gradients: list[Tensor], **o: Any) -> list[Tensor]:
         p, q = _bases(b, None, r, side, {**o, "projection": "dct"})
         low = p.mT @ b @ q
         m = b - (1 - mu) * p @ low @ q.mT
-        w = (1 - lr * wd) * w - lr * s * p @ quintic(low, o.get("ns_steps", o.get("ns_steps", 5))) @ q.mT
+        w = (1 - lr * wd) * w - lr * s * p @ quintic(low, o.get("ns_steps", 5)) @ q.mT
         out.append(w.view(start.shape))
     return out
 
@@ -229,7 +229,7 @@ def polar(x: Tensor, o: dict[str, Any], default: str) -> Tensor:
     method, steps = o.get("polar", default), o.get("polar_steps")
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     if method in ("newton-schulz", "polar-express"):
-        table = [(3.4445, -4.7750, 2.0315)] * 5 if method == "newton-schulz" else POLAR_EXPRESS
+        table = [(3.4445, -4.7750, 2.0315)] * o.get("ns_steps", 5) if method == "newton-schulz" else POLAR_EXPRESS
         s = s / s.norm() / (1.01 if method == "polar-express" else 1.0)
         if steps is None and default == "qdwh":  # to convergence
             return u @ vh

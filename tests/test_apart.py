@@ -9,7 +9,7 @@ import torch
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import LLAMA
 from lissom.kernels import _triton, apart
-from lissom.kernels.adam8 import adam8, adamw8
+from lissom.kernels.adam import adam8, adamw8
 from lissom.kernels.apart import Apart
 from lissom.kernels.lift import lift
 from lissom.kernels.limit import limited_gains

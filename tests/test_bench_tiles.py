@@ -8,7 +8,7 @@ import pytest
 import torch
 from lissom.bench import tiles as bench
 from lissom.kernels import _triton, tiles
-from lissom.kernels.adam8 import adamw8, adamw8_ref
+from lissom.kernels.adam import adamw8, adamw8_ref
 from lissom.kernels.lift import lift, lift_ref
 
 from .helpers import assert_same, tensors

@@ -12,9 +12,9 @@ import sys
 import pytest
 import torch
 from lissom.kernels import _triton, blocks, quant8
-from lissom.kernels import adam8 as kernels_adam8
-from lissom.kernels.adam8 import STREAMS, adam8, adam8_ref, adamw8, adamw8_ref
-from lissom.kernels.blocks import linear_shapes
+from lissom.kernels import adam as kernels_adam
+from lissom.kernels.adam import STREAMS, adam8, adam8_ref, adamw8, adamw8_ref
+from lissom.kernels.blocks import code_shapes
 from lissom.kernels.linear import (
     dequantize_linear,
     dequantize_linear_ref,
@@ -22,6 +22,7 @@ from lissom.kernels.linear import (
     quantize_linear_ref,
 )
 from lissom.kernels.philox import (
+    WEIGHT_STREAM,
     random16,
     random16_rows,
     random_bits16_ref,
@@ -196,7 +197,7 @@ def test_codes_are_those_of_the_reference(device, shape, signed, bits):
             x.view(-1)[x.numel() // 2] = math.nan
             x.view(-1)[-1] = math.inf
         x = (x if signed else x.abs()).to(device)
-        of_codes, of_scale = linear_shapes(shape, bits)
+        of_codes, of_scale = code_shapes(shape, bits)
         out = (torch.full(of_codes, 255, dtype=torch.uint8, device=device),
                torch.full(of_scale, math.nan, device=device))
         ours = quantize_dynamic(x, bits, signed, out=out, backend="triton")
@@ -258,7 +259,7 @@ def test_no_second_moment_vanishes_but_zero(bits, device):
 @pytest.fixture
 def fresh_tables():
     """No table from before, and none of this test left."""
-    made = (codebook, lines, quant8._carries, quant8._twos, kernels_adam8._tables)
+    made = (codebook, lines, quant8._carries, quant8._twos, kernels_adam._tables)
     for table in made:
         table.cache_clear()
     yield
@@ -306,7 +307,7 @@ def test_long_tensors_are_taken_in_parts(device, bits, monkeypatch):
     g = tensors([shape], 4)[0].to(device)
     whole, parts = store(shape, bits, device, 6), store(shape, bits, device, 6)
     n = adam8(g, *whole, backend="triton", **options)
-    monkeypatch.setattr(kernels_adam8, "_LONGEST", 512)
+    monkeypatch.setattr(kernels_adam, "_LONGEST", 512)
     assert_same(adam8(g, *parts, backend="triton", **options), n)
     assert_same(parts, whole)
     with pytest.raises(ValueError, match=r"rows of fewer than 2\*\*31 elements, got 2147483648"):
@@ -454,9 +455,9 @@ def test_hard_gradients(device, bits):
     g[3] = torch.linspace(-1, 1, 600)
     g[4, 5], g[5, 300] = math.nan, math.inf
     m, v, m_scale, v_scale = (None if x is None else x.to(device) for x in (
-        *(torch.zeros(linear_shapes(shape, bits)[0] if bits < 32 else shape,
+        *(torch.zeros(code_shapes(shape, bits)[0] if bits < 32 else shape,
                       dtype=torch.uint8 if bits < 32 else torch.float32) for _ in range(2)),
-        *(torch.zeros(linear_shapes(shape, bits)[1]) if bits < 32 else None for _ in range(2))))
+        *(torch.zeros(code_shapes(shape, bits)[1]) if bits < 32 else None for _ in range(2))))
     ours, theirs = [m, v, m_scale, v_scale], clones((m, v, m_scale, v_scale))
     for t in (1, 2):
         options = {"bits": bits, "t": t, **BETAS, "eps": 1e-30}
@@ -479,7 +480,7 @@ def test_pieces_are_the_whole(monkeypatch):
     p, g = tensors([shape, shape], 2)
     results = []
     for piece in (1 << 17, 1000):
-        monkeypatch.setattr("lissom.kernels.adam8._PIECE", piece)
+        monkeypatch.setattr("lissom.kernels.adam._PIECE", piece)
         for bits in (32, 16, 8, 4):
             state = store(shape, bits, "cpu", 6)
             weight = p.bfloat16()
@@ -508,7 +509,7 @@ def test_large_weight_on_gpu(bits):
 
 
 COMPILE = """
-from lissom.kernels import adam8, linear, philox, quant8
+from lissom.kernels import adam, linear, philox, quant8
 
 F, H, C, I = "*fp32", "*bf16", "*u8", "i32"
 pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "lines_ptr": "*i64",
@@ -538,7 +539,7 @@ for bits, width in ((8, 256), (4, 8)):
     for weight, held in ((True, False), (False, False), (True, True)):
         flags = {"WEIGHT": weight, "MAXIMIZE": weight, "STOCHASTIC": weight, "ALIGNED": weight}
         numbers = {"step": "*i64", "correction": F} if held else {}
-        ptx = build(adam8._adam_kernel, {**shape, **flags, "HELD": held}, m_ptr=C, v_ptr=C,
+        ptx = build(adam._adam_kernel, {**shape, **flags, "HELD": held}, m_ptr=C, v_ptr=C,
                     target_ptr=H if weight else F, **numbers)
         # Scales are exact, and the root and the quotient of the direction nearly.
         assert all(ptx.count(x) >= 8 for x in ("sqrt.approx.f32", "div.full.f32"))
@@ -546,7 +547,7 @@ for bits, width in ((8, 256), (4, 8)):
         assert not any(x in ptx for x in ("fma.rn", ".ftz"))
 for bits, kind in ((32, F), (16, H)):
     none = {f"{x}_{y}_ptr": None for x in "mv" for y in ("scale", "book", "lines", "ends")}
-    ptx = build(adam8._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
+    ptx = build(adam._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
                 "STOCHASTIC": False, "HELD": False, "ALIGNED": bits == 16, "R": 4, "W": 256},
                 m_ptr=kind, v_ptr=kind, target_ptr=F)
     assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
@@ -597,7 +598,8 @@ def test_compile_passes_through():
 def test_streams_are_those_of_the_codec():
     p = torch.zeros(3, 4)
     slots = inner.adam_slots((3, 4), p, {"amsgrad": False, "state_bits": 16})
-    assert (*(slot.stream for slot in slots.values()), weights.STREAM) == STREAMS
+    assert tuple(slot.stream for slot in slots.values()) == STREAMS
+    assert max(STREAMS) < WEIGHT_STREAM
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="needs triton")
@@ -690,7 +692,7 @@ def test_linear_codes_are_those_of_the_reference(device, shape, kind, bits):
         x.view(-1)[:8] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 1e-38, 0, 0.5, -1])
     if x.shape[0] > 2:
         x[2] = 0
-    of_codes, of_scale = linear_shapes(shape, bits)
+    of_codes, of_scale = code_shapes(shape, bits)
     codes = torch.full(of_codes, 77, dtype=torch.int8 if bits == 8 else torch.uint8, device=device)
     scale = torch.full(of_scale, torch.nan, device=device)
     quantize_linear(x, bits, out=(codes, scale), backend="triton")

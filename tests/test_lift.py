@@ -10,10 +10,10 @@ import pytest
 import torch
 from lissom.bench.livebytes import LiveBytes
 from lissom.kernels import _triton, symmul, tiles
-from lissom.kernels.lift import STREAM, lift, lift_ref
+from lissom.kernels.lift import lift, lift_ref
 from lissom.kernels.limit import limited_gains, limited_gains_ref
 from lissom.kernels.norms import row_norms, row_norms_ref
-from lissom.kernels.philox import stochastic_round
+from lissom.kernels.philox import WEIGHT_STREAM, stochastic_round
 from lissom.kernels.project import project, project_ref
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
@@ -165,7 +165,7 @@ def test_random_bits_are_those_of_the_reference(shape, start, kind, device, many
     *batch, m, n = shape
     p, left, right, _, _, _ = terms((*batch, m, 7, n), kind, kind, device)
     wide = p.float() + 0.000244140625 * (left.float() @ right.float())
-    expected = stochastic_round(wide, kind, start, KEY, (3, STREAM), backend="torch")
+    expected = stochastic_round(wide, kind, start, KEY, (3, WEIGHT_STREAM), backend="torch")
     plain = p.clone()
     for backend in ("torch", "triton"):
         x = p.clone()
@@ -426,7 +426,7 @@ def test_the_limiter_is_the_formula():
 
 def test_what_gains_and_norms_refuse():
     x = torch.ones(2, 3, dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"r: expected torch\.float64, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"size_r: expected torch\.float64, got torch\.float32"):
         limited_gains(x, x.float(), x, None, more=1.0, eps=0.0)
     with pytest.raises(ValueError, match=r"last: expected shape \(2,\), got \(3,\)"):
         limited_gains(x, x, x, torch.ones(3), more=1.0, eps=0.0)

@@ -11,7 +11,7 @@ import pytest
 import scipy.fft
 import torch
 from lissom.bench.livebytes import LiveBytes
-from lissom.kernels.blocks import linear_shapes
+from lissom.kernels.blocks import code_shapes
 from lissom.kernels.linear import dequantize_linear_ref, quantize_linear_ref
 from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref, stochastic_fp16_ref
 from lissom.kernels.quant8 import codebook, dequantize_dynamic_ref, quantize_dynamic_ref
@@ -260,7 +260,7 @@ def test_linear_quantizer_errs_by_half_a_step(bits, shape):
     for scale in (1e-30, 1.0, 1e30):
         (x,) = tensors([shape], 3, scale)
         codes, scales = quantize_linear_ref(x, bits)
-        assert (tuple(codes.shape), tuple(scales.shape)) == linear_shapes(shape, bits)
+        assert (tuple(codes.shape), tuple(scales.shape)) == code_shapes(shape, bits)
         back = dequantize_linear_ref(codes, scales, shape[-1], bits)
         levels = 127 if bits == 8 else 7
         for part, other in zip(x.split(256, -1), back.split(256, -1), strict=True):
@@ -430,7 +430,7 @@ def test_dynamic_quantizer_takes_the_nearest(bits, signed, shape):
         x = tensors([shape], 3, scale)[0].pow(3 if scale == 1 else 1)
         x = x if signed else x.abs()
         codes, scales = quantize_dynamic_ref(x, bits, signed)
-        assert (tuple(codes.shape), tuple(scales.shape)) == linear_shapes(shape, bits)
+        assert (tuple(codes.shape), tuple(scales.shape)) == code_shapes(shape, bits)
         back = dequantize_dynamic_ref(codes, scales, shape[-1], bits, signed)
         book = codebook(bits, signed, CPU).double()
         for part, other in zip(x.split(256, -1), back.split(256, -1), strict=True):

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._triton import INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
+from ._triton import FLOATS, INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
 from .apart import (
     Apart,
     Keys,
@@ -41,6 +41,7 @@ from .apart import (
 from .blocks import (
     WARPS,
     block_place,
+    check_store,
     code_bytes,
     load_codes,
     store_codes,
@@ -48,13 +49,14 @@ from .blocks import (
     tile,
 )
 from .philox import (
-    bounded,
-    nearest_bf16,
+    WEIGHT_STREAM,
+    nearest,
     random16_tile,
     round_bf16,
     stochastic_bf16_ref,
     stochastic_fp16_ref,
     weight_tile,
+    within,
 )
 from .quant8 import (
     block_codes,
@@ -67,74 +69,117 @@ from .quant8 import (
 
 __all__ = ["STREAMS", "adam8", "adam8_ref", "adamw8", "adamw8_ref"]
 
-#: Streams of the random bits that round M, V and the weight.
-STREAMS = (0, 1, 64)
+#: Streams of the random bits that round M and V.
+STREAMS = (0, 1)
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_SCALE = (torch.float32,)
 _RATES = (torch.float32, torch.float64)
 # What a moment is stored in, by bits.
 _KINDS = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8, 4: torch.uint8}
 # Squares of larger numbers are infinite in fp32.
 _LIMIT = math.sqrt(torch.finfo(torch.float32).max)
-_NO_TABLES: tuple[Tensor | None, ...] = (None,) * 6
 # Elements that torch code works on at once: on a CPU so many that they stay in its cache.
 _PIECE, _LARGE_PIECE = 1 << 17, 1 << 24
 # Elements that a kernel takes as one row, in which it counts in int32.
 _LONGEST = 1 << 30
 
 
+class Step(NamedTuple):
+    """What a step is told beside its tensors, as :func:`adam8` and :func:`adamw8` say.
+
+    Args:
+        lr: learning rate of a weight; None where the direction is wanted.
+        key: of one tensor, or one for each of several.
+    """
+
+    bits: int
+    beta1: float
+    beta2: float
+    eps: float
+    t: int | Tensor
+    lr: float | Tensor | None = None
+    weight_decay: float = 0.0
+    maximize: bool = False
+    key: Any = (0, 0)
+    stochastic: bool = False
+    start: int = 0
+
+
+#: The target (a weight, or the direction's place), the gradient, M, V and their scales or None. Of
+#: several tensors moments and scales lie apart, target and gradient do or are stacked.
+Tensors = tuple[Any, ...]
+
+
+def _numbers(step: Step) -> tuple[Any, Any, Any]:
+    """sqrt(1 - b2^t), 1 - lr weight_decay and -lr / (1 - b1^t); 1 and 1 / (1 - b1^t) without lr.
+
+    Of the host, or with a t on a device 0-d tensors there, in float64 too.
+    """
+    t, lr = step.t, step.lr
+    if isinstance(t, Tensor):
+        t = t.double()
+        lr = lr.double() if isinstance(lr, Tensor) else torch.full_like(t, float(lr or 0.0))
+        return ((1 - step.beta2**t).sqrt_(), 1 - lr * step.weight_decay,
+                -lr * (1 / (1 - step.beta1**t)))
+    root, factor = math.sqrt(1 - step.beta2**t), 1 / (1 - step.beta1**t)
+    return (root, 1.0, factor) if lr is None else (root, 1 - lr * step.weight_decay, -lr * factor)
+
+
 def _decode_ref(x: Tensor, scale: Tensor | None, columns: int, bits: int, signed: bool) -> Tensor:
     return x.float() if scale is None else dequantize_dynamic_ref(x, scale, columns, bits, signed)
 
 
-def _encode_ref(x: Tensor, stored: Tensor, scale: Tensor | None, bits: int, stream: int, start: int,
-                key: tuple[int, int], t: int | Tensor) -> None:
+def _encode_ref(x: Tensor, stored: Tensor, scale: Tensor | None, step: Step, stream: int) -> None:
     if scale is not None:
-        codes, step = quantize_dynamic_ref(x, bits, stream == STREAMS[0])
+        codes, fresh = quantize_dynamic_ref(x, step.bits, stream == STREAMS[0])
         stored.copy_(codes)
-        scale.copy_(step)
-    elif bits == 16:
-        stored.copy_(stochastic_bf16_ref(x, start, key, (t, stream)))
+        scale.copy_(fresh)
+    elif step.bits == 16:
+        stored.copy_(stochastic_bf16_ref(x, step.start, step.key, (step.t, stream)))
 
 
-def _numbers(lr: float | Tensor, weight_decay: float, beta1: float, beta2: float, t: int | Tensor
-             ) -> tuple[Any, Any, Any]:
-    """sqrt(1 - b2^t), 1 - lr weight_decay and -lr / (1 - b1^t).
-
-    Of the host, or with a t on a device 0-d tensors there, in float64 too.
-    """
-    if isinstance(t, Tensor):
-        t = t.double()
-        lr = lr.double() if isinstance(lr, Tensor) else torch.full_like(t, float(lr))
-        return (1 - beta2**t).sqrt_(), 1 - lr * weight_decay, -lr * (1 / (1 - beta1**t))
-    return math.sqrt(1 - beta2**t), 1 - lr * weight_decay, -lr * (1 / (1 - beta1**t))
-
-
-def _moments_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
-                 bits: int, beta1: float, beta2: float, eps: float, t: int | Tensor,
-                 correction: float | Tensor, key: tuple[int, int], start: int,
-                 source: Tensor | None = None, rows_move: bool = False) -> tuple[Tensor, Tensor]:
-    """Update the stored moments; M and sqrt(V / (1 - b2^t)) + eps in fp32."""
-    g = g.float()
-    if not bounded(g, _LIMIT):
-        g = torch.where(g.isinf(), g, g.clamp(-_LIMIT, _LIMIT))
+def _moments_ref(g: Tensor, stored: Sequence[Any], step: Step, root: float | Tensor,
+                 source: Tensor | None, rows_move: bool) -> tuple[Tensor, Tensor]:
+    """Update the stored moments; M and sqrt(V) / root + eps in fp32, root being sqrt(1 - b2^t)."""
+    m, v, m_scale, v_scale = stored
+    g = within(g.float(), _LIMIT)
     columns = g.shape[-1] if g.ndim else 1
-    wide_m = _decode_ref(m, m_scale, columns, bits, True)
-    wide_v = _decode_ref(v, v_scale, columns, bits, False)
+    wide_m = _decode_ref(m, m_scale, columns, step.bits, True)
+    wide_v = _decode_ref(v, v_scale, columns, step.bits, False)
     if source is not None:
         dim = -2 if rows_move else -1
         new = (source < 0).unsqueeze(-1 if rows_move else -2)
         old_m, old_v = (x.index_select(dim, source.clamp(min=0)).masked_fill_(new, 0.0)
                         for x in (wide_m, wide_v))
-        wide_m, wide_v = (x.copy_(y) if bits == 32 else y
+        # At 32 bits what is decoded is the store itself.
+        wide_m, wide_v = (x.copy_(y) if step.bits == 32 else y
                           for x, y in ((wide_m, old_m), (wide_v, old_v)))
-    wide_m.lerp_(g, 1 - beta1)
-    wide_v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    denominator = torch.sqrt(wide_v).div_(correction).add_(eps)
-    _encode_ref(wide_m, m, m_scale, bits, STREAMS[0], start, key, t)
-    _encode_ref(wide_v, v, v_scale, bits, STREAMS[1], start, key, t)
+    wide_m.lerp_(g, 1 - step.beta1)
+    wide_v.mul_(step.beta2).addcmul_(g, g, value=1 - step.beta2)
+    denominator = torch.sqrt(wide_v).div_(root).add_(step.eps)
+    _encode_ref(wide_m, m, m_scale, step, STREAMS[0])
+    _encode_ref(wide_v, v, v_scale, step, STREAMS[1])
     return wide_m, denominator
+
+
+def _adam_ref(tensors: Tensors, step: Step, source: Tensor | None = None, rows_move: bool = False
+              ) -> None:
+    """Define both operations."""
+    target, g, *stored = tensors
+    root, keep, factor = _numbers(step)
+    numerator, denominator = _moments_ref(-g if step.maximize else g, stored, step, root, source,
+                                          rows_move)
+    if step.lr is None:
+        target.copy_(torch.div(numerator, denominator, out=denominator).mul_(factor))
+        return
+    x = target.float().mul_(keep)
+    if isinstance(factor, Tensor):  # addcdiv would read it
+        x += (numerator * factor).div_(denominator)
+    else:
+        x.addcdiv_(numerator, denominator, value=factor)
+    if step.stochastic and target.dtype != torch.float32:
+        rounding = stochastic_bf16_ref if target.dtype == torch.bfloat16 else stochastic_fp16_ref
+        x = rounding(x, step.start, step.key, (step.t, WEIGHT_STREAM))
+    target.copy_(x)
 
 
 def adam8_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
@@ -142,9 +187,10 @@ def adam8_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
               t: int, key: tuple[int, int] = (0, 0), start: int = 0,
               source: Tensor | None = None, rows_move: bool = False) -> Tensor:
     """Define :func:`adam8`."""
-    numerator, denominator = _moments_ref(g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t,
-                                          math.sqrt(1 - beta2**t), key, start, source, rows_move)
-    return torch.div(numerator, denominator, out=denominator).mul_(1 / (1 - beta1**t))
+    n = torch.empty_like(g, dtype=torch.float32)
+    step = Step(bits, beta1, beta2, eps, t, key=key, start=start)
+    _adam_ref((n, g, m, v, m_scale, v_scale), step, source, rows_move)
+    return n
 
 
 def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
@@ -153,18 +199,8 @@ def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | Non
                maximize: bool = False, key: tuple[int, int] = (0, 0), stochastic: bool = False,
                start: int = 0) -> None:
     """Define :func:`adamw8`."""
-    correction, keep, factor = _numbers(lr, weight_decay, beta1, beta2, t)
-    numerator, denominator = _moments_ref(-g if maximize else g, m, v, m_scale, v_scale, bits,
-                                          beta1, beta2, eps, t, correction, key, start)
-    x = p.float().mul_(keep)
-    if isinstance(factor, Tensor):  # addcdiv would read it
-        x += (numerator * factor).div_(denominator)
-    else:
-        x.addcdiv_(numerator, denominator, value=factor)
-    if stochastic and p.dtype != torch.float32:
-        rounding = stochastic_bf16_ref if p.dtype == torch.bfloat16 else stochastic_fp16_ref
-        x = rounding(x, start, key, (t, STREAMS[2]))
-    p.copy_(x)
+    step = Step(bits, beta1, beta2, eps, t, lr, weight_decay, maximize, key, stochastic, start)
+    _adam_ref((p, g, m, v, m_scale, v_scale), step)
 
 
 def _root(x: tl.tensor) -> tl.tensor:
@@ -206,14 +242,47 @@ def _moved(ptr: tl.tensor, scale_ptr: tl.tensor, book_ptr: tl.tensor, row: tl.te
 
 
 @jit
+def _decoded(ptr: tl.tensor, scale_ptr: tl.tensor, book_ptr: tl.tensor, offset: tl.tensor,
+             mask: tl.tensor, row: tl.tensor, first: tl.tensor, block: tl.tensor,
+             inside: tl.tensor, width: tl.tensor, BITS: tl.constexpr, W: tl.constexpr
+             ) -> tl.tensor:
+    """A stored moment of a program's blocks, fp32 [R, W]; what codes beyond a row's end stand for
+    comes with it.
+    """
+    if BITS < 16:
+        codes = load_codes(ptr, row, first, inside, width, BITS, W)
+        scale = tl.load(scale_ptr + block, mask=inside, other=0.0)
+        return block_values(codes, scale[:, None], book_ptr, BITS)
+    else:
+        return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _encode(x: tl.tensor, ptr: tl.tensor, scale_ptr: tl.tensor, lines_ptr: tl.tensor,
+            ends_ptr: tl.tensor, offset: tl.tensor, mask: tl.tensor, row: tl.tensor,
+            first: tl.tensor, block: tl.tensor, inside: tl.tensor, columns: tl.tensor,
+            width: tl.tensor, index: tl.tensor, seed: tl.tensor, parameter: tl.tensor,
+            step: tl.tensor, STREAM: tl.constexpr, BITS: tl.constexpr, ALIGNED: tl.constexpr,
+            R: tl.constexpr, W: tl.constexpr) -> None:
+    """Store a moment [R, W] of a program's blocks; stream 0 is M's, which has a sign."""
+    if BITS < 16:
+        codes, scale = block_codes(x, lines_ptr, ends_ptr, BITS, STREAM == 0)
+        store_codes(ptr, codes, row, first, inside, columns, width, BITS, R, W)
+        tl.store(scale_ptr + block, scale, mask=inside)
+    else:
+        if BITS == 16:
+            x = round_bf16(x, random16_tile(index, seed, parameter, step, STREAM, ALIGNED, W))
+        tl.store(ptr + offset, x, mask=mask)
+
+
+@jit
 def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor,
                  m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, m_book_ptr: tl.tensor,
                  v_book_ptr: tl.tensor, m_lines_ptr: tl.tensor, m_ends_ptr: tl.tensor,
                  v_lines_ptr: tl.tensor, v_ends_ptr: tl.tensor, m_old_ptr: tl.tensor,
                  v_old_ptr: tl.tensor, m_old_scale_ptr: tl.tensor, v_old_scale_ptr: tl.tensor,
                  source_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
-                 start: tl.tensor, seed: tl.tensor,
-                 parameter: tl.tensor, step: tl.tensor,
+                 start: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
                  weight1: tl.tensor, beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor,
                  correction: tl.tensor, keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr,
                  WEIGHT: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -221,14 +290,15 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
                  TARGET: tl.constexpr = None, GRADIENT: tl.constexpr = None,
                  MOMENT: tl.constexpr = None, ALIGN: tl.constexpr = 1,
                  KEYED: tl.constexpr = False, MOVED: tl.constexpr = 0) -> None:
-    # Of the root of V: at 8 and 4 bits its factor, else its divisor.
+    # Weights are those of G and its square in M and V: 1 - b1 and 1 - b2. The correction is of the
+    # root of V: at 8 and 4 bits its factor, else its divisor.
     if HELD:  # what changes from step to step is read, not given
         keep = tl.load(correction + 1)
         factor = tl.load(correction + 2)
         correction = tl.load(correction)
         step = tl.load(step).to(tl.int32)
+    item = tl.program_id(1).to(tl.int64)
     if MOMENT is not None:  # several tensors, of which each program has a part of one
-        item = tl.program_id(1).to(tl.int64)
         size = tl.cast(rows, tl.int64) * columns
         target_ptr = item_ptr(target_ptr, item, size, TARGET, ALIGN)
         g_ptr = item_ptr(g_ptr, item, size, GRADIENT, ALIGN)
@@ -255,8 +325,6 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
 
     if MOVED > 0:  # from copies of what is stored, which other programs write to
         per_row = (columns + W - 1) // W
-        item = tl.program_id(1).to(tl.int64)
-        size = tl.cast(rows, tl.int64)
         if MOVED == 1:
             source = tl.load(source_ptr + item * rows + row, mask=inside, other=-1)[:, None]
             from_row, from_column = tl.maximum(source, 0).to(tl.int64), column
@@ -264,28 +332,25 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
             source = tl.load(source_ptr + item * columns + column, mask=mask, other=-1)
             from_row, from_column = row[:, None], tl.maximum(source, 0).to(tl.int32)
         there = mask & (source >= 0)
-        m_old_ptr += item * size * width
-        v_old_ptr += item * size * width
+        before = item * tl.cast(rows, tl.int64)  # rows of the tensors before this one
+        m_old_ptr += before * width
+        v_old_ptr += before * width
         if BITS < 16:
-            m_old_scale_ptr += item * size * per_row
-            v_old_scale_ptr += item * size * per_row
+            m_old_scale_ptr += before * per_row
+            v_old_scale_ptr += before * per_row
         m = _moved(m_old_ptr, m_old_scale_ptr, m_book_ptr, from_row, from_column, there, columns,
                    width, per_row, BITS)
         v = _moved(v_old_ptr, v_old_scale_ptr, v_book_ptr, from_row, from_column, there, columns,
                    width, per_row, BITS)
-    elif BITS < 16:
-        m = block_values(load_codes(m_ptr, row, first, inside, width, BITS, W),
-                         tl.load(m_scale_ptr + block, mask=inside, other=0.0)[:, None],
-                         m_book_ptr, BITS)
-        v = block_values(load_codes(v_ptr, row, first, inside, width, BITS, W),
-                         tl.load(v_scale_ptr + block, mask=inside, other=0.0)[:, None],
-                         v_book_ptr, BITS)
-        # Beyond a row's end codes are 0: M's lowest value, which would count in its scale, and
-        # V's smallest, which cannot.
-        m = tl.where(mask, m, 0.0)
     else:
-        m = tl.load(m_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        m = _decoded(m_ptr, m_scale_ptr, m_book_ptr, offset, mask, row, first, block, inside, width,
+                     BITS, W)
+        v = _decoded(v_ptr, v_scale_ptr, v_book_ptr, offset, mask, row, first, block, inside, width,
+                     BITS, W)
+        if BITS < 16:
+            # Beyond a row's end codes are 0: M's lowest value, which would count in its scale, and
+            # V's smallest, which cannot.
+            m = tl.where(mask, m, 0.0)
     # torch.lerp, which is exact at both ends.
     nearer = tl.where(weight1 < 0.5, m, g)
     m = nearer + tl.where(weight1 < 0.5, weight1, weight1 - 1) * (g - m)
@@ -302,42 +367,89 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
         tl.store(target_ptr + offset, x, mask=mask)
     else:
         x = _quotient(m, denominator, BITS) * factor
-        if target_ptr.dtype.element_ty == tl.bfloat16:
-            x = nearest_bf16(x)
-        tl.store(target_ptr + offset, x.to(target_ptr.dtype.element_ty), mask=mask)
+        tl.store(target_ptr + offset, nearest(x, target_ptr), mask=mask)
 
-    if BITS < 16:
-        codes, scale = block_codes(m, m_lines_ptr, m_ends_ptr, BITS, True)
-        store_codes(m_ptr, codes, row, first, inside, columns, width, BITS, R, W)
-        tl.store(m_scale_ptr + block, scale, mask=inside)
-        codes, scale = block_codes(v, v_lines_ptr, v_ends_ptr, BITS, False)
-        store_codes(v_ptr, codes, row, first, inside, columns, width, BITS, R, W)
-        tl.store(v_scale_ptr + block, scale, mask=inside)
-    else:
-        if BITS == 16:
-            m = round_bf16(m, random16_tile(index, seed, parameter, step, 0, ALIGNED, W))
-            v = round_bf16(v, random16_tile(index, seed, parameter, step, 1, ALIGNED, W))
-        tl.store(m_ptr + offset, m, mask=mask)
-        tl.store(v_ptr + offset, v, mask=mask)
+    _encode(m, m_ptr, m_scale_ptr, m_lines_ptr, m_ends_ptr, offset, mask, row, first, block, inside,
+            columns, width, index, seed, parameter, step, 0, BITS, ALIGNED, R, W)
+    _encode(v, v_ptr, v_scale_ptr, v_lines_ptr, v_ends_ptr, offset, mask, row, first, block, inside,
+            columns, width, index, seed, parameter, step, 1, BITS, ALIGNED, R, W)
 
 
-def _pieces(tensors: tuple[Tensor | None, ...], bits: int) -> Iterator[tuple[Any, ...]]:
-    """Views that hold the same rows of all tensors."""
+def _pieces(tensors: Tensors, step: Step, elements: int) -> Iterator[tuple[Tensors, Step]]:
+    """Views that hold the same rows of all tensors, about as many elements, and their step."""
     given = [x for x in tensors if x is not None]
-    columns = given[0].shape[-1] if bits < 16 else 1
-    rows = max(1, (_PIECE if given[0].device.type == "cpu" else _LARGE_PIECE) // columns)
-    parts = iter(zip(*((x.view(-1, x.shape[-1]) if bits < 16 else x.view(-1)).split(rows)
-                       for x in given), strict=True))
-    for part in parts:
+    columns = given[0].shape[-1] if step.bits < 16 else 1  # without scales rows mean nothing
+    rows, start = max(1, elements // columns), step.start
+    for part in zip(*((x.view(-1, x.shape[-1]) if step.bits < 16 else x.view(-1)).split(rows)
+                      for x in given), strict=True):
         pieces = iter(part)
-        yield tuple(None if x is None else next(pieces) for x in tensors)
+        yield (tuple(None if x is None else next(pieces) for x in tensors),
+               step if start == step.start else step._replace(start=start))
+        start += part[0].numel()
+
+
+def _by_torch(tensors: Tensors, step: Step, source: Tensor | None, rows_move: bool) -> None:
+    """A step by torch's operations, on one tensor after another, piece by piece."""
+    if isinstance(tensors[2], Apart):
+        each = zip(*(parts_of(x, len(tensors[2])) for x in (*tensors, source)), strict=True)
+        for (*parts, from_), key in zip(each, step.key, strict=True):
+            _by_torch(tuple(parts), step._replace(key=key), from_, rows_move)
+    elif source is not None:
+        _adam_ref(tensors, step, source, rows_move)
+    else:
+        elements = _PIECE if tensors[1].device.type == "cpu" else _LARGE_PIECE
+        for piece, step_ in _pieces(tensors, step, elements):
+            _adam_ref(piece, step_)
 
 
 @functools.lru_cache(maxsize=32)
 def _tables(bits: int, device: torch.device) -> tuple[Tensor, ...]:
-    """What a kernel decodes and encodes both moments with."""
+    """What a kernel decodes and encodes codes of both moments with."""
     return (codebook(bits, True, device), codebook(bits, False, device),
             *lines(bits, True, device), *lines(bits, False, device))
+
+
+def _kernel_numbers(step: Step) -> tuple[Any, ...]:
+    """Count, correction, keep and factor as the kernel takes them: where the count is a tensor,
+    the rest are one beside it.
+    """
+    root, keep, factor = _numbers(step)
+    correction = 1 / root if step.bits < 16 else root
+    if isinstance(step.t, Tensor):
+        return step.t, torch.stack((correction, keep, factor)).float(), 0.0, 0.0
+    return signed32(step.t), correction, keep, factor
+
+
+def _by_kernel(tensors: Tensors, step: Step, source: Tensor | None, rows_move: bool) -> None:
+    """A step in one launch."""
+    target, g, m, v, m_scale, v_scale = tensors
+    bits, start = step.bits, step.start
+    count, given, kinds, align = 1, tensors, (None, None, None), 1
+    if isinstance(m, Apart):
+        count, given = len(m), tuple([address(x) for x in tensors])
+        kinds, align = (kind(target), kind(g), kind(m)), alignment(*tensors)
+    size = g.numel() // count
+    columns = g.shape[-1] if bits < 16 or source is not None else size  # as in pieces
+    rows = size // columns
+    height, width = tile(rows, columns)
+    tables: tuple[Any, ...] = _tables(bits, g.device) if bits < 16 else (None,) * 6
+    old: tuple[Any, ...] = (None,) * 5
+    if source is not None:
+        old = *(stack(x) if isinstance(x, Apart) else x if x is None else x.clone()
+                for x in tensors[2:]), source
+    t, *numbers = _kernel_numbers(step)
+    words = key_words(step.key, g)
+    launch(_adam_kernel, (cdiv(rows * cdiv(columns, width), height), count), g.device,
+           *given, *tables, *old, rows, columns, code_bytes(columns, bits), start, *words, t,
+           1 - step.beta1, step.beta2, 1 - step.beta2, step.eps, *numbers, BITS=bits,
+           WEIGHT=step.lr is not None, MAXIMIZE=step.maximize,
+           STOCHASTIC=step.stochastic and target.dtype != torch.float32,
+           HELD=isinstance(t, Tensor),
+           ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width,
+           TARGET=kinds[0], GRADIENT=kinds[1], MOMENT=kinds[2], ALIGN=align,
+           KEYED=isinstance(words[0], Tensor), MOVED=0 if source is None else 2 - rows_move,
+           num_warps=WARPS)
+    torch.autograd.graph.increment_version(writable(target, m, v, m_scale, v_scale))
 
 
 def _adam8(target: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices | None,
@@ -345,85 +457,22 @@ def _adam8(target: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Mat
            lr: float | None, weight_decay: float, maximize: bool, key: Keys, stochastic: bool,
            start: int, triton: bool, held_lr: Tensor | None = None, held_t: Tensor | None = None,
            source: Tensor | None = None, rows_move: bool = False) -> None:
-    """Both operations: with ``lr`` the target is the weight, else the direction's place.
+    """Both operations, as an operator can be told them; ``held_t`` is t, ``held_lr`` lr.
 
-    Where ``held_t`` is given it is t, and ``held_lr``, if given, lr. Of several tensors moments
-    and scales lie apart, target and gradient do or are stacked, and there is a key for each.
     With ``source`` columns of moments, or with ``rows_move`` rows, come from where it says.
     """
+    tensors = target, g, m, v, m_scale, v_scale
+    step = Step(bits, beta1, beta2, eps, t if held_t is None else held_t,
+                lr if held_lr is None else held_lr, weight_decay, maximize, key, stochastic, start)
     if not g.numel():
         return
-    several = isinstance(m, Apart)
-    tensors: tuple[Any, ...] = (target, g, m, v, m_scale, v_scale)
     if not triton:
-        each = zip(*(parts_of(x, len(m)) for x in (*tensors, source)), strict=True
-                   ) if several else [(*tensors, source)]
-        for (*tensors_, from_), words in zip(each, key if several else [key], strict=True):
-            _adam8_torch(tuple(tensors_), bits, beta1, beta2, eps, t if held_t is None else held_t,
-                         lr if held_lr is None else held_lr, weight_decay, maximize, words,
-                         stochastic, start, from_, rows_move)
-        return
-    if bits >= 16 and not several and source is None and g.numel() > _LONGEST:
-        parts = (x.view(-1).split(_LONGEST) for x in tensors[:4])
-        for target_, g_, m_, v_ in zip(*parts, strict=True):
-            _adam8(target_, g_, m_, v_, None, None, bits, beta1, beta2, eps, t, lr, weight_decay,
-                   maximize, key, stochastic, start, triton, held_lr, held_t)
-            start += len(g_)
-        return
-    # Without scales rows mean nothing.
-    count, size = (len(m), g.numel() // len(m)) if several else (1, g.numel())
-    columns = g.shape[-1] if bits < 16 or source is not None else size
-    rows = size // columns
-    height, width = tile(rows, columns)
-    tables: tuple[Tensor | None, ...] = _tables(bits, g.device) if bits < 16 else _NO_TABLES
-    step: int | Tensor = signed32(t)
-    numbers: Any
-    if lr is None:
-        numbers = (math.sqrt(1 - beta2**t), 1.0, 1 / (1 - beta1**t))
+        _by_torch(tensors, step, source, rows_move)
+    elif bits >= 16 and source is None and not isinstance(m, Apart) and g.numel() > _LONGEST:
+        for part, step_ in _pieces(tensors, step, _LONGEST):
+            _by_kernel(part, step_, None, False)
     else:
-        numbers = _numbers(lr if held_lr is None else held_lr, weight_decay, beta1, beta2,
-                           t if held_t is None else held_t)
-    if bits < 16:
-        numbers = (1 / numbers[0], *numbers[1:])
-    if held_t is not None:
-        step, numbers = held_t, (torch.stack(numbers).float(), 0.0, 0.0)
-    words = key_words(key, g)
-    old: Any = (None,) * 5
-    if source is not None:
-        old = *(stack(x) if isinstance(x, Apart) else x if x is None else x.clone()
-                for x in tensors[2:]), source
-    launch(_adam_kernel, (cdiv(rows * cdiv(columns, width), height), count), g.device,
-           *map(address, tensors), *tables, *old, rows, columns, code_bytes(columns, bits), start,
-           *words, step, 1 - beta1, beta2, 1 - beta2, eps, *numbers, BITS=bits,
-           WEIGHT=lr is not None, MAXIMIZE=maximize,
-           STOCHASTIC=stochastic and target.dtype != torch.float32, HELD=held_t is not None,
-           ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width,
-           TARGET=kind(target), GRADIENT=kind(g), MOMENT=kind(m), ALIGN=alignment(*tensors),
-           KEYED=isinstance(words[0], Tensor), MOVED=0 if source is None else 2 - rows_move,
-           num_warps=WARPS)
-    torch.autograd.graph.increment_version(writable(target, m, v, m_scale, v_scale))
-
-
-def _adam8_torch(tensors: tuple[Any, ...], bits: int, beta1: float, beta2: float, eps: float,
-                 t: Any, lr: float | Tensor | None, weight_decay: float, maximize: bool,
-                 key: Any, stochastic: bool, start: int, source: Tensor | None, rows_move: bool
-                 ) -> None:
-    """The same by torch's operations, on pieces."""
-    words = (key[0], key[1])
-    if source is not None:
-        target, g, *kept = tensors
-        target.copy_(adam8_ref(g, *kept, bits=bits, beta1=beta1, beta2=beta2, eps=eps, t=t,
-                               key=words, start=start, source=source, rows_move=rows_move))
-        return
-    for p_, g_, m_, v_, m_scale_, v_scale_ in _pieces(tensors, bits):
-        if lr is None:
-            p_.copy_(adam8_ref(g_, m_, v_, m_scale_, v_scale_, bits=bits, beta1=beta1,
-                               beta2=beta2, eps=eps, t=t, key=words, start=start))
-        else:
-            adamw8_ref(p_, g_, m_, v_, m_scale_, v_scale_, bits=bits, lr=lr,
-                       weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps, t=t,
-                       maximize=maximize, key=words, stochastic=stochastic, start=start)
-        start += p_.numel()
+        _by_kernel(tensors, step, source, rows_move)
 
 
 _op = define(
@@ -436,26 +485,21 @@ _op = define(
 
 def _check(g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices | None,
            v_scale: Matrices | None, bits: int, t: int, random: bool, key: Keys | None) -> None:
-    shape = tuple(g.shape)
+    shape, device = tuple(g.shape), g.device
     if bits not in _KINDS:
         raise ValueError(f"bits: expected 32, 16, 8 or 4, got {bits}")
     if t < 1:
         raise ValueError(f"t: expected a count of 1 or more, got {t}")
     if random and key is None:
         raise ValueError("key: expected two words for stochastic rounding, got None")
-    device = g.device
-    check("g", g, shape=shape, dtypes=_FLOATS, device=device)
-    # Both moments are stored alike: their shapes are found once.
-    of_moment, of_scale = (shape, shape) if bits >= 16 else store_shapes(shape, bits)
-    kinds = (_KINDS[bits],)
+    check("g", g, shape=shape, dtypes=FLOATS, device=device)
+    shapes = store_shapes(shape, bits) if bits < 16 else (shape, ())
     for name, x, scale in (("m", m, m_scale), ("v", v, v_scale)):
         if bits < 16 and scale is None:
             raise ValueError(f"{name}_scale: expected a tensor at {bits} bits, got None")
         if bits >= 16 and scale is not None:
             raise ValueError(f"{name}_scale: expected None at {bits} bits, got a tensor")
-        check(name, x, shape=of_moment, dtypes=kinds, device=device)
-        if scale is not None:
-            check(f"{name}'s scale", scale, shape=of_scale, dtypes=_SCALE, device=device)
+        check_store(name, x, scale, shapes, device, _KINDS[bits])
 
 
 def _keys(key: Keys | None, m: Matrices) -> Keys:
@@ -511,7 +555,7 @@ def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
     if out is None:
         out = torch.empty_like(g, dtype=torch.float32)
     else:
-        check("out", out, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
+        check("out", out, shape=tuple(g.shape), dtypes=FLOATS, device=g.device)
     if source is not None:
         of_one = g.shape[1:] if isinstance(m, Apart) else g.shape
         if len(of_one) != 2:
@@ -562,16 +606,17 @@ def adamw8(p: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices
         ValueError: a shape, layout or option is wrong.
         RuntimeError: "triton" was asked for and cannot run there.
     """
-    held_t, held_lr = (x if isinstance(x, Tensor) else None for x in (t, lr))
+    # An operator's argument is a number or a tensor.
+    count, held_t = (1, t) if isinstance(t, Tensor) else (t, None)
+    rate, held_lr = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
     if held_t is not None:
         check("t", held_t, shape=(), dtypes=(torch.int64,), device=g.device)
     if held_lr is not None:
         check("lr", held_lr, shape=(), dtypes=_RATES, device=g.device)
-    if held_lr is not None and held_t is None:
-        raise ValueError("lr: expected a number with a number for t, got a tensor")
-    count, rate = 1 if isinstance(t, Tensor) else t, 0.0 if isinstance(lr, Tensor) else lr
+        if held_t is None:
+            raise ValueError("lr: expected a number with a number for t, got a tensor")
     _check(g, m, v, m_scale, v_scale, bits, count, bits == 16 or stochastic, key)
-    check("p", p, shape=tuple(g.shape), dtypes=_FLOATS, device=g.device)
+    check("p", p, shape=tuple(g.shape), dtypes=FLOATS, device=g.device)
     run = _adam8 if isinstance(m, Apart) else _op
     run(p, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, count, rate, weight_decay, maximize,
         _keys(key, m), stochastic, start, use_triton(backend, g.device), held_lr, held_t)
