@@ -229,7 +229,8 @@ def polar(x: Tensor, o: dict[str, Any], default: str) -> Tensor:
     method, steps = o.get("polar", default), o.get("polar_steps")
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     if method in ("newton-schulz", "polar-express"):
-        table = [(3.4445, -4.7750, 2.0315)] * o.get("ns_steps", 5) if method == "newton-schulz" else POLAR_EXPRESS
+        quintics = [(3.4445, -4.7750, 2.0315)] * o.get("ns_steps", 5)
+        table = quintics if method == "newton-schulz" else POLAR_EXPRESS
         s = s / s.norm() / (1.01 if method == "polar-express" else 1.0)
         if steps is None and default == "qdwh":  # to convergence
             return u @ vh
