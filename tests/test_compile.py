@@ -79,6 +79,9 @@ def test_one_graph_for_any_rate_and_step(case):
         if not p.requires_grad:  # the base of a pair
             continue
         o = {k: v for k, v in options[p].items() if k != "params"}
+        # What gets AdamW is the same in every row of a class.
+        if optimizer._reason(p, o) is not None and case not in first_of_each_class():
+            continue
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")
         compiled = torch.compile(arithmetic, fullgraph=True, dynamic=True, backend=counter)
