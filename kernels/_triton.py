@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 if TYPE_CHECKING:
     from .apart import Matrices
 
-__all__ = ["EXACT", "FLOATS", "INTERPRETED", "cdiv", "check", "define", "jit", "launch", "signed32",
-           "tl", "use_triton"]
+__all__ = ["EXACT", "FLOATS", "INTERPRETED", "by_kernel", "cdiv", "check", "define", "jit",
+           "launch", "signed32", "tl", "use_triton"]
 
 # The context in which nothing changes.
 _HERE = contextlib.nullcontext()
@@ -86,6 +86,11 @@ def use_triton(backend: str | None, device: torch.device) -> bool:
                if kind == "cuda" else
                "it needs a CUDA device, or TRITON_INTERPRET=1 and a CPU one"))
     return able and backend != "torch"
+
+
+def by_kernel(x: Matrices) -> bool:
+    """Whether kernels do the arithmetic on x; traced, they would be compiled anew for each rate."""
+    return use_triton(None, x.device) and not torch.compiler.is_compiling()
 
 
 # Compiled kernels and their last parameters, which are compiled in, by all that Triton tells them

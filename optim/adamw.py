@@ -1,4 +1,7 @@
-"""AdamW, dense: torch.optim.AdamW's equations with this package's state options."""
+"""AdamW, dense: torch.optim.AdamW's equations with this package's state options.
+
+The arithmetic is :func:`lissom.optim.dense.step_adamw`.
+"""
 
 from __future__ import annotations
 

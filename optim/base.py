@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..kernels.apart import Apart
 from . import codec, metrics, sharding, weights
-from .apply import apply, negated, step_adamw
+from .apply import apply, negated
 from .batches import Work, operands, windows
 from .checks import check_capture, check_gradient, check_parameter
 from .codec import Slot
+from .dense import step_adamw
 from .door import changed_options, checked_group, constructor_options
 from .layouts import Layouts, stored_slots
 from .loading import REMEDY, agreed_load, overruled

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels._triton import by_kernel
 from ..kernels.apart import Apart
 from . import codec, sharding
-from .inner import by_kernel
 from .sharding import Rows
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from . import codec
 from .apply import Update
 from .base import MatrixOptimizer
 from .codec import Slot, State
-from .inner import RULES, adam, adam_slots
+from .dense import adam, adam_slots
+from .inner import RULES
 from .lowrank import LowRankOptimizer, Projected, SubspaceOptions
 from .options import Option, choice, real
 from .pairs import check_factors, roles

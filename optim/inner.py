@@ -13,90 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels._triton import use_triton
+from ..kernels._triton import by_kernel
 from ..kernels.adam import adam8
-from ..kernels.apart import Matrices
-from ..kernels.philox import within
 from . import codec
 from .codec import Slot
+from .dense import adam, adam_slots, representable
 
-__all__ = ["RULES", "Quotient", "Rule", "adam", "adam_slots", "averages", "by_kernel",
-           "momentum_slots", "representable"]
+__all__ = ["RULES", "Rule", "momentum_slots"]
 
 Shape = tuple[int, ...]
 State = Mapping[str, Tensor]
 Options = Mapping[str, Any]
-
-
-class Quotient(NamedTuple):
-    """The direction factor * numerator / denominator, not yet divided out."""
-
-    numerator: Tensor
-    denominator: Tensor
-    factor: Any  # a number, or a 0-d tensor where t is one
-
-
-def representable(g: Tensor, state_bits: int = 32, terms: int = 1) -> Tensor:
-    """g, its finite entries brought to where sums of ``terms`` squares are finite in the state too.
-
-    Adam's direction depends on the ratio of g to the root of its mean square, so an entry of
-    1e30 that enters as 1.8e19 still moves its weight by the learning rate, where the plain
-    formula gets g / inf = 0. Infinities and NaN stay what they are.
-    """
-    # Squares of larger numbers are infinite. The range of fewer bits is fp32's.
-    largest = torch.finfo(g.dtype if state_bits == 32 else torch.float32).max
-    return within(g, math.sqrt(largest / terms))
-
-
-def adam_slots(shape: Shape, p: Tensor, o: Options, stream: int = 0) -> dict[str, Slot]:
-    """M and V, and V's maximum with ``amsgrad``; ``stream`` is M's, the others' follow."""
-    names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if o["amsgrad"] else ()))
-    return {name: codec.moment(shape, p, o, stream + i, squared=i > 0)
-            for i, name in enumerate(names)}
-
-
-def averages(g: Tensor, s: State, o: Options) -> tuple[Tensor, Tensor]:
-    """M <- b1 M + (1 - b1) G;  V <- b2 V + (1 - b2) G o G, in place.
-
-    Returns:
-        M and V; with ``amsgrad`` the maximum that V has had.
-    """
-    beta1, beta2 = o["betas"]
-    m, v = s["exp_avg"], s["exp_avg_sq"]
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    if o["amsgrad"]:
-        v = torch.maximum(s["max_exp_avg_sq"], v, out=s["max_exp_avg_sq"])
-    return m, v
-
-
-def adam(g: Tensor, s: State, o: Options, t: int | Tensor, *, consume: bool = False) -> Quotient:
-    """Adam's direction, with epsilon placed as in torch.optim.AdamW.
-
-    M <- b1 M + (1 - b1) G;  V <- b2 V + (1 - b2) G o G;
-    direction = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps).
-
-    Source: Kingma and Ba, arXiv 1412.6980; the maximum of V (``amsgrad``): Reddi et al.,
-    arXiv 1904.09237.
-
-    Args:
-        g: gradient, fp32, any shape.
-        s: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``) of g's shape, changed in place.
-        o: options ``betas``, ``eps``, ``amsgrad``.
-        t: 1-based count of this update, a number or a 0-d tensor on g's device.
-        consume: g is a temporary, and its place may hold the denominator.
-    """
-    beta1, beta2 = o["betas"]
-    t = t.double() if isinstance(t, Tensor) else t
-    g = representable(g, o["state_bits"])
-    # The last allocation: state is written from here on.
-    denominator = g if consume else torch.empty_like(g)
-    m, v = averages(g, s, o)
-    torch.sqrt(v, out=denominator)
-    remaining = 1 - beta2**t
-    root = remaining.sqrt() if isinstance(remaining, Tensor) else math.sqrt(remaining)
-    denominator.div_(root).add_(o["eps"])
-    return Quotient(m, denominator, 1 / (1 - beta1**t))
 
 
 class Rule(NamedTuple):
@@ -128,11 +55,6 @@ def _decoded_pair(r: Tensor, s: State, o: Options) -> dict[str, Any] | None:
         return None
     beta1, beta2 = o["betas"]
     return {"m": m, "v": v, "bits": 32, "beta1": beta1, "beta2": beta2, "eps": o["eps"]}
-
-
-def by_kernel(x: Matrices) -> bool:
-    """Whether kernels do the arithmetic on x; traced, they would be compiled anew for each rate."""
-    return use_triton(None, x.device) and not torch.compiler.is_compiling()
 
 
 def _adamw(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import codec, keys, sharding, weights
 from .codec import Slot
 from .common import BOOKKEEPING
-from .inner import adam_slots
+from .dense import adam_slots
 from .loading import checked_state
 from .options import Option
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..kernels._triton import by_kernel
 from ..kernels.apart import Apart, stack
 from . import codec, dct, metrics, project
 from .apply import Update
 from .codec import Slot, State
 from .common import AdamWPart
-from .inner import RULES, Rule, by_kernel
+from .inner import RULES, Rule
 from .keys import key_of, keys_of
 from .options import Option, choice, integer, optional, real
 from .project import Bases, Shift, Turn

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..kernels._triton import by_kernel
 from ..kernels.apart import Matrices
 from ..kernels.lift import lift
 from ..kernels.limit import limited_gains
 from . import codec
 from .apply import Update
 from .codec import Slot
-from .inner import by_kernel
 from .norms import ALONG, norms
 from .project import Bases
 

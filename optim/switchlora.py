@@ -17,7 +17,7 @@ from .base import MatrixOptimizer, PartialStepError
 from .batches import Work
 from .codec import Slot, State
 from .common import AdamWPart
-from .inner import adam_slots, averages, representable
+from .dense import adam_slots, averages, representable
 from .keys import key_of
 from .options import Option, choice, integer, optional, real
 from .pairs import bounds, check_base, check_factors, memory, roles

@@ -38,7 +38,7 @@ from lissom.kernels.quant8 import (
     quantize_dynamic,
     quantize_dynamic_ref,
 )
-from lissom.optim import AdamW, codec, inner, weights
+from lissom.optim import AdamW, codec, dense, weights
 from lissom.optim.keys import key_of
 from torch.library import opcheck
 
@@ -389,16 +389,16 @@ def test_reference_is_decode_adam_encode(kind, bits):
     names = ("exp_avg", "exp_avg_sq", "exp_avg.scale", "exp_avg_sq.scale")
     kept = {k: x for k, x in zip(names, theirs, strict=True) if x is not None}
     kept["key"] = torch.tensor(KEY[1])
-    slots = inner.adam_slots(shape, p, o)
+    slots = dense.adam_slots(shape, p, o)
     before = {k: x.clone() for k, x in kept.items()}
     s = codec.Decoded(kept, slots, p)
-    u = inner.adam(g.float(), s, o, t)
+    u = dense.adam(g.float(), s, o, t)
     assert_same(n, u.numerator / u.denominator * u.factor)
     codec.encode(s, kept, slots, o, t, 16)
     assert_same(ours, theirs)
 
     s = codec.Decoded(before, slots, p)
-    u = inner.adam(-g.float(), s, o, t)
+    u = dense.adam(-g.float(), s, o, t)
     x = p.float().mul_(1 - 1e-3).addcdiv_(u.numerator, u.denominator, value=-1e-2 * u.factor)
     expected = p.clone()
     weights.write_weight(expected, x, before, o, t, 16)
@@ -597,7 +597,7 @@ def test_compile_passes_through():
 
 def test_streams_are_those_of_the_codec():
     p = torch.zeros(3, 4)
-    slots = inner.adam_slots((3, 4), p, {"amsgrad": False, "state_bits": 16})
+    slots = dense.adam_slots((3, 4), p, {"amsgrad": False, "state_bits": 16})
     assert tuple(slot.stream for slot in slots.values()) == STREAMS
     assert max(STREAMS) < WEIGHT_STREAM
 
