@@ -23,7 +23,6 @@ from .tiles import Tiles, dot_tile, place_tile, precision, stacked, strides, til
 __all__ = ["project", "project_ref"]
 
 
-
 def project_ref(a: Tensor, b: Tensor, *, dtype: torch.dtype = torch.float32,
                 scores: int | None = None, largest: Tensor | None = None
                 ) -> tuple[Tensor, Tensor | None]:

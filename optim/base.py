@@ -371,8 +371,9 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or deepcopy, through the same check as the constructor."""
-        self._prepare(state["_adamw"], state["_rates"])
-        self.defaults = state["defaults"]
+        held = self.__dict__ | state
+        self._prepare(held.get("_adamw", {}), held.get("_rates", {}))
+        self.defaults = held["defaults"]
         groups = [checked_group(self, g, f"{type(self).__name__} group {i}", entering=False,
                                 foreign=g)
                   for i, g in enumerate(state["param_groups"])]

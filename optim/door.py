@@ -87,28 +87,34 @@ def checked_group(optimizer: MatrixOptimizer, group: Mapping[str, Any], where: s
     # torch adds names of its own to the defaults
     known = {k: x.default for k, x in table.items()}
     full = known | {k: v for k, v in optimizer.defaults.items() if k in known} | own
+    rate = group.get("lr", optimizer._rates.get("lr") if entering else None)
+    if full["capturable"] and isinstance(rate, Tensor):
+        # schedulers and graphs want one of its own in each group
+        full["lr"] = rate.detach().clone() if entering else rate
+    _check_together(optimizer, full, group, set(own) if entering else set(), where)
+    return {**{k: v for k, v in group.items() if k in others}, **full}
+
+
+def _check_together(optimizer: MatrixOptimizer, full: Mapping[str, Any], group: Mapping[str, Any],
+                    explicit: set[str], where: str) -> None:
+    """Rules about several options and the parameters of a group; raises ValueError."""
     plain = [p for p in group.get("params", []) if isinstance(p, Tensor)]
     if full["master_bits"] is not None and any(p.dtype == torch.float16 for p in plain):
         raise ValueError(f"{where}: master_bits={full['master_bits']}, but it must be None for "
                          "fp16 weights: what they lack of fp32 has no fixed number of bits "
                          "(use bf16 weights)")
+    o = {**full, "param_names": group.get("param_names")}
     if full["capturable"]:
-        rate = group.get("lr", optimizer._rates.get("lr") if entering else None)
-        if isinstance(rate, Tensor):  # schedulers and graphs want one of its own in each group
-            full["lr"] = rate.detach().clone() if entering else rate
-        _check_capturable({**full, "param_names": group.get("param_names")}, plain,
-                          optimizer.uncapturable, where)
-    optimizer.check_combination({**full, "param_names": group.get("param_names")}, plain,
-                                set(own) if entering else set(), where)
-    return {**{k: v for k, v in group.items() if k in others}, **full}
+        _check_capturable(o, plain, optimizer.uncapturable, where)
+    optimizer.check_combination(o, plain, explicit, where)
 
 
 def changed_options(optimizer: MatrixOptimizer, group: dict[str, Any], last: dict[str, Any]
                     ) -> None:
     """Check a group some of whose options were changed in place, and keep them as plain values.
 
-    Not the rate, which schedulers change at every step and torch takes as it is; what is a tensor
-    stays one, as its owner may change its value.
+    Not the rate, which schedulers change at every step and torch takes as it is; a number in a
+    tensor stays there, as its owner may change it.
 
     Args:
         optimizer: whose group it is.
@@ -120,11 +126,21 @@ def changed_options(optimizer: MatrixOptimizer, group: dict[str, Any], last: dic
     if not names:
         return
     number = next(i for i, x in enumerate(optimizer.param_groups) if x is group)
-    plain = {k: v.item() if k in names and hasattr(v, "item") else v for k, v in group.items()}
-    new = checked_group(optimizer, plain, f"{type(optimizer).__name__} group {number}",
-                        entering=False, foreign=group)
-    group.update({k: new[k] for k in names if not isinstance(group[k], Tensor)})
+    where = f"{type(optimizer).__name__} group {number}"
+    full = {k: _plain(group[k]) if k in group and k != "lr" else group.get(k, x.default)
+            for k, x in table.items()}
+    full |= (new := checked({k: full[k] for k in names}, table, where))
+    _check_together(optimizer, full, group, set(), where)
+    group.update({k: v for k, v in new.items()
+                  if not isinstance(group[k], Tensor) or group[k].numel() != 1})
     last.update({k: group[k] for k in names})
+
+
+def _plain(value: Any) -> Any:
+    """The number that a tensor or numpy's scalar holds."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 0) == 1 else value
 
 
 def _refuse_torch_only(given: Mapping[str, Any], where: str) -> None:

@@ -322,7 +322,8 @@ class LowRankOptimizer(Batched, Ranked):
     def age(self, space: Projected, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> int:
         """Updates that the moments have seen, this one too: the count of Adam's bias correction.
 
-        Moments that are reset begin anew with each basis.
+        Moments that are reset begin anew with each basis; where that was not so when the basis was
+        found, as the option was changed since, from the next refresh on.
         """
         if o["moments"] != "reset":
             return t

@@ -128,6 +128,7 @@ def several(default: tuple[Any, ...] | None, one: Option, count: int | None = No
     """
 
     def convert(value: Any) -> tuple[Any, ...]:
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy and torch
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             raise TypeError
         values = tuple(one.convert(v) for v in value)

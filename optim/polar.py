@@ -379,9 +379,19 @@ def _qdwh(x: Tensor, oracle: Oracle) -> Tensor:
     """
     eps = torch.finfo(x.dtype).eps
     x, basis, low = _reduced(x / _norm_bound(x), oracle.lower_bound, eps)
-    given = isinstance(oracle.lower_bound, float)
-    for _ in range(oracle.steps or _MAX_STEPS):
-        if oracle.steps is None and bool((low >= 1 - 5 * eps).all()):
+    out = _weighted(x, low, oracle.steps, eps)
+    if oracle.steps is None and isinstance(oracle.lower_bound, float):
+        # A bound that was given may be too large: what it has left below 1 is looked for.
+        apart = torch.linalg.matrix_norm(out.mT @ out - _eye(out))
+        if bool((apart > eps**0.5).any()):
+            out = _weighted(out, _reduced(out, None, eps)[2], None, eps)
+    return basis(_newton(out))
+
+
+def _weighted(x: Tensor, low: Tensor, steps: int | None, eps: float) -> Tensor:
+    """Halley steps with the best weights for singular values in [low, 1]; None: to convergence."""
+    for _ in range(steps or _MAX_STEPS):
+        if steps is None and bool((low >= 1 - 5 * eps).all()):
             break
         # weights of the best rational function of this kind on [low, 1]
         d = (4 * (1 / low**2 - 1) / low**2) ** (1 / 3)
@@ -391,12 +401,7 @@ def _qdwh(x: Tensor, oracle: Oracle) -> Tensor:
         c = a + b - 1
         x = _halley(x, a.to(x), b.to(x), c.to(x))
         low = (low * (a + b * low**2) / (1 + c * low**2)).clamp(max=1.0)
-    # A bound that was given may be too large: Halley's own weights lift what is left below 1.
-    for _ in range(_MAX_STEPS if given and oracle.steps is None else 0):
-        last, x = x, _halley(x, *(x.new_full((), weight) for weight in (3.0, 1.0, 3.0)))
-        if not bool((torch.linalg.matrix_norm(x - last) > (5 * eps) ** (1 / 3)).any()):
-            break
-    return basis(_newton(x))
+    return x
 
 
 def _halley(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .keys import key_of
 
 __all__ = ["master_slots", "random_rounding", "read_weight", "write_weight"]
 
+
 def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
     """What a bf16 weight lacks of fp32: 8 or 16 bits per element, as ``master_bits`` says."""
     if o["master_bits"] is None or p.dtype != torch.bfloat16:

@@ -278,7 +278,7 @@ ROWS = [
     *(galore(inner=x, moments="rotate") for x in ("momentum", "lion", "factored")),
     galore(residual="sign", projection="svd"),
     galore(residual="error_feedback"),
-    galore(refresh="synchronous"),
+    galore(refresh="synchronous", moments="reset"),
     galore(basis_bits=4, error_feedback_bits=8),
     galore(keep_energy=0.9),
     galore(rounding="nearest"),

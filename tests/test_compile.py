@@ -38,9 +38,10 @@ def keep_bases(optimizer, p, o):
     state = optimizer.state[p]
     bases = optimizer.bases(p.detach(), codec.Decoded(state, optimizer._layouts[p], p), o,
                             int(state["basis_step"]))
-    born = int(state["basis_step"]) if o["moments"] == "reset" else 1
+    born = int(state["basis_step"])
     optimizer._subspace = lambda g, s, o, t: Projected(bases, bases.down(g))
-    optimizer.age = lambda space, s, o, t: t - born + 1
+    if o["moments"] == "reset":
+        optimizer.age = lambda space, s, o, t: t - born + 1
 
 
 def arithmetic(optimizer, o, slots, p, g, kept, lr, t):

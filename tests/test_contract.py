@@ -858,6 +858,11 @@ def test_a_changed_option_passes_the_door_of_the_constructor(case):
     group.update(betas=[torch.tensor(0.5), 0.25], weight_decay=decay)
     if "ns_coefficients" in group:
         group["ns_coefficients"] = [3.0, -4.0, 2.0]
+    if "update_proj_gap" in group:
+        group["update_proj_gap"] = torch.tensor(50)
+    optimizer.step()
+    feed(ps, 3)
+    group["metrics"] = True  # a change beside what is still in tensors
     optimizer.step()
     assert group["betas"] == (0.5, 0.25)
     assert group.get("ns_coefficients", (3.0, -4.0, 2.0)) == (3.0, -4.0, 2.0)

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from lissom.kernels.philox import random_bits16_ref
-from lissom.optim import AdamW, SwitchLoRAAdamW, adapter_groups
+from lissom.kernels.philox import WEIGHT_STREAM, random_bits16_ref
+from lissom.optim import AdamW, SwitchLoRAAdamW, adapter_groups, gradnormlorp
+from lissom.optim.inner import RULES
 from lissom.optim.keys import key_of, name_key
 from torch import nn
 
@@ -84,6 +85,17 @@ def test_frozen_keys():
     key = key_of({"key": torch.tensor(name_key("layers.0.weight"))}, {"seed": 3})
     assert key == (107078005, 698256159)
     assert key_of({"key": torch.tensor((1 << 31) + 5)}, {"seed": 7}) == (7, (1 << 31) + 5)
+
+
+def test_frozen_streams():
+    """Nor may the streams that round what has 16 bits change."""
+    o = {"amsgrad": True, "state_bits": 16}
+    found = {name: slot.stream for rule in RULES.values()
+             for name, slot in rule.slots((3, 4), torch.zeros(3, 4), o).items()}
+    assert found == {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 2, "exp_avg_sq_row": 3,
+                     "exp_avg_sq_col": 4, "momentum_buffer": 5}
+    assert gradnormlorp._STREAM == 6
+    assert WEIGHT_STREAM == 64
 
 
 def test_wrappers_keep_the_key():

@@ -101,6 +101,12 @@ def test_qdwh_converges_from_any_bound(lower, condition):
         a = conditioned(*shape, condition)[0]
         for name, value in residuals(a, *polar(a, lower_bound=lower, hermitian=True)).items():
             assert value < 1e-12, (name, shape)
+    for dtype, small, limit in ((torch.float64, 1e-8, 1e-12), (torch.float32, 1e-4, 1e-5)):
+        u, v = (torch.linalg.qr(x.double()).Q for x in tensors([(16, 16), (16, 16)]))
+        s = torch.ones(16, dtype=torch.float64)
+        s[-1] = small
+        sigma = torch.linalg.svdvals(polar(((u * s) @ v.mT).to(dtype), lower_bound=lower))
+        assert (sigma - 1).abs().max() < limit
 
 
 def test_every_method_on_zero_tiny_huge_and_spoiled_matrices():

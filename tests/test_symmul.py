@@ -95,7 +95,7 @@ def test_strides_are_followed(dtype, device):
 
 def test_several_squares_of_tiles(device, monkeypatch):
     """Rows of tiles past the first square, at a size that the interpreter can take."""
-    for tiles in (symmul.Tiles(16, 16, 32, 4, 3), symmul.Tiles(32, 32, 32, 4, 3)):
+    for tiles in (symmul.SquareTiles(16, 16, 32, 4, 3), symmul.SquareTiles(32, 32, 32, 4, 3)):
         monkeypatch.setattr(symmul, "_tiles", lambda *_, tiles=tiles: tiles)
         for m in (97, 160):
             x = whole((2, m, 20), torch.float32, device)
