@@ -73,6 +73,9 @@ class APOLLO(LowRankOptimizer):
             spelled ``proj``, as the authors' code does.
         limiter: default 1.01; None is off.
 
+    A channel whose R vanishes while its N does not would get an unbounded s: it is capped, as in
+    :class:`FiraAdamW`, which a random P of rank 1 meets now and then.
+
     Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270.
     """
 
