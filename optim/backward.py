@@ -415,9 +415,13 @@ class UpdateInBackward(InBackward):
         spoilt([work])
         if self.limit is not None:
             clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
-        optimizer._run([[work]], [])
-        self._done.add(p)
-        p.grad = None
+        moved: list[str] = []
+        try:
+            optimizer._run([[work]], moved)
+        finally:
+            if moved:  # a failure later than that, in a measurement, does not bring it back
+                self._done.add(p)
+                p.grad = None
 
     def begin(self, closure: Any) -> bool:
         super().begin(closure)

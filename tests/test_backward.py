@@ -744,6 +744,20 @@ def test_update_raises_before_the_write():
     assert_same(before, snapshot(optimizer))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failed_measurement_brings_no_gradient_back(when, monkeypatch):
+    p = parameters([(6, 4)])[0]
+    optimizer = GaLoreAdamW([p], rank=2, metrics=True)
+    update_in_backward(optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lissom.optim.metrics.{when}", lambda *a: 1 / 0)
+        with pytest.raises(PartialStepError if when == "after" else ZeroDivisionError):
+            backward([p], 3)
+    assert (p.grad is None) == (when == "after")
+    optimizer.step()  # which applies what has not been
+    assert int(optimizer.state[p]["step"]) == 1
+
+
 # ---- models
 
 
