@@ -65,7 +65,7 @@ def _in_one_pass(p: Matrices, u: Update, kept: Mapping[str, Tensor]) -> bool:
 
 def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any],
           t: int | Tensor, start: int = 0) -> None:
-    """P <- (1 - lr * weight_decay) p - lr * u, rounded once.
+    """p <- (1 - lr * weight_decay) p - lr * u, rounded once.
 
     Args:
         p: (m, n), a batch (b, m, n) of one parameter, or several parameters.

@@ -352,7 +352,7 @@ def _exchanged(vectors: Tensor, s: Mapping[str, Tensor], order: Tensor, places: 
 
 def _add(p: Tensor, left: Tensor, right: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any],
          t: int, start: int) -> None:
-    """P <- p + scaling * left @ right, rounded once, in blocks.
+    """p <- p + scaling * left @ right, rounded once, in blocks.
 
     In float64: in fp32 the last bit of a product depends on how many rows it has, for which a CPU's
     library takes other code, and shards of an fp32 or 16-bit weight would drift from the whole.
