@@ -57,9 +57,41 @@ INTERPRETED = triton is not None and not isinstance(_probe, triton.JITFunction)
 #: What older versions compile for div_rn and sqrt_rn takes subnormal numbers for zero.
 EXACT = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
+# Compute capability of GPUs by device. For those below 8.0, A100's, Triton compiles no products on
+# tensor cores (triton-lang/triton#5066), and says that it does not support them.
+_CAPABILITY: dict[torch.device, tuple[int, int]] = {}
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    # Not by functools.lru_cache, of which torch.compile warns.
+    found = _CAPABILITY.get(device)
+    if found is None:
+        properties = torch.cuda.get_device_properties(device)
+        found = _CAPABILITY[device] = (properties.major, properties.minor)
+    return found
+
+
+def _hindrance(device: torch.device) -> str:
+    """Why kernels cannot run there; "" where they can."""
+    if triton is None:
+        return "triton is not installed"
+    if INTERPRETED and device.type in ("cpu", "cuda"):
+        return ""
+    if device.type != "cuda":
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 and a CPU one"
+    if torch.version.hip is not None:  # whose devices are called "cuda" too
+        return "the kernels are for NVIDIA's GPUs"
+    if not EXACT:
+        return f"triton {triton.__version__} flushes subnormals, it must be >= 3.6"
+    capability = _capability(device)
+    if capability < (8, 0):
+        return "its compute capability is {}.{}, it must be >= 8.0".format(*capability)
+    return ""
+
 
 def use_triton(backend: str | None, device: torch.device) -> bool:
-    """Whether to launch the kernel: by default on CUDA where Triton >= 3.6 is installed.
+    """Whether to launch the kernel: by default on NVIDIA's GPUs from compute capability 8.0 on,
+    where Triton >= 3.6 is installed.
 
     Args:
         backend: "triton", "torch", or None to choose.
@@ -69,28 +101,19 @@ def use_triton(backend: str | None, device: torch.device) -> bool:
         ValueError: no such backend.
         RuntimeError: "triton" was asked for and cannot run there.
     """
-    kind = device.type
-    if backend is None and kind != "cuda":
+    if backend is None and device.type != "cuda":
         return False
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend: expected None, 'torch' or 'triton', got {backend!r}")
-    rocm = torch.version.hip is not None  # whose devices are called "cuda" too
-    able = triton is not None and ((INTERPRETED and kind == "cpu")
-                                   or (kind == "cuda" and not rocm and (EXACT or INTERPRETED)))
-    if backend == "triton" and not able:
-        raise RuntimeError(
-            f"backend: 'triton' cannot run on {device}: "
-            + ("triton is not installed" if triton is None else
-               "the kernels are for NVIDIA's GPUs" if rocm else
-               f"triton {triton.__version__} flushes subnormals, it must be >= 3.6"
-               if kind == "cuda" else
-               "it needs a CUDA device, or TRITON_INTERPRET=1 and a CPU one"))
-    return able and backend != "torch"
+    hindrance = "" if backend == "torch" else _hindrance(device)
+    if backend == "triton" and hindrance:
+        raise RuntimeError(f"backend: 'triton' cannot run on {device}: {hindrance}")
+    return backend != "torch" and not hindrance
 
 
 def by_kernel(x: Matrices) -> bool:
     """Whether kernels do the arithmetic on x; traced, they would be compiled anew for each rate."""
-    return use_triton(None, x.device) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and use_triton(None, x.device)
 
 
 # Compiled kernels and their last parameters, which are compiled in, by all that Triton tells them

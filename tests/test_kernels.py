@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -603,11 +604,26 @@ def test_streams_are_those_of_the_codec():
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="needs triton")
-def test_compiled_kernels_need_a_triton_that_keeps_subnormals(monkeypatch):
-    cuda = torch.device("cuda")
+def test_where_kernels_are_compiled(monkeypatch):
+    cuda, ampere, turing = torch.device("cuda"), torch.device("cuda", 1), torch.device("cuda", 2)
+    found = {cuda: (12, 0), ampere: (8, 0), turing: (7, 5)}
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setattr(_triton, "EXACT", True)
-    assert _triton.use_triton(None, cuda)
+    monkeypatch.setattr(_triton, "_CAPABILITY", {})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
+        major=found[device][0], minor=found[device][1]))
+    for _ in range(2):
+        assert [_triton.use_triton(None, x) for x in found] == [True, True, False]
+    assert not _triton.use_triton("torch", ampere)
+    with pytest.raises(RuntimeError, match=r"on cuda:2: its compute capability is 7\.5, it must "
+                                           r"be >= 8\.0"):
+        _triton.use_triton("triton", turing)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not _triton.use_triton(None, cuda)
+    with pytest.raises(RuntimeError, match="the kernels are for NVIDIA's GPUs"):
+        _triton.use_triton("triton", cuda)
+    monkeypatch.undo()
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setattr(_triton, "EXACT", False)
     assert not _triton.use_triton(None, cuda)
     with pytest.raises(RuntimeError, match=r"triton .* flushes subnormals, it must be >= 3\.6"):
