@@ -219,6 +219,36 @@ def fsdp(mesh: DeviceMesh | None, name: str, steps: int = 8, half: bool = False,
     return outcome(optimizer, list(model.parameters()))
 
 
+def accumulated(mesh: DeviceMesh, name: str, in_backward: bool) -> tuple[dict[str, Any], str]:
+    """Two micro-batches a step under FSDP2, of which the second is reduced; and what it says if
+    both are.
+    """
+    quantize_small()
+    model = sharded(mesh)
+    optimizer = optimizer_of(model, name)
+    if in_backward:
+        update_in_backward(optimizer)
+
+    def backward(seed: int) -> None:
+        generator = torch.Generator().manual_seed(10 * seed + mesh.get_rank())
+        model(torch.randn(4, 12, generator=generator)).square().mean().backward()
+
+    for i in range(8):
+        model.set_requires_gradient_sync(bool(i % 2))
+        backward(i)
+        if i % 2:
+            assert not in_backward or all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    result, message = outcome(optimizer, list(model.parameters())), ""
+    try:
+        backward(8)
+        backward(9)
+    except RuntimeError as error:
+        message = str(error)
+    return result, message
+
+
 def sharded(mesh: DeviceMesh, half: bool = False) -> torch.nn.Module:
     model = network()
     policy = MixedPrecisionPolicy(torch.bfloat16 if half else None,

@@ -212,6 +212,17 @@ def test_update_in_backward_under_fsdp2(pool, name):
                  pool.run(jobs.fsdp, 3, name=name, in_backward=True), True)
 
 
+@pytest.mark.parametrize("name", ["galoreadamw-8bit", "muon"])
+def test_accumulation_in_update_in_backward_under_fsdp2(pool, name):
+    """FSDP2 sums gradients that it does not reduce: the hook sees the sum, once."""
+    plain = pool.run(jobs.accumulated, 2, name=name, in_backward=False)
+    outs = pool.run(jobs.accumulated, 2, name=name, in_backward=True)
+    assert_close(plain[0][0], [result for result, _ in outs], True)
+    for _, message in outs:
+        assert "second gradient" in message
+        assert "set_requires_gradient_sync(False)" in message
+
+
 @pytest.mark.parametrize("name", ["adamw", "polargrad"])
 def test_clipping_in_the_backward_pass_takes_the_norm_of_all_shards(pool, name):
     given = {"name": name, "in_backward": True, "limit": 0.02, "lr": 0.1}
