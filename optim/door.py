@@ -78,8 +78,8 @@ def checked_group(optimizer: MatrixOptimizer, group: Mapping[str, Any], where: s
             continue  # from param_groups(): this rule has whole matrices
         name = optimizer.spellings.get(name, name)
         if name == "use_muon":  # Keller Jordan's group key
-            own = _USE_MUON.check(name, value, where)
-            name, value = "algorithm", optimizer.algorithm if own else "adamw"
+            value = optimizer.algorithm if _USE_MUON.check(name, value, where) else "adamw"
+            name = "algorithm"
         if name in given:
             raise ValueError(f"{where}: {name!r} is given twice, under two spellings")
         given[name] = value
