@@ -589,6 +589,22 @@ def test_zero_gradient_moves_only_decay(case, weight_decay):
             torch.testing.assert_close(p.detach(), b * keep, rtol=2e-7, atol=0)
 
 
+def test_decay_alone_moves_16_bit_weights(case):
+    """By 1e-4 at a step, a fortieth of bf16's spacing below 1: to nearest nothing would move."""
+    ps = case.parameters([(40, 30)], dtype=torch.bfloat16)
+    for p in ps:
+        p.detach().fill_(1.0)
+    optimizer = case(ps, lr=1e-2, weight_decay=1e-2, rounding="stochastic", **case.still)
+    for _ in range(40):
+        for p in trained(ps):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    for p in trained(ps):
+        # weights that were rounded down, and five standard errors of their number
+        expected = 40 * 1e-4 * p.numel() * 2**8
+        assert abs((1 - p.float()).sum().item() * 2**8 - expected) < 5 * expected**0.5
+
+
 def test_lr_zero_moves_nothing(case):
     ps = case.parameters(SHAPES)
     optimizer = case(ps, lr=0.0)
