@@ -179,6 +179,19 @@ def test_torchs_defaults_change_nothing(case):
     assert_same(results[2], results[1])
 
 
+def test_autocast_changes_nothing(case):
+    """A step inside of it does its products as outside."""
+    results = []
+    for enabled in (False, True):
+        ps = case.parameters([(8, 6), (6, 8), (4,)])
+        optimizer = case(ps, lr=1e-2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            run(optimizer, ps, range(5))
+            assert torch.is_autocast_enabled("cpu") == enabled
+        results.append(snapshot(optimizer))
+    assert_same(*results)
+
+
 def test_deepcopy_and_pickle_continue_alike(case):
     ps = case.parameters([(6, 4), (4,)])
     optimizer = case(ps, lr=1e-2)
