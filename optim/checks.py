@@ -19,7 +19,8 @@ def check_parameter(p: Any, name: str, where: str) -> None:
         raise TypeError(f"{where}: {name} is a {type(p).__name__}, but it must be a tensor")
     if not p.is_floating_point():
         raise TypeError(f"{where}: {name} has dtype {p.dtype}, but it must be a real floating one "
-                        "(integer and complex parameters have no place here)")
+                        "(integer and complex parameters have no place here; of a model with "
+                        "quantized weights pass those that require a gradient)")
 
 
 def check_gradient(p: Tensor, g: Tensor, name: str) -> None:
