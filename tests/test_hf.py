@@ -285,7 +285,7 @@ def test_the_arguments_of_the_trainer_are_the_optimizers(tmp_path):
 
 @pytest.mark.parametrize(("options", "rest"), [({}, 3e-4), ({"lr_adamw": None}, 1e-2)])
 def test_the_rate_of_the_arguments_is_the_matrices(options, rest, tmp_path):
-    """Of classes with a rate of its own for the rest, which is what the Trainer logs: it is first."""
+    """Of classes whose rest has a rate of its own, which is what the Trainer logs: it is first."""
     args = arguments(tmp_path, learning_rate=1e-2)
     optimizer = transformers.Trainer(
         llama(), args, optimizer_cls_and_kwargs=hf.trainer_optimizer(Muon, args, **options)
