@@ -16,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import optim
 from . import budget, curves, names, sources
 from .estimate import IN_BACKWARD, RIVALS, activations, count, holdings, modes
 from .measure import measure
@@ -228,8 +230,9 @@ def _estimated(source: Source, args: argparse.Namespace, chosen: Sequence[str],
                             in_backward=args.in_backward or "none", **own):
             rows.append({**about, "rank": rank, **row, "options": _own(name, own)})
     if args.json != "-":
-        print(f"{source.name}, {args.dtype} weights, rank {rank}; activations of {args.batch} x "
-              f"{args.length} tokens")
+        print(f"{source.name}, {args.dtype} weights, rank {rank}"
+              + (f"; activations of {args.batch} x {args.length} tokens"
+                 if any(row["activations"] for row in rows) else ""))
         if len(rows) == 1:
             _show_kinds(rows[0])
         else:
@@ -315,7 +318,8 @@ def _budget(source: Source, size: int, reserve: int, args: argparse.Namespace,
             if not row["fits"]:
                 print(f"{row['optimizer']} does not fit: {_gib(row['total'])} GiB at least")
         if fitting:
-            print()
+            words = re.findall(r"\w+", " ".join(row["line"] for row in fitting))
+            print(f"\nfrom lissom.optim import {', '.join(sorted({*words} & {*optim.__all__}))}")
         for row in fitting:
             print(row["line"])
     return rows

@@ -406,10 +406,14 @@ class UpdateInBackward(InBackward):
         if g is None:
             return
         if p in self._done:
+            how = ("call model.set_requires_gradient_sync(False) before all micro-batches but the "
+                   "last, and (True) before that" if sharding.is_sharded(p) else
+                   "use project_in_backward(optimizer, accumulation), or ordinary steps where it "
+                   "is refused")
             raise RuntimeError(
                 f"{self.name}: {name!r} got a second gradient before step(), but it was updated "
                 "with the first: call step() after each backward pass; to accumulate gradients "
-                "use project_in_backward(optimizer, accumulation)")
+                f"{how}")
         check_gradient(p, g, name)
         work = Work(name, p, g, numbers(o))
         spoilt([work])
@@ -454,7 +458,9 @@ def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | Non
 
     One gradient exists at a time. ``step()`` must follow each backward pass: it counts the step
     for schedulers, and does nothing else. Options are read when the hook runs, so schedules hold;
-    state is the ordinary one, and a run may go on with or without this.
+    state is the ordinary one, and a run may go on with or without this. Under FSDP2 micro-batches
+    before which ``set_requires_gradient_sync(False)`` was called are summed by FSDP2, unsharded,
+    and the hook runs once, with their sum.
 
     Args:
         optimizer: any class of this package but those that move parameters together

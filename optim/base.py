@@ -21,7 +21,7 @@ from ..kernels.apart import Apart
 from . import codec, metrics, sharding, weights
 from .apply import apply, negated
 from .batches import Work, operands, windows
-from .checks import check_capture, check_gradient, check_parameter
+from .checks import check_capture, check_gradient, check_parameter, without_autocast
 from .codec import Slot
 from .dense import step_adamw
 from .door import changed_options, checked_group, constructor_options
@@ -210,10 +210,11 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         work = self._checked_work()
         if self._backward is not None:
             self._backward.before(work)
-        before = self.before_updates(work)
-        moved: list[str] = []
-        for window in [*windows(self, work)]:
-            self._run(window, moved, before)
+        with without_autocast():
+            before = self.before_updates(work)
+            moved: list[str] = []
+            for window in [*windows(self, work)]:
+                self._run(window, moved, before)
         if self._backward is not None:
             self._backward.end()
         return loss

@@ -1,7 +1,8 @@
-"""Checks of parameters and gradients, and of a step inside a CUDA graph."""
+"""Checks of parameters and gradients, and of a step inside a CUDA graph or autocast."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .sharding import is_sharded
 
-__all__ = ["check_capture", "check_gradient", "check_parameter"]
+__all__ = ["check_capture", "check_gradient", "check_parameter", "without_autocast"]
 
 
 def check_parameter(p: Any, name: str, where: str) -> None:
@@ -18,7 +19,8 @@ def check_parameter(p: Any, name: str, where: str) -> None:
         raise TypeError(f"{where}: {name} is a {type(p).__name__}, but it must be a tensor")
     if not p.is_floating_point():
         raise TypeError(f"{where}: {name} has dtype {p.dtype}, but it must be a real floating one "
-                        "(integer and complex parameters have no place here)")
+                        "(integer and complex parameters have no place here; of a model with "
+                        "quantized weights pass those that require a gradient)")
 
 
 def check_gradient(p: Tensor, g: Tensor, name: str) -> None:
@@ -62,3 +64,14 @@ def check_capture(groups: list[dict[str, Any]], where: str) -> None:
             raise RuntimeError(f"{where}: group {i} has capturable=False, but it must be True in "
                                "a CUDA graph, which would freeze the rate, the count of steps and "
                                "the random bits")
+
+
+def without_autocast() -> contextlib.AbstractContextManager[Any]:
+    """Products have the dtypes of their factors, also where a step is taken inside autocast."""
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if not kinds:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    for kind in kinds:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack

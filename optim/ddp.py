@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import codec
 from .base import MatrixOptimizer
+from .checks import without_autocast
 from .hooks import checked_optimizer
 from .lowrank import LowRankOptimizer
 from .project import Bases
@@ -60,7 +61,7 @@ def _hook(state: ProjectedAllReduce, bucket: dist.GradBucket  # type: ignore[nam
           ) -> torch.futures.Future[Tensor]:
     """Mean over ranks of R where R is enough, of G elsewhere."""
     buffer = bucket.buffer()
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast():
         parts: list[Tensor] = []
         finish: list[Callable[[Tensor], None]] = []
         projected = state.bases(bucket.parameters())

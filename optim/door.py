@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .common import ADAMW_PART, BOOKKEEPING, FOREIGN, FORMAT
-from .options import checked, nearest
+from .options import boolean, checked, nearest
 from .sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ __all__ = ["TORCH_ONLY", "changed_options", "checked_group", "constructor_option
 
 #: Options of torch.optim.AdamW about how it runs, which change no result.
 TORCH_ONLY = {"foreach", "fused", "differentiable", "decoupled_weight_decay"}
+
+_USE_MUON = boolean(True)
 
 
 def constructor_options(cls: type[Method], given: Mapping[str, Any]
@@ -75,8 +77,9 @@ def checked_group(optimizer: MatrixOptimizer, group: Mapping[str, Any], where: s
         if name == "rank" and "rank" not in table:
             continue  # from param_groups(): this rule has whole matrices
         name = optimizer.spellings.get(name, name)
-        if name == "use_muon" and isinstance(value, bool):  # Keller Jordan's group key
-            name, value = "algorithm", optimizer.algorithm if value else "adamw"
+        if name == "use_muon":  # Keller Jordan's group key
+            value = optimizer.algorithm if _USE_MUON.check(name, value, where) else "adamw"
+            name = "algorithm"
         if name in given:
             raise ValueError(f"{where}: {name!r} is given twice, under two spellings")
         given[name] = value

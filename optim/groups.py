@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,24 +24,31 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
 _LINEAR_NAMES = {"transformers.pytorch_utils.Conv1D"}
 # Last parts of module names under which models of Hugging Face, timm and nanoGPT keep their head.
 _HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "classifier", "score", "output_projection"}
+# The number of a layer in a dotted name, which other names follow.
+_LAYER = re.compile(r"(?<![^.])\d+(?=\.)")
 # A rank, or a fraction of a matrix's shorter side.
 _RANK = optional(either(integer(None, 1), real(None, 0.0, 1.0, above=True, below=True)))
 
 
 def output_heads(model: nn.Module) -> set[int]:
-    """Ids of the weights of output heads."""
+    """Ids of the weights of output heads.
+
+    Those are tied or declared, go by a head's name, or have as many outputs as a table has entries.
+    The last, and the name ``output``, say nothing of what several layers have alike: where a model
+    is as wide as its table of bytes or positions is long, that would be most of it.
+    """
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     tied = {id(m.weight) for m in tables}
     vocabularies = {m.num_embeddings for m in tables}
     get_output = getattr(model, "get_output_embeddings", None)
     declared = get_output() if callable(get_output) else None
     heads = {id(declared.weight)} if isinstance(declared, nn.Module) else set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (
-            id(module.weight) in tied
-            or module.out_features in vocabularies
-            or name.rpartition(".")[2] in _HEAD_NAMES
-        ):
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    alike = Counter(_LAYER.sub("", name) for name in linear)
+    for name, module in linear.items():
+        short, single = name.rpartition(".")[2], alike[_LAYER.sub("", name)] == 1
+        if id(module.weight) in tied or (single and module.out_features in vocabularies) or (
+                short in _HEAD_NAMES and (single or short != "output")):
             heads.add(id(module.weight))
     return heads
 

@@ -37,7 +37,7 @@ def trainer_optimizer(
         cls: any class of this package.
         args: the Trainer's ``TrainingArguments``; ``learning_rate``, ``adam_beta1``,
             ``adam_beta2``, ``adam_epsilon`` and ``weight_decay`` (0 where it was not given) are
-            the optimizer's.
+            the optimizer's. Of Muon, PolarGrad and Trion all but the matrices has ``lr_adamw``.
         rank: of every matrix, as :func:`lissom.optim.param_groups` takes it. Default 128.
         groups: from the model to groups, in place of ``param_groups(model, rank=rank)``:
             ``adapter_groups`` for pairs, ``lambda model: param_groups(model, overrides=...)``.

@@ -19,6 +19,7 @@ from . import sharding
 from .apply import Update
 from .base import MatrixOptimizer
 from .batches import Work
+from .checks import without_autocast
 from .codec import Slot, State
 from .options import real
 
@@ -183,7 +184,7 @@ def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
     """What autograd calls; nothing where the optimizer is gone or has p no more."""
     found = handle()
     if found is not None and p.grad is not None and found.knows(p):
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():
             found.ready(p)
 
 

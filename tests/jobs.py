@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -183,20 +184,27 @@ def optimizer_of(model: torch.nn.Module, name: str, **more: Any) -> Any:
     return case(param_groups(model, rank=rank or 3), **{"lr": 1e-2, **more})
 
 
-def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ranks: int = 1
-         ) -> list[float]:
-    """Steps on batches of 12 lines, of which a rank has its part; the losses of the whole."""
+def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ranks: int = 1,
+         micro: int = 1) -> list[float]:
+    """Steps on batches of 12 lines, of which a rank has its part; the losses of the whole.
+
+    DDP sends the gradients of the last of a rank's ``micro`` micro-batches, with those before it.
+    """
     losses = []
     for i in steps:
         generator = torch.Generator().manual_seed(i)
         x = torch.randn(12, 12, generator=generator)
         y = x[:, :2].sin()
         part = slice(rank * 12 // ranks, (rank + 1) * 12 // ranks)
-        loss = (model(x[part]).float() - y[part]).square().mean()
-        loss.backward()
+        losses.append(0.0)
+        for j in range(micro):
+            here = range(*part.indices(12))[j::micro]
+            with model.no_sync() if j < micro - 1 else contextlib.nullcontext():
+                loss = (model(x[here]).float() - y[here]).square().mean() / micro
+                loss.backward()
+            losses[-1] += loss.item()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
     return losses
 
 
@@ -217,6 +225,36 @@ def fsdp(mesh: DeviceMesh | None, name: str, steps: int = 8, half: bool = False,
         update_in_backward(optimizer, max_grad_norm=limit)
     take(model, optimizer, range(steps), mesh.get_rank(), mesh.size())
     return outcome(optimizer, list(model.parameters()))
+
+
+def accumulated(mesh: DeviceMesh, name: str, in_backward: bool) -> tuple[dict[str, Any], str]:
+    """Two micro-batches a step under FSDP2, of which the second is reduced; and what it says if
+    both are.
+    """
+    quantize_small()
+    model = sharded(mesh)
+    optimizer = optimizer_of(model, name)
+    if in_backward:
+        update_in_backward(optimizer)
+
+    def backward(seed: int) -> None:
+        generator = torch.Generator().manual_seed(10 * seed + mesh.get_rank())
+        model(torch.randn(4, 12, generator=generator)).square().mean().backward()
+
+    for i in range(8):
+        model.set_requires_gradient_sync(bool(i % 2))
+        backward(i)
+        if i % 2:
+            assert not in_backward or all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    result, message = outcome(optimizer, list(model.parameters())), ""
+    try:
+        backward(8)
+        backward(9)
+    except RuntimeError as error:
+        message = str(error)
+    return result, message
 
 
 def sharded(mesh: DeviceMesh, half: bool = False) -> torch.nn.Module:
@@ -254,15 +292,15 @@ def adapted(mesh: DeviceMesh | None, cls: type, engine: str = "fsdp", steps: int
     return {name: plain(p) for name, p in model.named_parameters()}
 
 
-def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, **more: Any
-        ) -> dict[str, Any]:
+def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, micro: int = 1,
+        **more: Any) -> dict[str, Any]:
     """The same under DistributedDataParallel, with or without projected reductions."""
     quantize_small()
     model = network()
     wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
     optimizer = optimizer_of(model, name, **more)
     counts = projected_allreduce(optimizer, wrapped) if projected else None
-    take(wrapped, optimizer, range(steps), mesh.get_rank(), mesh.size())
+    take(wrapped, optimizer, range(steps), mesh.get_rank(), mesh.size(), micro)
     result = outcome(optimizer, list(model.parameters()))
     if counts is not None:
         result |= {"sent": counts.bytes_sent, "plain": counts.bytes_plain}

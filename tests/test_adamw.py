@@ -55,6 +55,28 @@ def test_equals_torch_everywhere(shape, **options):
     assert_same([p.detach() for p in ours], [p.detach() for p in theirs])
 
 
+@pytest.mark.parametrize("schedule", [
+    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=20),
+    lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-4, 1e-2, step_size_up=4),
+    lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=1)],
+    ids=["onecycle", "cyclic", "plateau"])
+def test_schedules_of_rate_and_momentum_are_torchs(schedule):
+    """As torch makes them by default: the first two change beta1 at each step."""
+    results = []
+    for cls in (AdamW, torch.optim.AdamW):
+        ps = parameters([(7, 5), (5,)])
+        optimizer = cls(ps, lr=1e-2)
+        moves, seen = schedule(optimizer), []
+        for i in range(15):
+            feed(ps, i)
+            optimizer.step()
+            moves.step(*([1.0] if hasattr(moves, "patience") else []))
+            seen.append([optimizer.param_groups[0][k] for k in ("lr", "betas")])
+        results.append([seen, [p.detach() for p in ps]])
+    assert any(x != seen[0] for x in seen)
+    assert_same(*results)
+
+
 def test_float64_weights_stay_float64():
     ours, theirs = (parameters([(7, 5)], dtype=torch.float64) for _ in range(2))
     a, b = AdamW(ours, lr=1e-2), torch.optim.AdamW(theirs, lr=1e-2, foreach=False)

@@ -582,6 +582,19 @@ def test_a_failed_step_can_be_repeated(micro, monkeypatch):
     close(qs, ps, 1e-6)
 
 
+@pytest.mark.parametrize("attach", [project_in_backward, update_in_backward])
+def test_a_backward_pass_in_autocast_changes_nothing(attach):
+    results = []
+    for enabled in (False, True):
+        ps = parameters(SHAPES)
+        optimizer = GaLoreAdamW(ps, rank=3, update_proj_gap=3)
+        attach(optimizer)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            train(optimizer, ps, range(5), 1)
+        results.append(snapshot(optimizer))
+    assert_same(*results)
+
+
 def test_nan_propagates_as_always():
     ps, qs = parameters(SHAPES), parameters(SHAPES)
     plain, other = (GaLoreAdamW(x, rank=3, update_proj_gap=3) for x in (ps, qs))

@@ -67,8 +67,8 @@ def test_closure_runs_with_gradients(case):
 def test_schedulers_and_hooks(case):
     ps = case.parameters([(6, 4), (4,)])
     optimizer = case(ps, lr=1.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=6,
-                                                   cycle_momentum=False)
+    # it changes betas too
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=6)
     calls = []
     optimizer.register_step_pre_hook(lambda *a: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *a: calls.append("post"))
@@ -81,6 +81,45 @@ def test_schedulers_and_hooks(case):
     twin.load_state_dict(through_disk(optimizer.state_dict()))
     assert twin.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert twin.param_groups[0]["initial_lr"] == optimizer.param_groups[0]["initial_lr"]
+    assert twin.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"]
+    assert optimizer.param_groups[0]["betas"][0] != optimizer.defaults["betas"][0]
+
+
+#: Of any class; a group takes those that its class has.
+OWN = {"lr": 3e-3, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.3, "maximize": True,
+       "state_bits": 8, "master_bits": 8, "seed": 5, "scale": 0.5, "update_proj_gap": 2, "rank": 2,
+       "proj_type": "right", "column_norm": 2, "magnitude_scale": 0.5, "free_scale": 2.0,
+       "residual_scale": "released", "momentum": 0.5, "nesterov": False, "ns_steps": 3,
+       "interval": 6.0, "freeze_steps": 3}
+
+
+@pytest.mark.filterwarnings("ignore:.*is no group's")  # of the second group alone
+def test_options_of_a_group_are_its_own(case):
+    """Two groups in one optimizer do what each does in one of its own, bit for bit."""
+    kinds = [(case.parameters([(9, 6), (5,)], dtype=torch.bfloat16), {}),
+             (case.parameters([(5, 7), (3,)], 1, torch.bfloat16),
+              {k: v for k, v in OWN.items() if k in case.make.table()
+               and not (k == "rank" and case.roles)})]  # it would ask for matrices in each group
+    more = {"refresh": "synchronous"} if "refresh" in case.make.table() else {}
+
+    def built(*which):
+        copies = [[(f"{i}.{j}", torch.nn.Parameter(p.detach().clone(), p.requires_grad))
+                   for j, p in enumerate(kinds[i][0])] for i in which]
+        groups = [{**g, **kinds[i][1]} for i, ps in zip(which, copies, strict=True)
+                  for g in case.groups([{"params": ps}])]
+        return case.make(groups, **{**case.options, **more}), [[p for _, p in x] for x in copies]
+
+    results = []
+    for optimizers in ([built(0, 1)], [built(0), built(1)]):
+        sets = [(i, ps) for i, ps in enumerate(ps for _, x in optimizers for ps in x)]
+        for step in range(5):
+            for i, ps in sets:
+                feed(ps, 100 * i + step)
+            for optimizer, _ in optimizers:
+                optimizer.step()
+        results.append([ps for _, ps in sets])
+    for a, b in zip(*results, strict=True):
+        assert_same([p.detach() for p in a], [p.detach() for p in b])
 
 
 def test_rates_of_any_kind_of_number(case):
@@ -138,6 +177,19 @@ def test_torchs_defaults_change_nothing(case):
         assert all(row["skipped_steps"].device.type == "cpu" for row in optimizer.metrics())
     assert_same(results[2], results[0])
     assert_same(results[2], results[1])
+
+
+def test_autocast_changes_nothing(case):
+    """A step inside of it does its products as outside."""
+    results = []
+    for enabled in (False, True):
+        ps = case.parameters([(8, 6), (6, 8), (4,)])
+        optimizer = case(ps, lr=1e-2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            run(optimizer, ps, range(5))
+            assert torch.is_autocast_enabled("cpu") == enabled
+        results.append(snapshot(optimizer))
+    assert_same(*results)
 
 
 def test_deepcopy_and_pickle_continue_alike(case):
@@ -528,6 +580,7 @@ def test_nothing_else_is_touched(case, capfd):
             assert torch.equal(p.grad, g)
     optimizer.load_state_dict(optimizer.state_dict())
     assert torch.equal(torch.get_rng_state(), generator)
+    assert not torch.distributed.is_initialized()
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
 
@@ -547,6 +600,22 @@ def test_zero_gradient_moves_only_decay(case, weight_decay):
         for p, b in zip(ps, before, strict=True):
             keep = 1 - 1e-2 * weight_decay if p.requires_grad else 1
             torch.testing.assert_close(p.detach(), b * keep, rtol=2e-7, atol=0)
+
+
+def test_decay_alone_moves_16_bit_weights(case):
+    """By 1e-4 at a step, a fortieth of bf16's spacing below 1: to nearest nothing would move."""
+    ps = case.parameters([(40, 30)], dtype=torch.bfloat16)
+    for p in ps:
+        p.detach().fill_(1.0)
+    optimizer = case(ps, lr=1e-2, weight_decay=1e-2, rounding="stochastic", **case.still)
+    for _ in range(40):
+        for p in trained(ps):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    for p in trained(ps):
+        # weights that were rounded down, and five standard errors of their number
+        expected = 40 * 1e-4 * p.numel() * 2**8
+        assert abs((1 - p.float()).sum().item() * 2**8 - expected) < 5 * expected**0.5
 
 
 def test_lr_zero_moves_nothing(case):
@@ -910,6 +979,19 @@ def test_a_parameter_that_is_twice_in_a_group_is_saved_and_loaded(case):
     two = case.parameters([(6, 4), (6, 4)])
     with pytest.raises(ValueError, match="saved twice"):
         case(two).load_state_dict(saved)
+
+
+def test_groups_without_parameters_are_saved_and_loaded(case):
+    """torch takes them, beside others."""
+    ps = case.parameters([(6, 4), (4,)])
+    optimizer = case([*case.groups([{"params": ps}]), {"params": []}], lr=1e-2)
+    run(optimizer, ps, range(2))
+    qs = [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in ps]
+    twin = case([*case.groups([{"params": qs}]), {"params": []}])
+    twin.load_state_dict(through_disk(optimizer.state_dict()))
+    for o, xs in ((optimizer, ps), (twin, qs)):
+        run(o, xs, range(2, 4))
+    assert_same(snapshot(optimizer), snapshot(twin))
 
 
 def test_add_param_group_adds_all_or_nothing(case):

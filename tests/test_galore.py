@@ -13,7 +13,7 @@ from lissom.optim import AdamW, GaLoreAdamW
 
 from . import oracle
 from .golden import follow, load, needs_golden, worst
-from .helpers import feed, parameters, run, tensors
+from .helpers import assert_same, feed, parameters, run, tensors
 
 # Weights after each step of test_recorded_case, as galore-torch 1.0 on torch 2.13 left them.
 RECORDED_1 = [[0.9782472, -1.9876838], [0.5217252, 0.2376994], [-0.9782462, 2.9876833]]
@@ -186,6 +186,22 @@ def test_a_first_gradient_of_nothing_does_not_freeze_the_basis(nothing):
     optimizer.step()
     assert int(optimizer.state[p]["basis_step"]) == 2
     assert not torch.equal(before, p)
+
+
+@pytest.mark.parametrize("projection", ["svd", "subspace", "randomized"])
+@pytest.mark.parametrize("proj_type", ["std", "full"])
+def test_a_refresh_without_a_gradient_keeps_the_basis(projection, proj_type):
+    """Nothing raises, and what a NaN has spoilt is the matrix alone, not its basis."""
+    (p,) = parameters([(8, 6)])
+    optimizer = GaLoreAdamW([p], rank=3, update_proj_gap=2, refresh="synchronous",
+                            projection=projection, proj_type=proj_type)
+    run(optimizer, [p], range(2))
+    before = {k: x.clone() for k, x in optimizer.state[p].items() if k.startswith("basis_")}
+    assert len(before) == 2 + (proj_type == "full")
+    p.grad = torch.full((8, 6), float("nan"))
+    optimizer.step()
+    assert p.isnan().all()
+    assert_same(before, {k: optimizer.state[p][k] for k in before})
 
 
 def test_warns_once_without_a_matrix():

@@ -35,6 +35,33 @@ def test_llama(tied):
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_as_wide_as_its_table_is_long(tied):
+    """Bytes, say, in a width of 256: no layer has as many outputs because it is a head."""
+    model = Llama(Shape(16, 40, 4, 2, 16), tied)
+    low = {name for name, row in rules(model, rank=4).items() if row.rule == "galore"}
+    assert low == {n for n, _ in model.named_parameters() if n.startswith("layers") and "proj" in n}
+
+
+def test_heads_among_layers():
+    """Table of positions as long as the model is wide, layers named output, and what is a head."""
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.key, self.output = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(20, 8), nn.Embedding(8, 8)
+            self.layers = nn.ModuleList([Layer(), Layer()])
+            self.heads = nn.ModuleList([nn.Linear(8, 20), nn.Linear(8, 20)])
+            self.output = nn.Linear(8, 3)
+
+    low = {name for name, row in rules(Net(), rank=4).items() if row.rule == "galore"}
+    assert low == {f"layers.{i}.{x}.weight" for i in (0, 1) for x in ("key", "output")}
+
+
 def test_convolutions_attention_and_unknown_parameters():
     class Net(nn.Module):
         def __init__(self):

@@ -283,6 +283,19 @@ def test_the_arguments_of_the_trainer_are_the_optimizers(tmp_path):
     assert not {*first.state} & {*trainer.create_optimizer().state}
 
 
+@pytest.mark.parametrize(("options", "rest"), [({}, 3e-4), ({"lr_adamw": None}, 1e-2)])
+def test_the_rate_of_the_arguments_is_the_matrices(options, rest, tmp_path):
+    """Of classes whose rest has a rate of its own, which is what the Trainer logs: it is first."""
+    args = arguments(tmp_path, learning_rate=1e-2)
+    optimizer = transformers.Trainer(
+        llama(), args, optimizer_cls_and_kwargs=hf.trainer_optimizer(Muon, args, **options)
+    ).create_optimizer()
+    rates = {name: g["lr"] for g in optimizer.param_groups for name in g["param_names"]}
+    assert {x for name, x in rates.items() if "proj" in name} == {1e-2}
+    assert {x for name, x in rates.items() if "proj" not in name} == {rest}
+    assert "model.embed_tokens.weight" in optimizer.param_groups[0]["param_names"]
+
+
 def test_the_grad_scaler_of_fp16_reaches_the_buffers(tmp_path):
     """Accelerate has no fp16 on the CPU: its wrapper and a scaler as the Trainer drives them."""
     args = arguments(tmp_path)

@@ -374,6 +374,9 @@ def test_budget_on_the_command_line(tmp_path, capsys):
     assert memory.main(["--model", "small", "--budget", "3MB", "--reserve", "1kB", "--plot",
                         str(picture), "--optimizers", "adamw,galore"]) == 0
     out = capsys.readouterr().out
+    scope: dict[str, object] = {"model": Llama(SMALL).bfloat16(), "lr": 1e-3}
+    exec(out[out.index("from lissom.optim import AdamW, GaLoreAdamW, param_groups"):], scope)
+    assert isinstance(scope["optimizer"], optim.GaLoreAdamW)
     assert "optimizer = GaLoreAdamW(param_groups(model, rank=16), lr=lr" in out
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert memory.main(["--model", "small", "--budget", "10kB", "--optimizers", "galore"]) == 0

@@ -383,6 +383,8 @@ def test_group_keys_of_other_packages():
     optimizer = Muon([{"params": ps[:1], "use_muon": True},
                       {"params": ps[1:], "use_muon": False, "lr": 3e-4}])
     assert [row.rule for row in optimizer.plan()] == ["muon", "adamw"]
+    with pytest.raises(TypeError, match="group 0: use_muon='yes', but it must be True or False"):
+        Muon([{"params": ps[:1], "use_muon": "yes"}])
     model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 6),
                                 torch.nn.LayerNorm(6), torch.nn.Linear(6, 9))
     for make in (Muon, PolarGrad):

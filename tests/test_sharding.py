@@ -206,10 +206,30 @@ def test_ddp_that_sends_projected_gradients(pool, name):
     assert 0 < outs[0]["sent"] < outs[0]["plain"]
 
 
+def test_projected_gradients_of_micro_batches(pool):
+    """In no_sync nothing is sent; what has piled up goes with the last."""
+    given = {"name": "galoreadamw", "steps": 6}
+    once = pool.run(jobs.ddp, 2, **given, projected=True)
+    outs = pool.run(jobs.ddp, 2, **given, projected=True, micro=2)
+    assert_close(once[0], outs, False, 1e-4)
+    assert outs[0]["sent"] == once[0]["sent"]
+
+
 @pytest.mark.parametrize("name", ["adamw8bit", "galoreadamw", "muon", "gradnormlorpadamw-svd"])
 def test_update_in_backward_under_fsdp2(pool, name):
     assert_close(pool.run(jobs.fsdp, 3, name=name)[0],
                  pool.run(jobs.fsdp, 3, name=name, in_backward=True), True)
+
+
+@pytest.mark.parametrize("name", ["galoreadamw-8bit", "muon"])
+def test_accumulation_in_update_in_backward_under_fsdp2(pool, name):
+    """FSDP2 sums gradients that it does not reduce: the hook sees the sum, once."""
+    plain = pool.run(jobs.accumulated, 2, name=name, in_backward=False)
+    outs = pool.run(jobs.accumulated, 2, name=name, in_backward=True)
+    assert_close(plain[0][0], [result for result, _ in outs], True)
+    for _, message in outs:
+        assert "second gradient" in message
+        assert "set_requires_gradient_sync(False)" in message
 
 
 @pytest.mark.parametrize("name", ["adamw", "polargrad"])

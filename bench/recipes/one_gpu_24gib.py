@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         torch.set_default_dtype(torch.float32)
     optimizer = GaLoreAdamW(param_groups(model, rank=PAPER_RANK[args.size]), lr=args.lr,
                             state_bits=8, basis_bits=8)
-    print(f"state: {optimizer.plan().state_bytes / 2**30:.2f} GiB")
+    print(f"state: {optimizer.plan().state_bytes:,} bytes")
     rates = schedule(optimizer, args.steps)
 
     losses = []
