@@ -10,7 +10,8 @@ From gradient to weight a step is here: checks of all, then batch by batch a met
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
 
@@ -36,7 +37,10 @@ from .whole import Waiting, answered, requested
 if TYPE_CHECKING:
     from .hooks import InBackward
 
-__all__ = ["MatrixOptimizer", "PartialStepError", "numbers", "spoilt"]
+__all__ = ["MatrixOptimizer", "PartialStepError", "numbers", "spoilt", "without_autocast"]
+
+# Devices whose autocast a step may find on.
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
 
 class PartialStepError(RuntimeError):
@@ -106,11 +110,23 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         if isinstance(params, set):
             raise TypeError(f"{where}: params is a set, whose order changes between runs; "
                             "use a list")
+        if not isinstance(params, Iterable):
+            raise TypeError(f"{where}: params is a {type(params).__name__}, but it must be a "
+                            "tensor or an iterable of them")
         params = [params] if isinstance(params, Tensor) else list(params)
+        for i, q in enumerate(params):
+            if isinstance(q, tuple) and not (len(q) == 2 and isinstance(q[0], str)):
+                raise TypeError(f"{where}: parameter {i} is a tuple of "
+                                f"{', '.join(type(x).__name__ for x in q) or 'nothing'}, but it "
+                                "must be a tensor or (name, tensor)")
         named = [q if isinstance(q, tuple) else (None, q) for q in params]
+        present = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
         for i, (name, p) in enumerate(named):
             check_parameter(p, name or f"parameter {i}", where)
             sharding.check_placements(p, name or f"parameter {i}", where)
+            if id(p) in present:
+                raise ValueError(f"{where}: {name or f'parameter {i}'} is in more than one group, "
+                                 f"in {present[id(p)]} too, but it must be in one")
         group["params"] = [p for _, p in named]
         explicit = {self.spellings.get(k, k) for k in group}
         names = [name for name, _ in named]
@@ -207,15 +223,16 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._checked_work()
-        if self._backward is not None:
-            self._backward.before(work)
-        before = self.before_updates(work)
-        moved: list[str] = []
-        for window in [*windows(self, work)]:
-            self._run(window, moved, before)
-        if self._backward is not None:
-            self._backward.end()
+        with without_autocast():
+            work = self._checked_work()
+            if self._backward is not None:
+                self._backward.before(work)
+            before = self.before_updates(work)
+            moved: list[str] = []
+            for window in [*windows(self, work)]:
+                self._run(window, moved, before)
+            if self._backward is not None:
+                self._backward.end()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -484,6 +501,15 @@ def numbers(o: dict[str, Any]) -> dict[str, Any]:
             and (not isinstance(v, Tensor) or v.numel() == 1)
             and not (o["capturable"] and k == "lr" and isinstance(v, Tensor))}
     return {**o, **held} if held else o
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """Autocast off where it is on: products would leave the arithmetic's dtype."""
+    stack = ExitStack()
+    for kind in _AUTOCAST:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 def _given(p: Tensor) -> Tensor | None:

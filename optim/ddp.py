@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import codec
-from .base import MatrixOptimizer
+from .base import MatrixOptimizer, without_autocast
 from .hooks import checked_optimizer
 from .lowrank import LowRankOptimizer
 from .project import Bases
@@ -60,7 +60,7 @@ def _hook(state: ProjectedAllReduce, bucket: dist.GradBucket  # type: ignore[nam
           ) -> torch.futures.Future[Tensor]:
     """Mean over ranks of R where R is enough, of G elsewhere."""
     buffer = bucket.buffer()
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast():
         parts: list[Tensor] = []
         finish: list[Callable[[Tensor], None]] = []
         projected = state.bases(bucket.parameters())
@@ -80,7 +80,7 @@ def _hook(state: ProjectedAllReduce, bucket: dist.GradBucket  # type: ignore[nam
     sizes = [x.numel() for x in parts]
 
     def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-        with torch.no_grad():  # another thread's mode is its own
+        with torch.no_grad(), without_autocast():  # another thread's mode is its own
             for put, x in zip(finish, future.value()[0].split(sizes), strict=True):
                 put(x)
         return buffer  # type: ignore[no-any-return]

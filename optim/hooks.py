@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import sharding
 from .apply import Update
-from .base import MatrixOptimizer
+from .base import MatrixOptimizer, without_autocast
 from .batches import Work
 from .codec import Slot, State
 from .options import real
@@ -183,7 +183,7 @@ def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
     """What autograd calls; nothing where the optimizer is gone or has p no more."""
     found = handle()
     if found is not None and p.grad is not None and found.knows(p):
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast():
             found.ready(p)
 
 

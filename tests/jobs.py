@@ -183,8 +183,8 @@ def optimizer_of(model: torch.nn.Module, name: str, **more: Any) -> Any:
     return case(param_groups(model, rank=rank or 3), **{"lr": 1e-2, **more})
 
 
-def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ranks: int = 1
-         ) -> list[float]:
+def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ranks: int = 1,
+         autocast: bool = False) -> list[float]:
     """Steps on batches of 12 lines, of which a rank has its part; the losses of the whole."""
     losses = []
     for i in steps:
@@ -192,8 +192,9 @@ def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ra
         x = torch.randn(12, 12, generator=generator)
         y = x[:, :2].sin()
         part = slice(rank * 12 // ranks, (rank + 1) * 12 // ranks)
-        loss = (model(x[part]).float() - y[part]).square().mean()
-        loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = (model(x[part]).float() - y[part]).square().mean()
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -254,15 +255,15 @@ def adapted(mesh: DeviceMesh | None, cls: type, engine: str = "fsdp", steps: int
     return {name: plain(p) for name, p in model.named_parameters()}
 
 
-def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, **more: Any
-        ) -> dict[str, Any]:
+def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False,
+        autocast: bool = False, **more: Any) -> dict[str, Any]:
     """The same under DistributedDataParallel, with or without projected reductions."""
     quantize_small()
     model = network()
     wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
     optimizer = optimizer_of(model, name, **more)
     counts = projected_allreduce(optimizer, wrapped) if projected else None
-    take(wrapped, optimizer, range(steps), mesh.get_rank(), mesh.size())
+    take(wrapped, optimizer, range(steps), mesh.get_rank(), mesh.size(), autocast)
     result = outcome(optimizer, list(model.parameters()))
     if counts is not None:
         result |= {"sent": counts.bytes_sent, "plain": counts.bytes_plain}

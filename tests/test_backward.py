@@ -174,6 +174,22 @@ def test_buffers_count_and_are_saved_in_the_middle():
         assert_same(snapshot(optimizer), snapshot(twin))
 
 
+@pytest.mark.parametrize("attach", [project_in_backward, update_in_backward])
+def test_autocast_around_the_backward_pass_changes_nothing(attach):
+    results = []
+    for enabled in (False, True):
+        ps = parameters(SHAPES)
+        optimizer = GaLoreAdamW(ps, rank=3, update_proj_gap=2)
+        with attach(optimizer):
+            for i in range(4):
+                losses = [(p * g).sum() for p, g in zip(ps, tensors(SHAPES, i), strict=True)]
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    sum(losses).backward()
+                optimizer.step()
+        results.append(snapshot(optimizer))
+    assert_same(*results)
+
+
 def test_checkpoints_with_and_without_it_fit():
     ps = parameters(SHAPES)
     optimizer = GaLoreAdamW(ps, rank=3, update_proj_gap=4)
