@@ -120,13 +120,9 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                                 f"{', '.join(type(x).__name__ for x in q) or 'nothing'}, but it "
                                 "must be a tensor or (name, tensor)")
         named = [q if isinstance(q, tuple) else (None, q) for q in params]
-        present = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
         for i, (name, p) in enumerate(named):
             check_parameter(p, name or f"parameter {i}", where)
             sharding.check_placements(p, name or f"parameter {i}", where)
-            if id(p) in present:
-                raise ValueError(f"{where}: {name or f'parameter {i}'} is in more than one group, "
-                                 f"in {present[id(p)]} too, but it must be in one")
         group["params"] = [p for _, p in named]
         explicit = {self.spellings.get(k, k) for k in group}
         names = [name for name, _ in named]
@@ -134,6 +130,11 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         group = checked_group(self, {**group, "param_names": names} if all(names) else group, where)
         group.pop("param_names", None)
         group["params"] = params
+        present = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
+        for i, (name, p) in enumerate(named):
+            if id(p) in present:
+                raise ValueError(f"{where}: {name or f'parameter {i}'} is in more than one group, "
+                                 f"in {present[id(p)]} too, but it must be in one")
         count = len(self.param_groups)
         try:
             for part in self._split(group, explicit):
