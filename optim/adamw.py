@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from .base import MatrixOptimizer
@@ -25,7 +26,8 @@ class AdamW(MatrixOptimizer):
 
     Args:
         params: tensors, (name, tensor) pairs, or groups of either.
-        lr: learning rate, >= 0. Default 1e-3.
+        lr: learning rate, >= 0. Default 1e-3. A tensor of one element is read here, once, unless
+            ``capturable``.
         betas: decay of the two averages, each in [0, 1). Default (0.9, 0.999).
         eps: added to the root of the bias-corrected second moment, >= 0. Default 1e-8.
         weight_decay: decoupled, multiplied by lr, before the update, >= 0. Default 0.01.
@@ -67,7 +69,7 @@ class AdamW(MatrixOptimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
         **options: Unpack[CommonOptions],
     ) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .checks import check_module
 from .groups import param_groups
 from .layers import LoRALinear, NormalizedLinear
 from .pairs import check_base, only_name, places
@@ -116,6 +117,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         TypeError, ValueError: a pair that :func:`adapter_groups` would refuse.
     """
+    check_module(model, "base_weights")
     kept = {}
     for adapter in adapters(model):
         layer = adapter.layer
@@ -151,6 +153,7 @@ def adapter_groups(model: nn.Module, rank: int | None = None, *, weight_decay: f
     Raises:
         TypeError, ValueError: as :func:`adapters`; a model without any pair.
     """
+    check_module(model, "adapter_groups")
     found = adapters(model)
     if not found:
         raise ValueError("adapter_groups: the model has no LoRA layer; lissom.optim.lora(model, "

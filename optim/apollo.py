@@ -92,7 +92,7 @@ class APOLLO(LowRankOptimizer):
     draw = staticmethod(project.gaussian_basis)
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
         **options: Unpack[APOLLOOptions],
     ) -> None:

@@ -10,7 +10,7 @@ From gradient to weight a step is here: checks of all, then batch by batch a met
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
 
@@ -106,7 +106,15 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         if isinstance(params, set):
             raise TypeError(f"{where}: params is a set, whose order changes between runs; "
                             "use a list")
+        if not isinstance(params, Iterable):
+            raise TypeError(f"{where}: params is a {type(params).__name__}, but it must be a "
+                            "tensor or an iterable of them")
         params = [params] if isinstance(params, Tensor) else list(params)
+        for i, q in enumerate(params):
+            if isinstance(q, tuple) and not (len(q) == 2 and isinstance(q[0], str)):
+                raise TypeError(f"{where}: parameter {i} is a tuple of "
+                                f"{', '.join(type(x).__name__ for x in q) or 'nothing'}, but it "
+                                "must be a tensor or (name, tensor)")
         named = [q if isinstance(q, tuple) else (None, q) for q in params]
         for i, (name, p) in enumerate(named):
             check_parameter(p, name or f"parameter {i}", where)
@@ -118,6 +126,11 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         group = checked_group(self, {**group, "param_names": names} if all(names) else group, where)
         group.pop("param_names", None)
         group["params"] = params
+        present = {id(p): i for i, g in enumerate(self.param_groups) for p in g["params"]}
+        for i, (name, p) in enumerate(named):
+            if id(p) in present:
+                raise ValueError(f"{where}: {name or f'parameter {i}'} is in more than one group, "
+                                 f"in {present[id(p)]} too, but it must be in one")
         count = len(self.param_groups)
         try:
             for part in self._split(group, explicit):
@@ -207,16 +220,16 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._checked_work()
-        if self._backward is not None:
-            self._backward.before(work)
         with without_autocast():
+            work = self._checked_work()
+            if self._backward is not None:
+                self._backward.before(work)
             before = self.before_updates(work)
             moved: list[str] = []
             for window in [*windows(self, work)]:
                 self._run(window, moved, before)
-        if self._backward is not None:
-            self._backward.end()
+            if self._backward is not None:
+                self._backward.end()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

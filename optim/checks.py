@@ -10,17 +10,43 @@ from torch import Tensor
 
 from .sharding import is_sharded
 
-__all__ = ["check_capture", "check_gradient", "check_parameter", "without_autocast"]
+__all__ = ["check_capture", "check_gradient", "check_module", "check_parameter",
+           "without_autocast"]
+
+# Devices whose autocast a step may find on.
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+
+
+def check_module(model: Any, where: str) -> None:
+    """A model must be a module, and not its parameters."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{where}: model is a {type(model).__name__}, but it must be a module")
 
 
 def check_parameter(p: Any, name: str, where: str) -> None:
-    """A parameter must be a real floating tensor."""
+    """A parameter must be a real floating tensor; what is trained can also be written to."""
     if not isinstance(p, Tensor):
         raise TypeError(f"{where}: {name} is a {type(p).__name__}, but it must be a tensor")
+    if torch.nn.parameter.is_lazy(p):
+        raise ValueError(f"{where}: {name} has no shape yet, but it must have one: run the model "
+                         "once (it has lazy modules) before the optimizer is built")
     if not p.is_floating_point():
         raise TypeError(f"{where}: {name} has dtype {p.dtype}, but it must be a real floating one "
                         "(integer and complex parameters have no place here; of a model with "
                         "quantized weights pass those that require a gradient)")
+    if not p.requires_grad:
+        return
+    if p.dtype.itemsize == 1:
+        raise TypeError(f"{where}: {name} has dtype {p.dtype}, but it must be one of 16 bits or "
+                        "more, or not require a gradient")
+    if not (p.is_leaf or p.retains_grad):
+        raise ValueError(f"{where}: {name} is computed from other tensors, but it must be a leaf "
+                         "of the graph, as parameters of modules are")
+    if p.layout != torch.strided:
+        raise TypeError(f"{where}: {name} has layout {p.layout}, but it must be dense")
+    if any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(f"{where}: {name} has strides {p.stride()}, but no element may lie where "
+                         "another does (it was expanded: .clone() it)")
 
 
 def check_gradient(p: Tensor, g: Tensor, name: str) -> None:
@@ -68,7 +94,7 @@ def check_capture(groups: list[dict[str, Any]], where: str) -> None:
 
 def without_autocast() -> contextlib.AbstractContextManager[Any]:
     """Products have the dtypes of their factors, also where a step is taken inside autocast."""
-    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    kinds = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
     if not kinds:
         return contextlib.nullcontext()
     stack = contextlib.ExitStack()

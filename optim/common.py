@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from torch import Tensor
+
 from .options import Option, boolean, choice, integer, optional, real, several
 
 __all__ = ["ADAMW_PART", "BOOKKEEPING", "COMMON", "FOREIGN", "FORMAT", "LAYOUT", "AdamWPart",
@@ -60,6 +62,6 @@ class CommonOptions(TypedDict, total=False):
 class AdamWPart(CommonOptions, total=False):
     """Options of the parameters that get AdamW in another class's object."""
 
-    lr_adamw: float | None
+    lr_adamw: float | Tensor | None
     betas_adamw: tuple[float, float] | None
     weight_decay_adamw: float | None

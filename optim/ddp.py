@@ -81,7 +81,7 @@ def _hook(state: ProjectedAllReduce, bucket: dist.GradBucket  # type: ignore[nam
     sizes = [x.numel() for x in parts]
 
     def done(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-        with torch.no_grad():  # another thread's mode is its own
+        with torch.no_grad(), without_autocast():  # another thread's mode is its own
             for put, x in zip(finish, future.value()[0].split(sizes), strict=True):
                 put(x)
         return buffer  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ came and the rule.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,7 +117,7 @@ def changed_options(optimizer: MatrixOptimizer, group: dict[str, Any], last: dic
                     ) -> None:
     """Check a group some of whose options were changed in place, and keep them as plain values.
 
-    Not the rate, which schedulers change at every step and torch takes as it is; a number in a
+    The rate, which schedulers change at every step, may be any number, as in torch; a number in a
     tensor stays there, as its owner may change it.
 
     Args:
@@ -124,12 +125,15 @@ def changed_options(optimizer: MatrixOptimizer, group: dict[str, Any], last: dic
         group: the group.
         last: its options when they were last checked, brought up to date.
     """
-    table = optimizer.table()
+    table, rate = optimizer.table(), group.get("lr", 0.0)
     names = [k for k, v in group.items() if k in table and k != "lr" and v is not last.get(k)]
-    if not names:
+    numeric = type(rate) is float or _is_number(rate)
+    if not names and numeric:
         return
     number = next(i for i, x in enumerate(optimizer.param_groups) if x is group)
     where = f"{type(optimizer).__name__} group {number}"
+    if not numeric:
+        raise TypeError(f"{where}: lr={rate!r}, but it must be {table['lr'].rule}")
     full = {k: _plain(group[k]) if k in group and k != "lr" else group.get(k, x.default)
             for k, x in table.items()}
     full |= (new := checked({k: full[k] for k in names}, table, where))
@@ -137,6 +141,13 @@ def changed_options(optimizer: MatrixOptimizer, group: dict[str, Any], last: dic
     group.update({k: v for k, v in new.items()
                   if not isinstance(group[k], Tensor) or group[k].numel() != 1})
     last.update({k: group[k] for k in names})
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a real number or holds one; no tensor is read."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(_plain(value), Real)
 
 
 def _plain(value: Any) -> Any:

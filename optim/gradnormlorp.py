@@ -89,7 +89,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     }
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
         **options: Unpack[GradNormLoRPOptions],
     ) -> None:
@@ -155,7 +155,9 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         # dL/dmu = <G_j, V^_j>
         slope = (x * w).sum(dim, keepdim=True) * inverse
         # D = G - V^ diag(V^^T G), as mu = c
-        d = torch.addcmul(x, w, slope * inverse, value=-1).to(g.dtype)
+        d = torch.addcmul(x, w, slope * inverse, value=-1)
+        if g.dtype != torch.float16:  # D leaves its range
+            d = d.to(g.dtype)
         d, space = super().project_gradient(d, s, o, t)
         return d, space._replace(more={_SLOPE: slope})
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .checks import check_module
 from .options import either, integer, nearest, optional, real
 
 __all__ = ["output_heads", "param_groups"]
@@ -101,9 +102,15 @@ def param_groups(
         TypeError, ValueError: a rank that breaks its rule; a glob that matches nothing; no
             parameter at all.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"param_groups: model is a {type(model).__name__}, but it must be a module")
-    overrides = overrides or {}
+    check_module(model, "param_groups")
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"param_groups: overrides is a {type(overrides).__name__}, but it must be "
+                        "a dict of {glob on the dotted name: options}")
+    for pattern, own in overrides.items():
+        if not isinstance(own, Mapping) or "params" in own:
+            raise TypeError(f"param_groups: overrides has {pattern!r}: {own!r}, but it must be a "
+                            "dict of options such as {'rank': 8}")
     heads = output_heads(model)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     for pattern in overrides:

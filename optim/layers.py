@@ -8,17 +8,18 @@ of :mod:`lissom.optim.pairs`.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .checks import check_module
 from .codec import wide
 from .groups import output_heads
-from .options import choice, integer, nearest, optional, real
-from .pairs import bounds, check_base, only_name, places
+from .options import boolean, choice, integer, nearest, optional, real
+from .pairs import DTYPES, bounds, check_base, only_name, places
 
 __all__ = ["LoRALinear", "NormalizedLinear", "lora", "merge"]
 
@@ -200,8 +201,12 @@ def _targets(model: nn.Module, target: str | Sequence[str] | None) -> dict[str, 
         if not found:
             raise ValueError("lora: the model has no nn.Linear inside but its output head")
         return found
+    globs = [target] if isinstance(target, str) else target
+    if not isinstance(globs, Collection) or not globs or not all(
+            isinstance(x, str) for x in globs):
+        raise TypeError(f"lora: target={target!r}, but it must be None, a glob or some globs")
     chosen: dict[str, nn.Linear] = {}
-    for pattern in [target] if isinstance(target, str) else target:
+    for pattern in globs:
         hits = {k: modules[k] for k in fnmatch.filter(modules, pattern)}
         linear = {k: x for k, x in hits.items() if k and type(x) is nn.Linear}
         if not linear:
@@ -250,10 +255,16 @@ def lora(
 
     Source: Zhou et al., arXiv 2406.06564; Hu et al., arXiv 2106.09685.
     """
+    check_module(model, "lora")
     rank = integer(None, 1).check("rank", rank, "lora")
     init = choice("switchlora", "switchlora", "lora").check("init", init, "lora")
     normalize = optional(_AXIS).check("normalize", normalize, "lora")
     alpha = optional(real(None, above=True)).check("alpha", alpha, "lora")
+    preserve = boolean(True).check("preserve", preserve, "lora")
+    seed = integer(0, -2**63, 2**64 - 1).check("seed", seed, "lora")
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"lora: dtype={dtype!r}, but it must be None or one of "
+                        f"{', '.join(map(str, DTYPES))}")
     scaling = (alpha or (1.0 if init == "switchlora" else float(rank))) / rank
     chosen = _targets(model, target)
     found = places(model)
@@ -289,6 +300,7 @@ def merge(model: nn.Module) -> nn.Module:
     Returns:
         The model, its layers with weights in the dtype of their base, rounded to nearest.
     """
+    check_module(model, "merge")
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             _replace(model, name, module.merge())

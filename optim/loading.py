@@ -11,6 +11,7 @@ from torch import Tensor
 from . import sharding
 from .common import BOOKKEEPING, COMMON, LAYOUT
 from .door import checked_group
+from .keys import plain_name
 
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
@@ -46,6 +47,7 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
         if len(group["params"]) != len(mine["params"]):
             raise ValueError(f"{where}, group {i}: {len(group['params'])} parameters saved, "
                              f"but this optimizer has {len(mine['params'])} ({REMEDY})")
+    _check_order(optimizer, saved, where)
     groups: list[dict[str, Any]] = []
     states: dict[Tensor, dict[str, Tensor]] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
@@ -68,6 +70,22 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
             elif "format" in group and p.requires_grad and p in optimizer.state:
                 raise ValueError(f"{at}, {name!r}: its state is missing")
     return groups, states
+
+
+def _check_order(optimizer: MatrixOptimizer, saved: list[Any], where: str) -> None:
+    """Refuse a state saved by place whose names are this optimizer's in another order.
+
+    Where names are the keys, as torch.distributed.checkpoint has them, each finds its own.
+    """
+    theirs, mine = ([plain_name(str(name)) for group in groups
+                     for name in group.get("param_names") or ()]
+                    for groups in (saved, optimizer.param_groups))
+    by_name = any(isinstance(key, str) for group in saved for key in group["params"])
+    if by_name or theirs == mine or sorted(theirs) != sorted(mine):
+        return
+    there, here = next((a, b) for a, b in zip(theirs, mine, strict=True) if a != b)
+    raise ValueError(f"{where}: saved with {there!r} where this optimizer has {here!r}, but the "
+                     f"parameters must be in the same order ({REMEDY})")
 
 
 def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[str, Any], at: str
@@ -231,7 +249,8 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
             raise ValueError(f"{at}: {name} saved as {value.dtype}, expected {slot.dtype}")
         if value.layout != torch.strided or value.is_meta != (slot.device.type == "meta"):
             raise ValueError(f"{at}: {name} saved as a {value.layout} tensor on "
-                             f"{value.device}, expected a dense one with values")
+                             f"{value.device}, expected a dense one "
+                             f"{'on meta' if slot.device.type == 'meta' else 'with values'}")
         state[name] = sharding.new(slot, p)
         try:
             sharding.put(state[name], value.detach())

@@ -159,7 +159,7 @@ class LowRankOptimizer(Batched, Ranked):
     first_phase: ClassVar[int] = 0
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
         **options: Unpack[LowRankOptions],
     ) -> None:

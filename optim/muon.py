@@ -103,10 +103,10 @@ class Muon(MatrixOptimizer):
     }
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95,
-        nesterov: bool = True, ns_coefficients: tuple[float, float, float] = polar.QUINTIC,
-        eps: float = 1e-8, ns_steps: int = 5, adjust_lr_fn: str | None = None,
-        **options: Unpack[MuonOptions],
+        self, params: Any, lr: float | Tensor = 1e-3, weight_decay: float = 0.1,
+        momentum: float = 0.95, nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = polar.QUINTIC, eps: float = 1e-8,
+        ns_steps: int = 5, adjust_lr_fn: str | None = None, **options: Unpack[MuonOptions],
     ) -> None:
         super().__init__(params, {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,

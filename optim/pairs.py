@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from . import sharding
 from .options import Option, optional
 
-__all__ = ["bounds", "check_base", "check_factors", "memory", "only_name", "places", "roles"]
+__all__ = ["DTYPES", "bounds", "check_base", "check_factors", "memory", "only_name", "places",
+           "roles"]
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: What factors and their base may have.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def roles(*allowed: tuple[str, ...]) -> Option:
@@ -64,7 +66,7 @@ def check_base(weight: Tensor, r: int, layer: str) -> None:
         TypeError, ValueError: names the layer, the value and the rule.
     """
     plain = type(weight) in (Tensor, nn.Parameter) or sharding.is_sharded(weight)
-    if weight.dtype not in _DTYPES or not plain:
+    if weight.dtype not in DTYPES or not plain:
         kind = f"dtype {weight.dtype}" if plain else f"type {type(weight).__name__}"
         raise TypeError(f"{layer}: its base weight has {kind}, but it must be a plain tensor of a "
                         "floating dtype: changes are added to it, which quantized ones cannot take")

@@ -21,7 +21,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -99,6 +99,22 @@ class Oracle:
         out: Tensor = torch.where(usable & (largest > 0), u,
                                   torch.where(usable, 0.0, torch.nan).to(u))
         return out
+
+
+@overload
+def polar(
+    a: Tensor, method: str = ..., steps: int | None = ..., *, dtype: torch.dtype | None = ...,
+    coefficients: Triple | None = ..., lower_bound: float | str | None = ...,
+    hermitian: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def polar(
+    a: Tensor, method: str = ..., steps: int | None = ..., *, dtype: torch.dtype | None = ...,
+    coefficients: Triple | None = ..., lower_bound: float | str | None = ...,
+    hermitian: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def polar(

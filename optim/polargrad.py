@@ -92,7 +92,7 @@ class PolarGrad(MatrixOptimizer):
     }
 
     def __init__(
-        self, params: Any, lr: float = 0.02, momentum: float | None = 0.95,
+        self, params: Any, lr: float | Tensor = 0.02, momentum: float | None = 0.95,
         weight_decay: float = 1e-2, polar_first: bool = False, **options: Unpack[PolarGradOptions],
     ) -> None:
         super().__init__(params, {

@@ -119,6 +119,7 @@ def put(x: Tensor, value: Tensor) -> None:
     local(x).copy_(local(value))
 
 
+@torch.inference_mode(False)  # what is made in that mode cannot be written to after it
 def new(slot: Slot, p: Tensor) -> Tensor:
     """The first value of a slot of p: zeros, sharded as p is where the slot has its rows."""
     if not slot.rows or not is_sharded(p):

@@ -82,7 +82,7 @@ class Trion(Ranked):
     }
 
     def __init__(
-        self, params: Any, lr: float = 0.02, betas: tuple[float, float] = (0.9, 0.95),
+        self, params: Any, lr: float | Tensor = 0.02, betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
         **options: Unpack[TrionOptions],
     ) -> None:

@@ -185,7 +185,7 @@ def optimizer_of(model: torch.nn.Module, name: str, **more: Any) -> Any:
 
 
 def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ranks: int = 1,
-         micro: int = 1) -> list[float]:
+         micro: int = 1, autocast: bool = False) -> list[float]:
     """Steps on batches of 12 lines, of which a rank has its part; the losses of the whole.
 
     DDP sends the gradients of the last of a rank's ``micro`` micro-batches, with those before it.
@@ -199,7 +199,8 @@ def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ra
         losses.append(0.0)
         for j in range(micro):
             here = range(*part.indices(12))[j::micro]
-            with model.no_sync() if j < micro - 1 else contextlib.nullcontext():
+            with (model.no_sync() if j < micro - 1 else contextlib.nullcontext(),
+                  torch.autocast("cpu", torch.bfloat16, enabled=autocast)):
                 loss = (model(x[here]).float() - y[here]).square().mean() / micro
                 loss.backward()
             losses[-1] += loss.item()
@@ -293,14 +294,14 @@ def adapted(mesh: DeviceMesh | None, cls: type, engine: str = "fsdp", steps: int
 
 
 def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, micro: int = 1,
-        **more: Any) -> dict[str, Any]:
+        autocast: bool = False, **more: Any) -> dict[str, Any]:
     """The same under DistributedDataParallel, with or without projected reductions."""
     quantize_small()
     model = network()
     wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
     optimizer = optimizer_of(model, name, **more)
     counts = projected_allreduce(optimizer, wrapped) if projected else None
-    take(wrapped, optimizer, range(steps), mesh.get_rank(), mesh.size(), micro)
+    take(wrapped, optimizer, range(steps), mesh.get_rank(), mesh.size(), micro, autocast)
     result = outcome(optimizer, list(model.parameters()))
     if counts is not None:
         result |= {"sent": counts.bytes_sent, "plain": counts.bytes_plain}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import typing
 import warnings
 from collections import UserList
 
@@ -138,6 +139,41 @@ def test_rates_of_any_kind_of_number(case):
         assert_same(results[0], other)
 
 
+def test_autocast_around_a_step_changes_nothing(case):
+    results = []
+    for enabled in (False, True):
+        ps = case.parameters([(8, 6), (6, 8), (6, 6), (4,)])
+        optimizer = case(named(ps), lr=1e-2)
+        seen = []
+
+        def closure(ps=ps, seen=seen):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            feed(ps, len(seen))
+            return 0.0
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for _ in range(3):
+                optimizer.step(closure)
+        assert seen == [enabled] * 3  # the model's precision is its own
+        results.append(snapshot(optimizer))
+    assert_same(*results)
+
+
+def test_inference_mode_around_anything_changes_nothing(case):
+    results = []
+    for enabled in (False, True):
+        ps = case.parameters([(8, 6), (6, 8), (4,)])
+        with torch.inference_mode(enabled):
+            optimizer = case(named(ps), lr=1e-2)
+        run(optimizer, ps, range(2))
+        with torch.inference_mode(enabled):
+            run(optimizer, ps, range(2, 4))
+            optimizer.load_state_dict(through_disk(optimizer.state_dict()))
+        run(optimizer, ps, range(4, 6))
+        results.append(snapshot(optimizer))
+    assert_same(*results)
+
+
 def test_grad_scaler_skips_overflow(case):
     ps = case.parameters([(6, 4)])
     optimizer = case(ps, lr=1e-2)
@@ -177,19 +213,6 @@ def test_torchs_defaults_change_nothing(case):
         assert all(row["skipped_steps"].device.type == "cpu" for row in optimizer.metrics())
     assert_same(results[2], results[0])
     assert_same(results[2], results[1])
-
-
-def test_autocast_changes_nothing(case):
-    """A step inside of it does its products as outside."""
-    results = []
-    for enabled in (False, True):
-        ps = case.parameters([(8, 6), (6, 8), (4,)])
-        optimizer = case(ps, lr=1e-2)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            run(optimizer, ps, range(5))
-            assert torch.is_autocast_enabled("cpu") == enabled
-        results.append(snapshot(optimizer))
-    assert_same(*results)
 
 
 def test_deepcopy_and_pickle_continue_alike(case):
@@ -301,6 +324,33 @@ def test_integer_and_complex_parameters(case, dtype):
         with pytest.raises(TypeError, match=f"{name}.*{bad.dtype}"):
             optimizer.add_param_group({"params": params})
     assert len(optimizer.param_groups) == groups
+
+
+def test_parameters_that_cannot_be_trained_are_refused_by_name(case):
+    """Those that need no gradient may be anything that is floating."""
+    ps = case.parameters([(6, 4)])
+    optimizer = case(named(ps))
+    before, groups = snapshot(optimizer), len(optimizer.param_groups)
+    leaf, plain = torch.nn.Parameter(torch.ones(6, 4)), torch.nn.Parameter(torch.ones(1, 4))
+    eight = torch.ones(6, 4).to(torch.float8_e4m3fn)
+    for bad, error, words in (
+            (torch.nn.Parameter(eight), TypeError, "late has dtype torch.float8_e4m3fn"),
+            (leaf * 2, ValueError, "late is computed from other tensors"),
+            (torch.nn.Parameter(torch.eye(4).to_sparse()), TypeError, "late has layout.*sparse"),
+            (torch.nn.Parameter(plain.detach().expand(6, 4)), ValueError, r"late has strides \(0"),
+            (torch.nn.UninitializedParameter(), ValueError, "late has no shape yet.*lazy"),
+            (ps[0], ValueError, "late is in more than one group, in 0 too")):
+        with pytest.raises(error, match=rf"group {groups}: {words}"):
+            optimizer.add_param_group({"params": [("late", bad)]})
+    for bad in ((leaf, "late"), ("late", leaf, 1), (3, leaf), ()):
+        with pytest.raises(TypeError, match=r"parameter 0 is a tuple of .*\(name, tensor\)"):
+            optimizer.add_param_group({"params": [bad]})
+    with pytest.raises(TypeError, match="params is a int, but it must be a tensor"):
+        optimizer.add_param_group({"params": 5})
+    assert len(optimizer.param_groups) == groups
+    assert_same(before, snapshot(optimizer))
+    optimizer.add_param_group({"params": [("frozen", torch.nn.Parameter(eight, False))]})
+    run(optimizer, ps, range(2))
 
 
 def test_bad_gradients_name_the_parameter(case):
@@ -669,6 +719,19 @@ def test_extreme_gradients(case, scale):
         assert all(v.isfinite().all() for v in s.values())
 
 
+def test_fp16_gradients_near_the_largest(case):
+    """Sums of them are out of fp16's range."""
+    ps = case.parameters([(8, 6), (6, 8), (4,)], dtype=torch.float16)
+    optimizer = case(ps)
+    for i in range(3):
+        feed(ps, i)
+        for p in trained(ps):
+            p.grad.sign_().mul_(6e4)
+        optimizer.step()
+    assert all(p.isfinite().all() for p in ps)
+    assert all(x.isfinite().all() for s in optimizer.state.values() for x in s.values())
+
+
 def test_every_shape_does_a_documented_thing(case):
     ps = case.parameters(SHAPES)
     optimizer = case(ps)
@@ -903,6 +966,26 @@ def test_an_option_changed_to_a_bad_value_is_refused(case):
     optimizer.step()
 
 
+def test_a_rate_that_is_no_number_is_refused(case):
+    """Any number is taken, as in torch."""
+    ps = case.parameters([(8, 6), (6, 8), (4,)])
+    optimizer = case(named(ps))
+    run(optimizer, ps, range(2))
+    group = optimizer.param_groups[-1]
+    feed(ps, 2)
+    for value in (None, "0.1", torch.tensor([1e-3, 1e-3]), torch.tensor(1j), np.ones(2), (1e-3,)):
+        group["lr"] = value
+        weights = [p.detach().clone() for p in ps]
+        states = [{k: x.clone() for k, x in optimizer.state[p].items()} for p in trained(ps)]
+        with pytest.raises(TypeError, match=r"group \d: lr=.*but it must be a finite number"):
+            optimizer.step()
+        assert_same([p.detach() for p in ps], weights)
+        assert_same([optimizer.state[p] for p in trained(ps)], states)
+    for value in (1, -1e-3, np.float32(1e-3), np.array([1e-3]), torch.tensor([1e-3])):
+        group["lr"] = value
+        optimizer.step()
+
+
 def test_a_changed_option_passes_the_door_of_the_constructor(case):
     """Combinations are checked before the first write, and values become plain ones."""
     ps = case.parameters([(8, 6), (6, 8), (6,)])
@@ -1005,6 +1088,24 @@ def test_add_param_group_adds_all_or_nothing(case):
     assert len(optimizer.state) == held
 
 
+def test_the_same_names_in_another_order_are_refused(case):
+    """By place each would get another's state, which fits where shapes are alike."""
+    if case.roles:
+        pytest.skip("its groups are of three")
+    ps = case.parameters([(6, 6), (6, 6), (4,), (4,)])
+    optimizer = case(named(ps))
+    run(optimizer, ps, range(2))
+    saved = through_disk(optimizer.state_dict())
+    other = case(named(ps)[::-1])
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="saved with 'p0' where this optimizer has 'p3'"):
+        other.load_state_dict(saved)
+    assert_same(before, snapshot(other))
+    other = case([(f"module.{name}", p) for name, p in named(ps)])  # of a wrapped model
+    other.load_state_dict(saved)
+    assert_same(snapshot(optimizer)["state"], snapshot(other)["state"])
+
+
 def test_damaged_counters_and_layouts_are_refused(case):
     ps = case.parameters([(8, 6)])
     optimizer = case(ps)
@@ -1104,7 +1205,8 @@ def test_indices_stay_apart_when_a_parameter_is_replaced(case):
 
 
 def test_a_tensor_may_stand_for_a_rate(case):
-    """As LambdaLR leaves it, whose function returns tensors."""
+    """As LambdaLR leaves it, whose function returns tensors; for type checkers too."""
+    assert typing.get_type_hints(case.make.__init__)["lr"] == float | torch.Tensor
     results = []
     for kind in (float, torch.tensor):
         ps = case.parameters([(8, 6), (6, 8), (4,)])

@@ -116,6 +116,12 @@ def test_a_pattern_that_matches_nothing():
         param_groups(nn.ReLU())
 
 
+@pytest.mark.parametrize("overrides", [["weight"], {"weight": 4}, {"weight": {"params": []}}])
+def test_overrides_are_options_by_name(overrides):
+    with pytest.raises(TypeError, match=r"overrides (is a list|has 'weight').*must be a dict"):
+        param_groups(nn.Linear(4, 4), overrides=overrides)
+
+
 def test_gpt2_has_matrices():
     """Its linear layers are another module's, with weights in x out."""
     transformers = pytest.importorskip("transformers")

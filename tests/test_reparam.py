@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -653,8 +654,15 @@ def test_bad_arguments_of_lora():
     for name, value, rule in (("init", 1, "one of 'switchlora', 'lora'"),
                               ("alpha", "1", "None or a finite number > 0"),
                               ("alpha", True, "None or a finite number > 0"),
-                              ("normalize", 0, "None or one of 'input', 'output'")):
-        refuse(f"lora: {name}={value!r}, but it must be {rule}", error=TypeError, **{name: value})
+                              ("normalize", 0, "None or one of 'input', 'output'"),
+                              ("preserve", 1, "True or False"), ("seed", "x", "an int"),
+                              ("dtype", torch.int8, "None or one of"),
+                              ("target", 5, "None, a glob"), ("target", [], "None, a glob")):
+        refuse(rf"lora: {name}={re.escape(repr(value))}, but it must be {rule}", error=TypeError,
+               **{name: value})
+    for function in (lora, merge, adapter_groups, base_weights):
+        with pytest.raises(TypeError, match=f"{function.__name__}: model is a list, but it must"):
+            function([nn.Linear(4, 4)], **({"rank": 2} if function is lora else {}))
     refuse("alpha=inf", alpha=float("inf"))
     refuse(r"up: rank=12.*smaller side of \(20, 12\)", 12)
     refuse("init='zeros'", init="zeros")

@@ -197,9 +197,10 @@ def test_pairs_in_a_real_model_train_as_in_one_process(pool, cls, engine):
 
 @pytest.mark.parametrize("name", [
     "galoreadamw", "galoreadamw-8bit", "galoreadamw-right-svd", "galoreadamw-full-svd",
-    "galoreadamw-random", "dctadamw"])
+    "galoreadamw-random", "dctadamw", "galoreadamw-autocast"])
 def test_ddp_that_sends_projected_gradients(pool, name):
-    given = {"name": name, "steps": 10}
+    given = {"name": name.removesuffix("-autocast"), "steps": 10,
+             "autocast": name.endswith("-autocast")}
     plain = pool.run(jobs.ddp, 2, **given)
     outs = pool.run(jobs.ddp, 2, **given, projected=True)
     assert_close(plain[0], outs, False, 1e-4)
