@@ -65,7 +65,7 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
                 states[p] = checked_state(optimizer, p, entry, merged, f"{at}, {name!r}")
             elif entry is not None and not isinstance(entry, Mapping):
                 raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
-            elif "format" in group and p.requires_grad and p in optimizer.state:
+            elif "format" in group and p.requires_grad:
                 raise ValueError(f"{at}, {name!r}: its state is missing")
     return groups, states
 

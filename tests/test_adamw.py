@@ -176,8 +176,9 @@ def test_8bit_is_a_name_for_an_option():
     run(b, theirs, range(3))
     assert torch.equal(ours[0], theirs[0])
     assert a.state[ours[0]]["exp_avg"].dtype == torch.uint8
-    small = parameters([(63, 65)])
-    assert AdamW8bit(small).state[small[0]]["exp_avg"].dtype == torch.float32
+    small = parameters([(63, 65), (64, 64)])
+    small_state = AdamW8bit(small).state
+    assert [small_state[p]["exp_avg"].dtype for p in small] == [torch.float32, torch.uint8]
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.03), (4, 0.25)])

@@ -275,6 +275,12 @@ def test_a_group_keeps_what_it_states():
     assert optimizer.param_groups[1]["lr"] == 5e-4
 
 
+def test_an_option_under_two_spellings_is_refused():
+    ps = parameters([(8, 6)])
+    with pytest.raises(ValueError, match="'scale' is given twice, under two spellings"):
+        GaLoreAdamW([{"params": ps, "rank": 2, "alpha": 0.5, "scale": 0.25}])
+
+
 def test_a_strided_batch_is_updated_in_place():
     a = torch.nn.Parameter(tensors([(3, 2, 6, 4)])[0].transpose(0, 1))
     b = torch.nn.Parameter(a.detach().clone().contiguous())

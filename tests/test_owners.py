@@ -116,6 +116,15 @@ def test_a_failure_leaves_nobody_waiting(monkeypatch, where):
     assert network.events.count("compute") == 1
 
 
+def test_a_failure_of_another_rank_is_an_error_here(monkeypatch):
+    """What it gives back is what it got, which is no result."""
+    network = Network(monkeypatch)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, *args, **given: x.fill_(1))
+    with pytest.raises(RuntimeError, match="failed on another rank"):
+        owners.exchanged([torch.ones(3, 2)] * 4, [network.rows] * 4,
+                         lambda numbers, matrices: matrices)
+
+
 def test_results_may_have_another_layout_and_dtype(monkeypatch):
     network = Network(monkeypatch)
     parts = [torch.rand(3, 4).bfloat16() for _ in range(3)]
