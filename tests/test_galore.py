@@ -157,6 +157,19 @@ def test_experts_are_matrices_of_their_own():
     assert torch.equal(conv.detach().flatten(1), flat.detach())
 
 
+@pytest.mark.parametrize("master_bits", [None, 8])
+def test_equal_experts_are_rounded_by_different_bits(master_bits):
+    p = torch.nn.Parameter(tensors([(1, 40, 30)])[0].expand(2, 40, 30).bfloat16())
+    optimizer = GaLoreAdamW([p], rank=3, lr=1e-4, matricize="batch", projection="svd",
+                            master_bits=master_bits)
+    p.grad = tensors([(1, 40, 30)], 1)[0].expand(2, 40, 30).bfloat16()
+    optimizer.step()
+    one, other = optimizer.full_precision(p)
+    share = (one != other).float().mean()
+    assert share > (0.1 if master_bits else 1e-3)
+    torch.testing.assert_close(one, other, rtol=0.008, atol=1e-6)
+
+
 def test_an_idle_expert_keeps_its_basis():
     (stack,) = parameters([(2, 6, 4)])
     optimizer = GaLoreAdamW([stack], rank=2, matricize="batch", update_proj_gap=1)

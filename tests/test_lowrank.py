@@ -169,6 +169,18 @@ def test_dct_state_is_indices_only():
         assert index.shape == (3,)
 
 
+@pytest.mark.parametrize("similarity", ["matmul", "fft"])
+def test_columns_of_squares_out_of_range_are_chosen_alike(similarity):
+    chosen = []
+    for scale in (1.0, 1e25, 1e-25):
+        (p,) = parameters([(16, 12)])
+        optimizer = DCTAdamW([p], rank=4, column_norm=2, similarity=similarity)
+        p.grad = tensors([(16, 12)], 1)[0] * scale
+        optimizer.step()
+        chosen.append(optimizer.state[p]["columns_right"].tolist())
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
 def test_dct_of_full_rank_is_a_rotated_adam():
     """With all columns, W Q follows Adam on G Q."""
     (p,) = parameters([(6, 5)])
@@ -239,6 +251,8 @@ def test_stored_bases_are_near_the_exact(bits, error):
     basis = codec.Decoded(a.state[p], a._layouts[p], p)["basis_right"].float()
     exact = b.state[q]["basis_right"]
     assert 0 < (basis - exact).abs().max() < error
+    # what was projected was so onto what is stored
+    torch.testing.assert_close(a.state[p]["exp_avg"], 0.1 * p.grad @ basis, rtol=1e-5, atol=1e-6)
     sizes = {16: 30 * 4 * 2, 8: 30 * 4 + 30 * 4, 4: 30 * 2 + 30 * 4}
     stored = [v.nbytes for k, v in a.state[p].items() if k.startswith("basis_right")]
     assert sum(stored) == sizes[bits]
@@ -313,6 +327,41 @@ def test_fira_of_full_rank_is_galore():
     run(b, theirs, range(5))
     for p, q in zip(ours, theirs, strict=True):
         assert torch.equal(p, q)
+
+
+def test_fira_released_of_full_rank_keeps_what_its_scale_leaves():
+    """u = scale P N + (1 - scale) G diag(phi): the released code's P R is scaled, its G is not."""
+    (p,), (q,) = parameters([(4, 6)]), parameters([(4, 6)])
+    given = {"rank": 4, "lr": 1e-2, "weight_decay": 0.0, "projection": "svd", "scale": 0.25}
+    moved = []
+    for x, optimizer in ((p, FiraAdamW([p], residual_scale="released", limiter=None, **given)),
+                         (q, GaLoreAdamW([q], **given))):
+        start = x.detach().clone()
+        run(optimizer, [x], range(1))
+        moved.append(start - x.detach())
+    fira, galore = moved
+    phi = galore.norm(dim=0) / (1e-2 * 0.25) / p.grad.norm(dim=0)
+    torch.testing.assert_close(fira, galore + 1e-2 * 0.75 * p.grad * phi, rtol=1e-4, atol=1e-7)
+
+
+def test_fira_caps_at_ten_times_what_is_expected_of_a_column():
+    """As long as ten times the mean column of N with as many entries as a column of G."""
+    g, moved = tensors([(20, 12)], 1)[0], []
+    for make in (lambda x: FiraAdamW([x], limiter=None, **given),
+                 lambda x: GaLoreAdamW([x], **given)):
+        given = {"lr": 1.0, "rank": 3, "weight_decay": 0.0, "projection": "svd"}
+        (p,) = parameters([(20, 12)])
+        optimizer = make(p)
+        p.grad = g.clone()
+        optimizer.step()
+        basis, start = optimizer.state[p]["basis_right"], p.detach().clone()
+        p.grad = g.clone()
+        p.grad[4] -= basis @ (basis.mT @ g[4])
+        optimizer.step()
+        moved.append((start - p.detach()).norm(dim=1))
+    fira, n = moved
+    expected = (n[4].square() + 100 * (12 / 3) * n.square().mean()).sqrt()
+    assert fira[4].item() == pytest.approx(expected.item(), rel=1e-2)
 
 
 # ---- APOLLO

@@ -109,6 +109,15 @@ def test_qdwh_converges_from_any_bound(lower, condition):
         assert (sigma - 1).abs().max() < limit
 
 
+def test_a_bound_is_of_the_norm_and_spares_steps():
+    """Of a share of the estimate, which is above the norm, four steps would leave 1e-5."""
+    for shape in ((60, 60), (60, 31), (31, 200)):
+        a, exact = conditioned(*shape, 1e6)
+        for scale in (1.0, 1e5):
+            u = polar(scale * a, "qdwh", 4, lower_bound=1e-6)
+            assert (u - exact).norm() < 1e-8
+
+
 def test_every_method_on_zero_tiny_huge_and_spoiled_matrices():
     (a,) = tensors([(7, 5)])
     for method in METHODS:
@@ -347,6 +356,27 @@ def test_muon_is_torchs(recwarn):
             run(theirs, qs, range(5))
             for p, q, w in zip(ps, qs, start, strict=True):
                 assert (p - q).norm() < 2e-2 * (q - w).norm()
+
+
+@pytest.mark.parametrize("method", ["newton-schulz", "polar-express"])
+def test_steps_of_the_oracle_are_before_those_of_newton_schulz(method):
+    """And in fp32 the factor is that of the fp32 momentum."""
+    g = tensors([(24, 16)], 1)[0]
+    moved = {}
+    for name, options in {"ns": {"ns_steps": 3}, "polar": {"polar_steps": 3},
+                          "both": {"ns_steps": 7, "polar_steps": 3}, "more": {}}.items():
+        (p,) = parameters([(24, 16)])
+        start = p.detach().clone()
+        optimizer = Muon([p], lr=1.0, weight_decay=0.0, polar=method, polar_dtype="float32",
+                         adjust_lr_fn="unscaled", **options)
+        p.grad = g.clone()
+        optimizer.step()
+        moved[name] = start - p.detach()
+    assert_same(moved["ns"], moved["polar"])
+    assert_same(moved["ns"], moved["both"])
+    assert not torch.allclose(moved["ns"], moved["more"], atol=1e-2)
+    exact = polar(g.double(), method, 3)
+    torch.testing.assert_close(moved["ns"].double(), exact, rtol=0, atol=1e-5)
 
 
 def test_muon_does_not_touch_its_momentum_in_half_precision():

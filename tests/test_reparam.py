@@ -15,6 +15,7 @@ from lissom.optim import (
     base_weights,
     lora,
     merge,
+    switchlora,
 )
 from lissom.optim.adapters import adapters
 from lissom.optim.layers import LoRALinear, NormalizedLinear
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from . import oracle
-from .helpers import TOKENS, assert_same, snapshot, tensors, through_disk, tiny_llama, tune
+from .helpers import TOKENS, assert_same, feed, snapshot, tensors, through_disk, tiny_llama, tune
 
 QUICK = {"interval": 8, "freeze_steps": 2, "decay_steps": 1000}
 
@@ -372,6 +373,46 @@ def test_frequency_follows_the_schedule():
         assert abs(sum(counts[k] for k in part) - expected) < 4 * (len(part) / 4) ** 0.5
 
 
+def test_the_base_weight_is_rounded_by_bits_of_its_own(monkeypatch):
+    """At each step others, and none that round a factor."""
+    w, a, b, group = pair((30, 40), 8, dtype=torch.bfloat16)
+    optimizer = SwitchLoRAAdamW([group], lr=0.0, interval=2, freeze_steps=1, candidates=12)
+    write, seen = switchlora.write_weight, []
+
+    def watched(p, x, kept, o, step, start):
+        seen.append((int(kept["key"]), step))
+        write(p, x, kept, o, step, start)
+
+    monkeypatch.setattr(switchlora, "write_weight", watched)
+    for i in range(4):
+        feed([a, b], i)
+        optimizer.step()
+    assert [step for _, step in seen] == [1, 2, 3, 4]
+    assert len({key for key, _ in seen}) == 1
+    assert not {key for key, _ in seen} & {int(s["key"]) for s in optimizer.state.values()}
+    assert w.isfinite().all()
+
+
+def test_vectors_go_back_to_the_pool_as_they_are():
+    """What was learnt is a candidate again, and may be drawn at once: no more are needed."""
+    _w, a, b, group = pair((30, 40), 8)
+    optimizer = SwitchLoRAAdamW([group], lr=1e-2, interval=2, freeze_steps=1, candidates=9)
+    returned = 0
+    for i in range(12):
+        feed([a, b], i)
+        before = {p: (x.detach().clone(), optimizer.state[p]["active"].clone().long())
+                  for p, x in ((a, a), (b, b.mT))}
+        fresh = i == 0  # the pools are drawn in the first step
+        optimizer.step()
+        for p, (vectors, places) in before.items():
+            now, pool = optimizer.state[p]["active"].long(), optimizer.state[p]["candidates"]
+            for old, place in zip(vectors, places, strict=True):
+                if place not in now and not fresh:
+                    assert torch.equal(pool[place], old)
+                    returned += 1
+    assert returned > 5
+
+
 # ---- SwitchLoRA: promises
 
 
@@ -545,6 +586,9 @@ def test_bad_pairs_are_refused_by_name():
     trainable = pair()
     trainable[0].requires_grad_(True)
     refused(r"l\.A.*requires_grad=True.*frozen", trainable[3])
+    refused(r"l\.A: A, B and base are on cpu, cpu, meta, but they must be on one device",
+            {**base, "params": [*good[:2], ("l.weight", nn.Parameter(
+                torch.empty(9, 7, device="meta"), requires_grad=False))]})
     with pytest.raises(TypeError, match=r"l\.weight has dtype torch.uint8"):
         SwitchLoRAAdamW([{**base, "params": [*good[:2], (
             "l.weight", nn.Parameter(torch.zeros(9, 7, dtype=torch.uint8), requires_grad=False))]}])
@@ -636,6 +680,46 @@ def test_shared_weights_are_refused(kind):
         lora(model, 2, target=["one", "two"])
     assert type(model.one) is type(model.two) is nn.Linear
     assert_same(before, model.state_dict())
+
+
+def test_pairs_and_magnitudes_do_not_decay():
+    for model, zero in ((net(), ("up.lora_A", "up.lora_B", "up.weight", "norm.weight")),
+                        (net(normalize="input"), ("up.magnitude", "norm.weight"))):
+        groups = adapter_groups(model, weight_decay=0.3)
+        decay = {name: g.get("weight_decay") for g in groups for name, _ in g["params"]}
+        assert [decay[name] for name in zero] == [0.0] * len(zero)
+        assert decay["embed.weight"] == decay["lm_head.weight"] == 0.3
+
+
+def test_pairs_of_several_scalings_are_groups_of_their_own():
+    model = net(rank=None)
+    for name, alpha in (("up", 2.0), ("down", 8.0), ("square", 2.0)):
+        lora(model, 4, target=name, alpha=alpha)
+    found = {g["scaling"]: [name for name, _ in g["params"]] for g in adapter_groups(model)
+             if "scaling" in g}
+    names = ("lora_A", "lora_B", "weight")
+    assert found == {0.5: [f"{x}.{k}" for x in ("up", "square") for k in names],
+                     2.0: [f"down.{k}" for k in names]}
+
+
+def test_layers_keep_the_mode_of_those_they_replace():
+    model = net(rank=None).eval()
+    lora(model, 4)
+    assert not any(m.training for m in model.modules())
+    merge(model.train())
+    assert all(m.training for m in model.modules())
+    merge(lora(model.eval(), 4, normalize="output"))
+    assert not any(m.training for m in model.modules())
+
+
+def test_magnitudes_are_set_to_the_norms_of_what_is_there():
+    layer = net(normalize="input").up
+    with torch.no_grad():
+        layer.lora_B.mul_(3.0)
+    layer.renorm()
+    v = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer.magnitude.detach(), v.detach().norm(dim=0))
+    torch.testing.assert_close(layer.effective(), v)
 
 
 def test_bad_arguments_of_lora():
@@ -783,6 +867,14 @@ def test_peft_models_that_cannot_be_read_are_refused():
     with pytest.raises(ValueError, match=rf"{name}: its adapter is merged"):
         adapter_groups(model)
     layer.unmerge()
+    layer.fan_in_fan_out = True
+    with pytest.raises(ValueError, match=rf"{name}: fan_in_fan_out=True, but it must be False"):
+        adapter_groups(model)
+    layer.fan_in_fan_out = False
+    layer.lora_variant["default"] = object()
+    with pytest.raises(ValueError, match=rf"{name}: its adapter is a object, but it must be plain"):
+        adapter_groups(model)
+    del layer.lora_variant["default"]
     kept, layer.base_layer = layer.base_layer, nn.Identity()  # as GPTQ layers have no weight
     with pytest.raises(TypeError, match=rf"{name}: its base layer is a Identity without a weight"):
         adapter_groups(model)
