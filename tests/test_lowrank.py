@@ -347,11 +347,9 @@ def test_fira_released_of_full_rank_keeps_what_its_scale_leaves():
 def test_fira_caps_at_ten_times_what_is_expected_of_a_column():
     """As long as ten times the mean column of N with as many entries as a column of G."""
     g, moved = tensors([(20, 12)], 1)[0], []
-    for make in (lambda x: FiraAdamW([x], limiter=None, **given),
-                 lambda x: GaLoreAdamW([x], **given)):
-        given = {"lr": 1.0, "rank": 3, "weight_decay": 0.0, "projection": "svd"}
+    for cls, options in ((FiraAdamW, {"limiter": None}), (GaLoreAdamW, {})):
         (p,) = parameters([(20, 12)])
-        optimizer = make(p)
+        optimizer = cls([p], lr=1.0, rank=3, weight_decay=0.0, projection="svd", **options)
         p.grad = g.clone()
         optimizer.step()
         basis, start = optimizer.state[p]["basis_right"], p.detach().clone()

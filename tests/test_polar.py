@@ -358,6 +358,22 @@ def test_muon_is_torchs(recwarn):
                 assert (p - q).norm() < 2e-2 * (q - w).norm()
 
 
+@pytest.mark.parametrize(("name", "tall", "wide"), [
+    (None, 1.5**0.5, 1.0), ("original", 1.5**0.5, 1.0), ("spectral", 1.5**0.5, 1.5**-0.5),
+    ("match_rms_adamw", 0.2 * 24**0.5, 0.2 * 24**0.5)])
+def test_factors_of_the_update(name, tall, wide):
+    for make in (lambda ps, fn: Muon(ps, lr=1.0, weight_decay=0.0, adjust_lr_fn=fn),
+                 lambda ps, fn: Trion(ps, lr=1.0, weight_decay=0.0, rank=3, adjust_lr_fn=fn)):
+        moved = []
+        for fn in (name, "unscaled"):
+            ps = parameters([(24, 16), (16, 24)])
+            start = [p.detach().clone() for p in ps]
+            run(make(ps, fn), ps, range(1))
+            moved.append([w - p.detach() for p, w in zip(ps, start, strict=True)])
+        for x, y, factor in zip(*moved, (tall, wide), strict=True):
+            torch.testing.assert_close(x, factor * y, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["newton-schulz", "polar-express"])
 def test_steps_of_the_oracle_are_before_those_of_newton_schulz(method):
     """And in fp32 the factor is that of the fp32 momentum."""
@@ -406,6 +422,9 @@ def test_fused_matrices_are_their_parts():
         torch.testing.assert_close(fused.detach(), torch.cat(parts).detach(), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match=r"split_sizes=\(8, 4\).*one has 16"):
         Muon([{"params": [fused], "split_sizes": (8, 4)}])
+    # what gets AdamW is not split
+    Muon([{"params": [fused]}, {"params": parameters([(9, 4)]), "algorithm": "adamw"}],
+         split_sizes=(8, 8))
 
 
 def test_group_keys_of_other_packages():

@@ -236,6 +236,10 @@ def test_a_column_of_zeros_is_no_trap():
     for i in range(3):
         w.grad = tensors([(8, 6)], i)[0]
         optimizer.step()
+        if i == 0:  # the low-rank update as it is
+            s = optimizer.state[w]
+            u = 0.25 * s["exp_avg"].sign() @ s["basis_right"].mT
+            torch.testing.assert_close(w.detach()[:, 2], -0.1 * u[:, 2], rtol=1e-5, atol=0)
     assert w.isfinite().all()
     assert w[:, 2].any()
 
@@ -762,6 +766,27 @@ def test_bad_arguments_of_lora():
     model.square = model.down
     with pytest.raises(ValueError, match="down: its weight is shared"):
         adapter_groups(model)
+
+
+# ---- GradNormLoRP on weights
+
+
+def test_a_step_to_zero_has_a_direction_of_rounding_and_a_finite_length():
+    """A weight put where the step of the momentum ends at zero, as far as fp32 can tell."""
+    p = nn.Parameter(tensors([(4, 60)])[0])
+    optimizer = GradNormLoRPAdamW([p], rank=4, lr=0.1, scale=0.25, weight_decay=0.0,
+                                  projection="svd")
+    p.grad = tensors([(4, 60)], 1)[0]
+    optimizer.step()
+    s = optimizer.state[p]
+    n = 0.09 / 0.19 / (0.000999 / 0.001999) ** 0.5  # of an entry's second step without a gradient
+    with torch.no_grad():
+        p.copy_(0.1 * 0.25 * n * s["basis_left"] @ s["exp_avg"].sign())
+    before = p.detach().norm(dim=0)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert p.isfinite().all()
+    assert (p.detach().norm(dim=0) < before + 0.2).all()
 
 
 # ---- GradNormLoRP on pairs
