@@ -377,6 +377,19 @@ def test_frequency_follows_the_schedule():
         assert abs(sum(counts[k] for k in part) - expected) < 4 * (len(part) / 4) ** 0.5
 
 
+def test_the_first_interval_is_that_of_the_first_step():
+    """r decay^((k + 1) / decay_steps) / interval, k from 0; whole ones are not drawn."""
+    _w, a, b, group = pair((16, 16), 8)
+    optimizer = SwitchLoRAAdamW([group], interval=2, interval_decay=0.5, decay_steps=1,
+                                freeze_steps=1)
+    moved = []
+    for _ in range(2):
+        a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+        optimizer.step()
+        moved.append([int(optimizer.state[p]["pointer"]) for p in (a, b)])
+    assert moved == [[2, 6], [3, 7]]
+
+
 def test_the_base_weight_is_rounded_by_bits_of_its_own(monkeypatch):
     """At each step others, and none that round a factor."""
     w, a, b, group = pair((30, 40), 8, dtype=torch.bfloat16)
