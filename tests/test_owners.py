@@ -54,6 +54,14 @@ def test_no_rank_of_a_large_model_waits_long_for_another(monkeypatch, ranks, mos
     assert busiest * ranks <= most * total
 
 
+def test_all_ranks_reckon_with_one_share():
+    """Of uneven shards, or they would not update the same matrices at once."""
+    p = torch.empty(7, 5)
+    rows = [Rows(3 * rank, 7, (3, 3, 1), rank, None) for rank in range(3)]  # type: ignore[arg-type]
+    assert [sharding.share(p, x) for x in rows] == [15] * 3
+    assert sharding.share(p, None) == 35
+
+
 class Network:
     """One rank that is its own peer, and notes what happens when."""
 
