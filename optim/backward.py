@@ -351,7 +351,8 @@ def project_in_backward(
             ``update_proj_gap`` not above it and ``refresh="synchronous"``; sharded parameters, and
             any others where there are several processes, as under DDP.
         RuntimeError: the optimizer has such a handle already. Later: more micro-batches than
-            ``accumulation``, a closure, a GradScaler that was not given here, a state that is
+            ``accumulation``, a gap that is changed between two of one step so that this one
+            refreshes the basis, a closure, a GradScaler that was not given here, a state that is
             saved between the backward pass and the step of a refresh.
 
     A step uses the buffers up, taken or skipped; ``zero_grad()`` of the optimizer empties them,
