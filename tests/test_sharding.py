@@ -149,6 +149,21 @@ def test_two_dimensional_meshes(pool, name, places):
     assert_close(one, outs, exact(name))
 
 
+@pytest.mark.parametrize(("name", "ranks", "places"), [
+    ("galoreadamw", 3, None), ("firaadamw-svd", 3, None), ("muon", 3, None),
+    ("adamw", (2, 2), [Replicate(), Shard(0)]), ("galoreadamw", (2, 2), [Shard(0), Shard(1)])])
+def test_metrics_are_of_whole_matrices(pool, name, ranks, places):
+    """Of convolutions too, whose parts cannot be flattened where they are uneven."""
+    given = {"name": name, "steps": 4, "metrics": True}
+    (one,) = jobs.trained(None, **given)["metrics"]
+    assert one["update_ratio"].isfinite().any()
+    for out in pool.run(jobs.trained, ranks, **given, places=places):
+        (found,) = out["metrics"]
+        assert found.keys() == one.keys()
+        for key, x in one.items():
+            torch.testing.assert_close(found[key], x, rtol=1e-4, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["adamw", "galoreadamw", "muon"])
 def test_a_nan_on_one_rank_stops_all(pool, name):
     for nonfinite in ("skip", "raise"):
