@@ -131,6 +131,15 @@ def test_refresh_phases_are_spread():
     assert {int(optimizer.state[p]["basis_step"]) for p in ps} == {6}
 
 
+@pytest.mark.parametrize("gap", [50, 200])
+def test_refreshes_of_a_few_matrices_are_far_apart(gap):
+    ps = parameters([(6, 4)] * 4)
+    optimizer = GaLoreAdamW(ps, rank=2, update_proj_gap=gap)
+    phases = sorted(optimizer._phase(optimizer.state[p], optimizer.param_groups[0]) for p in ps)
+    assert min(b - a for a, b in zip(phases, [*phases[1:], phases[0] + gap],
+                                     strict=True)) >= gap // 12
+
+
 def test_experts_are_matrices_of_their_own():
     """A stack in batch form equals its matrices one by one; so does a convolution flattened."""
     (stack,) = parameters([(3, 6, 4)])

@@ -238,6 +238,24 @@ def test_lazy_refresh_keeps_what_still_captures():
         optimizer.step()
         born.append(int(optimizer.state[p]["basis_step"]))
     assert born == [1, 1, 1, 1, 5, 5, 5, 5]
+    # of what it captured when it was new, which of a gradient of full rank is not all
+    optimizer = GaLoreAdamW([p], rank=2, update_proj_gap=2, keep_energy=0.8, projection="svd",
+                            refresh="synchronous")
+    for _ in range(4):
+        p.grad = tensors([(12, 8)], 5)[0]
+        optimizer.step()
+        assert int(optimizer.state[p]["basis_step"]) == 1
+    assert 0.3 < float(optimizer.state[p]["basis_energy"]) < 0.8
+    # of a stack it is the matrix that captures least
+    (p,) = parameters([(2, 12, 8)])
+    optimizer = GaLoreAdamW([p], rank=2, update_proj_gap=2, keep_energy=0.8, projection="svd",
+                            refresh="synchronous", matricize="batch")
+    born = []
+    for second in [gradient] * 2 + [other] * 2:
+        p.grad = torch.stack([gradient, second])
+        optimizer.step()
+        born.append(int(optimizer.state[p]["basis_step"]))
+    assert born == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize(("bits", "error"), [(16, 4e-3), (8, 4e-3), (4, 0.08)])

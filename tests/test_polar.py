@@ -303,6 +303,23 @@ def test_requests_of_a_shape_are_answered_by_one_call():
     assert sorted(calls) == sorted([(5, 3, 2), (5, 2, 3), (4, 3, 2), (1, 2, 3)]) or len(calls) == 4
 
 
+def test_requests_of_a_shape_that_are_unlike_are_answered_apart():
+    """Of another function, or in another dtype."""
+    def update(x, factor, out):
+        (y,) = yield whole.Whole((x,), functions[factor])
+        out.append((x, factor, y))
+
+    functions = {2: lambda x: 2 * x, 3: lambda x: 3 * x}
+    out = []
+    asked = [(x.to(kind), factor) for x in tensors([(3, 2), (3, 2)]) for factor in (2, 3)
+             for kind in (torch.float32, torch.bfloat16)]
+    list(whole.answered([update(x, factor, out) for x, factor in asked]))
+    assert len(out) == len(asked)
+    for x, factor, y in out:
+        assert y.dtype == x.dtype
+        assert torch.equal(y, factor * x)
+
+
 # ---- official trajectories
 
 

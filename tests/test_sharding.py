@@ -127,8 +127,9 @@ def test_whole_shards_are_exact(pool, name):
     assert_close(one, pool.run(jobs.trained, 3, name=name, shards="whole"), True)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", [*FEW, "galoreadamw-16bit"])
 def test_stochastic_rounding_does_not_see_shards(pool, name):
+    """Neither that of a weight nor that of a moment."""
     given = {"name": name, "dtype": torch.bfloat16, "shapes": [(40, 33), (33, 40), (300,)]}
     one, outs = jobs.trained(None, **given), pool.run(jobs.trained, 3, **given)
     flipped = total = 0
