@@ -227,6 +227,8 @@ def test_master_bits_follow_fp32_weights():
                 q.grad = p.grad.float()
             ours.step()
             exact.step()
+        held = [ours.state[p].get("master") for p in ps]
+        assert [x is not None and x.element_size() * 8 for x in held] == [bits or False] * 2
         kept = [ours.full_precision(p) for p in ps]
         if bits == 16:
             assert_same(kept, [q.detach() for q in qs])
