@@ -22,11 +22,13 @@ from lissom.optim import (
     GradNormLoRPAdamW,
     LowRankOptimizer,
     Trion,
+    codec,
     dct,
     project,
 )
 from lissom.optim.inner import RULES
-from lissom.optim.residual import RESIDUALS, Fira
+from lissom.optim.residual import RESIDUALS, Fira, gains
+from lissom.optim.sharding import Rows
 
 from .golden import follow, load, needs_golden, worst
 from .helpers import assert_same, feed, parameters, run, snapshot, tensors, through_disk
@@ -265,7 +267,6 @@ def test_stored_bases_are_near_the_exact(bits, error):
     b = GaLoreAdamW([q], rank=4, projection="svd")
     run(a, [p], range(1))
     run(b, [q], range(1))
-    from lissom.optim import codec
     basis = codec.Decoded(a.state[p], a._layouts[p], p)["basis_right"].float()
     exact = b.state[q]["basis_right"]
     assert 0 < (basis - exact).abs().max() < error
@@ -378,6 +379,21 @@ def test_fira_caps_at_ten_times_what_is_expected_of_a_column():
     fira, n = moved
     expected = (n[4].square() + 100 * (12 / 3) * n.square().mean()).sqrt()
     assert fira[4].item() == pytest.approx(expected.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("limiter", [None, 1.01])
+def test_gains_of_a_shard_are_those_of_the_whole(limiter, monkeypatch):
+    """Two ranks with the same rows: what is summed over both is twice what one has."""
+    n, r, g = (x.double().abs() for x in tensors([(3, 1)] * 3))
+    r[1] = 1e-12  # which is capped
+    o = {"eps": 1e-8, "limiter": limiter}
+    last = [{} if limiter is None else {"limiter": torch.full((1, 1), 0.5)} for _ in range(2)]
+    whole = gains(*(torch.cat([x, x]) for x in (n, r, g)), 4.0, last[0], o)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, *args, **given: x.mul_(2))
+    rows = Rows(0, 6, (3, 3), 0, None)  # type: ignore[arg-type]
+    part = codec.Decoded(last[1], {}, torch.empty(6, 4), rows)
+    torch.testing.assert_close(gains(n, r, g, 4.0, part, o), whole[:3])
+    assert_same(*last)
 
 
 # ---- APOLLO
