@@ -134,10 +134,10 @@ def adapter_groups(model: nn.Module, rank: int | None = None, *, weight_decay: f
     """Groups with names and declared roles, for SwitchLoRAAdamW and GradNormLoRPAdamW.
 
     Plain pairs are in groups of (A, B, base, A, B, base, ...) with ``roles=("A", "B", "base")``
-    and their ``scaling``, without decay unless ``options`` ask for it: the decay would undo half of
-    what a switch has moved into the base. Normalized ones are (A, B, A, B, ...) with
-    ``roles=("A", "B")``, and their magnitudes in a group that gets AdamW without decay. All else
-    that needs a gradient gets AdamW, as :func:`lissom.optim.param_groups` groups it.
+    and their ``scaling``, without decay unless you set a group's ``weight_decay`` afterwards: it
+    would undo half of what a switch has moved into the base. Normalized ones are (A, B, A, B, ...)
+    with ``roles=("A", "B")``, and their magnitudes in a group that gets AdamW without decay. All
+    else that needs a gradient gets AdamW, as :func:`lissom.optim.param_groups` groups it.
 
     Args:
         model: with layers of :func:`lissom.optim.lora`, or a ``peft`` model with LoRA or DoRA.

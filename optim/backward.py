@@ -106,7 +106,12 @@ class ProjectInBackward(InBackward):
                 f"{self.name}: {name!r} got a gradient from micro-batch {self.accumulation + 1}, "
                 f"but accumulation={self.accumulation}; call step() or zero_grad() of the "
                 "optimizer before, or give a larger accumulation")
-        if self.accumulation > 1 and not count and optimizer.due(stored, o, t):
+        if self.accumulation > 1 and optimizer.due(stored, o, t):
+            if count:
+                raise RuntimeError(
+                    f"{self.name}: {name!r} would get a new basis in the middle of an "
+                    "accumulation, as update_proj_gap or refresh has changed; change them after "
+                    "step()")
             self._kept[p] = self._kept.get(p, 0) + 1
             return
         shape = optimizer.matrix_shape(p, o)
@@ -346,7 +351,8 @@ def project_in_backward(
             ``update_proj_gap`` not above it and ``refresh="synchronous"``; sharded parameters, and
             any others where there are several processes, as under DDP.
         RuntimeError: the optimizer has such a handle already. Later: more micro-batches than
-            ``accumulation``, a closure, a GradScaler that was not given here, a state that is
+            ``accumulation``, a gap that is changed between two of one step so that this one
+            refreshes the basis, a closure, a GradScaler that was not given here, a state that is
             saved between the backward pass and the step of a refresh.
 
     A step uses the buffers up, taken or skipped; ``zero_grad()`` of the optimizer empties them,

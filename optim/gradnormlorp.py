@@ -188,11 +188,10 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         decay = 1 - o["lr"] * o["weight_decay"]
         growth = decay - o["lr"] * o["magnitude_scale"] * n.factor * ratio
         # W' = W diag(a) - lr f L R diag(a), a = (mu' / mu) / (|V'| / c)
-        a = torch.where(c > 0, growth / length, decay)
-        shrink = torch.where(c > 0, a, 1.0)
+        a = torch.where(c > 0, growth / length, 1.0)
         if columns:
-            return Update(u.left, (right * shrink).to(u.right.dtype), u.factor, keep=a)
-        return Update((left * shrink).to(u.left.dtype), u.right, u.factor, keep=a)
+            return Update(u.left, (right * a).to(u.right.dtype), u.factor, keep=a)
+        return Update((left * a).to(u.left.dtype), u.right, u.factor, keep=a)
 
 
 def _columns(w: Tensor, o: Mapping[str, Any]) -> tuple[int, Tensor, Tensor]:

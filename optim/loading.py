@@ -67,7 +67,7 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
                 states[p] = checked_state(optimizer, p, entry, merged, f"{at}, {name!r}")
             elif entry is not None and not isinstance(entry, Mapping):
                 raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
-            elif "format" in group and p.requires_grad and p in optimizer.state:
+            elif "format" in group and p.requires_grad:
                 raise ValueError(f"{at}, {name!r}: its state is missing")
     return groups, states
 
@@ -265,7 +265,8 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
                              "and not above step")
         if name in ("index", "key", "projected_count") and not value.item() >= 0:
             raise ValueError(f"{at}: {name}={value.item()}, but it must be >= 0")
-        if name.endswith(("_sq", ".scale")) and not value.is_meta and bool((value < 0).any()):
+        if name.endswith(("_sq", "_sq_row", "_sq_col", ".scale")) and not value.is_meta and bool(
+                (value < 0).any()):
             raise ValueError(f"{at}: {name} has a negative entry, but it must be >= 0")
     optimizer.check_state(p, state, o, at)
     return state

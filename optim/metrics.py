@@ -52,14 +52,15 @@ def after(optimizer: MatrixOptimizer, window: Sequence[Work], copies: Before) ->
 
 def _ratio(new: Tensor, old: Tensor) -> Tensor:
     """|new - old| / |old|, in fp32 and in pieces: neither needs a full-size temporary."""
-    change = old.new_zeros((), dtype=codec.wide(old[:0] if old.ndim else old).dtype)
+    a, b = sharding.local(new), sharding.local(old)
+    change = b.new_zeros((), dtype=codec.wide(b[:0] if b.ndim else b).dtype)
     size = change.clone()
-    a, b = (x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1) for x in (new, old))
     for a_, b_ in codec.pieces(a, b):
         b_ = codec.wide(b_)
         change += (codec.wide(a_) - b_).square().sum()
         size += b_.square().sum()
-    return sharding.whole((change / size).sqrt())
+    change, size = sharding.summed(new, torch.stack([change, size])).unbind()
+    return (change / size).sqrt()
 
 
 def energy(optimizer: MatrixOptimizer, s: Mapping[str, Tensor], low: Tensor, g: Tensor) -> None:

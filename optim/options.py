@@ -64,7 +64,7 @@ def real(default: float | None, minimum: float = 0.0, maximum: float = math.inf,
     """
 
     def convert(value: Any) -> float:
-        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError

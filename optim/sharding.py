@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .codec import Slot
 
 __all__ = ["Rows", "agreed", "check_placements", "is_sharded", "keep", "like", "local", "new",
-           "put", "rows_of", "share", "whole"]
+           "put", "rows_of", "share", "summed", "whole"]
 
 
 class Rows(NamedTuple):
@@ -175,6 +175,20 @@ def like(p: Tensor, part: Tensor) -> Tensor:
     d = _dtensor(p)
     return DTensor.from_local(part, d.device_mesh, d.placements, run_check=False, shape=d.shape,
                               stride=d.stride())
+
+
+def summed(p: Tensor, x: Tensor) -> Tensor:
+    """The sum of x over all parts of p, equal on each rank, which has given its part's; collective.
+
+    Unlike :meth:`Rows.sum` for whatever placements p has.
+    """
+    if not is_sharded(p):
+        return x
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    d = _dtensor(p)
+    places = [Replicate() if place.is_replicate() else Partial() for place in d.placements]
+    return DTensor.from_local(x, d.device_mesh, places, run_check=False).full_tensor()
 
 
 def check_placements(p: Tensor, name: str, where: str) -> None:

@@ -121,6 +121,7 @@ def outcome(optimizer: Any, ps: list[Any]) -> dict[str, Any]:
     of = {p: o for o in optimizer.param_groups for p in o["params"]}
     return {"weights": [plain(p) for p in ps],
             "state": [{k: plain(x) for k, x in s.items()} for s in states],
+            "metrics": optimizer.metrics(),
             "slots": [optimizer.stored_slots(p, of[p]) if p in optimizer.state else {} for p in ps],
             "bytes": [{k: (x.to_local() if isinstance(x, DTensor) else x).nbytes
                        for k, x in s.items()} for s in states]}

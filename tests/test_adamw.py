@@ -182,13 +182,15 @@ def test_stochastic_rounding_is_the_same_however_it_is_run(monkeypatch):
     results = []
     for block in (64, 1 << 18):
         monkeypatch.setattr("lissom.optim.apply._BLOCK", {"cuda": block})
-        for cls, options in ((AdamW, {}), (GaLoreAdamW, {"rank": 3})):
-            ps = parameters([(31, 17), (17, 31)], dtype=torch.bfloat16)
+        stack = {"rank": 3, "matricize": "batch"}
+        for cls, options in ((AdamW, {}), (GaLoreAdamW, stack), (AdamW, {"master_bits": 8}),
+                             (GaLoreAdamW, {**stack, "master_bits": 8})):
+            ps = parameters([(31, 17), (17, 31), (3, 20, 17)], dtype=torch.bfloat16)
             torch.manual_seed(block)
             optimizer = cls(ps, lr=1e-2, **options)
             run(optimizer, ps, range(4))
-            results.append([p.detach().clone() for p in ps])
-    assert_same(results[:2], results[2:])
+            results.append([optimizer.full_precision(p) for p in ps])
+    assert_same(results[:4], results[4:])
 
 
 def test_8bit_is_a_name_for_an_option():
@@ -198,8 +200,10 @@ def test_8bit_is_a_name_for_an_option():
     run(b, theirs, range(3))
     assert torch.equal(ours[0], theirs[0])
     assert a.state[ours[0]]["exp_avg"].dtype == torch.uint8
-    small = parameters([(63, 65)])
-    assert AdamW8bit(small).state[small[0]]["exp_avg"].dtype == torch.float32
+    few = parameters([(63, 65), (64, 64), (2048, 4), (2048, 5)])
+    state = AdamW8bit(few).state
+    assert [state[p]["exp_avg"].dtype for p in few] == [torch.float32, torch.uint8, torch.bfloat16,
+                                                        torch.uint8]
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.03), (4, 0.25)])
@@ -245,6 +249,8 @@ def test_master_bits_follow_fp32_weights():
                 q.grad = p.grad.float()
             ours.step()
             exact.step()
+        held = [ours.state[p].get("master") for p in ps]
+        assert [x is not None and x.element_size() * 8 for x in held] == [bits or False] * 2
         kept = [ours.full_precision(p) for p in ps]
         if bits == 16:
             assert_same(kept, [q.detach() for q in qs])

@@ -314,6 +314,118 @@ def test_clipping_arguments():
         handle.unscale_()
 
 
+def test_what_waits_beside_a_projection_is_clipped_with_it():
+    """GradNormLoRP keeps the slopes of its magnitudes too."""
+    ps, qs = parameters(SHAPES[:3]), parameters(SHAPES[:3])
+    plain, other = (GradNormLoRPAdamW(x, lr=1e-2, rank=3, update_proj_gap=4, betas=(0.5, 0.5))
+                    for x in (ps, qs))
+    handle = project_in_backward(other, exact_norm=True)
+    for i in range(6):
+        for xs in (ps, qs):
+            backward(xs, 1 + i, 10.0 ** -(i % 3))  # no. 0 is the weight itself
+        expected = torch.nn.utils.clip_grad_norm_(ps, 0.1)
+        assert handle.clip_grad_norm_(0.1).item() == pytest.approx(expected.item(), rel=1e-5)
+        for o in (plain, other):
+            o.step()
+            o.zero_grad()
+    close(qs, ps, 1e-6)
+
+
+def test_a_gap_does_not_change_between_micro_batches():
+    """What is in the buffer is on the old basis, to which nothing on a new one can be added."""
+    ps = parameters(SHAPES[:1])
+    optimizer = GaLoreAdamW(ps, rank=3, update_proj_gap=10)
+    project_in_backward(optimizer, 2)
+    train(optimizer, ps, range(3), 2)
+    backward(ps, 300)
+    optimizer.param_groups[0]["update_proj_gap"] = 3
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"parameter 0' would get a new basis .* after step"):
+        backward(ps, 301)
+    assert_same(before, snapshot(optimizer))
+    optimizer.zero_grad()
+    train(optimizer, ps, range(3, 5), 2)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_loading_forgets_what_waited(micro):
+    """Gradients and bases of the state that was there before."""
+    def begun(steps: int) -> tuple[list[Any], Any]:
+        ps = parameters(SHAPES[:3])
+        optimizer = GaLoreAdamW(ps, rank=3, update_proj_gap=4, refresh="staggered")
+        project_in_backward(optimizer, micro)
+        train(optimizer, ps, range(steps), micro)
+        return ps, optimizer
+
+    ps, optimizer = begun(2)
+    saved = through_disk({"o": optimizer.state_dict(), "w": [p.detach() for p in ps]})
+    results = []
+    for steps in range(2, 7):  # the next one is a refresh of each matrix in turn
+        qs, twin = begun(steps)
+        if steps > 2:
+            backward(qs, 99)
+        twin.load_state_dict(saved["o"])
+        for q, w in zip(qs, saved["w"], strict=True):
+            q.data.copy_(w)
+            q.grad = None
+        train(twin, qs, range(2, 7), micro)
+        results.append(snapshot(twin))
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
+def test_a_norm_does_not_come_with_a_saved_state():
+    ps = parameters(SHAPES[:3])
+    optimizer = GaLoreAdamW(ps, rank=3, update_proj_gap=10)
+    handle = project_in_backward(optimizer, exact_norm=True)
+    train(optimizer, ps, range(3), 1)
+    while True:  # to a step without a refresh, whose state can be saved
+        backward(ps, 5)
+        if not handle._pending:
+            break
+        optimizer.step()
+    saved = through_disk(optimizer.state_dict())
+    assert float(handle.clip_grad_norm_(1e9)) > 0
+    optimizer.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match=r"exact_norm=True, but the gradient of .*saved state"):
+        handle.clip_grad_norm_(1e9)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_removed_handle_leaves_no_gradient(micro):
+    """Neither in a buffer nor, where the step would have refreshed the basis, in p.grad."""
+    for steps in range(5):
+        ps, qs = parameters(SHAPES[:4]), parameters(SHAPES[:4])
+        plain, other = (GaLoreAdamW(x, rank=3, update_proj_gap=4) for x in (ps, qs))
+        handle = project_in_backward(other, micro)
+        with project_in_backward(plain, micro):
+            train(plain, ps, range(steps), micro)
+        train(other, qs, range(steps), micro)
+        backward(qs, 7)
+        handle.remove()
+        assert all(q.grad is None for q in qs)
+        assert_same(snapshot(plain), snapshot(other))
+
+
+def test_a_handle_that_cannot_be_attached_leaves_no_trace(monkeypatch):
+    ps = parameters(SHAPES)
+    optimizer = GaLoreAdamW(ps, rank=3)
+
+    def fails() -> None:
+        monkeypatch.undo()
+        raise MemoryError
+
+    for attach in (project_in_backward, update_in_backward):
+        monkeypatch.setattr(optimizer, "_sync_state", fails)
+        with pytest.raises(MemoryError):
+            attach(optimizer)
+        backward(ps, 0)
+        assert all(p.grad is not None for p in ps)
+        assert not any(k.startswith("projected") for p in ps for k in optimizer.state[p])
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("micro", [1, 2, 8])
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
@@ -371,6 +483,17 @@ def test_grad_scaler_must_be_known():
         optimizer.step()
     with pytest.raises(TypeError, match="grad_scaler is a int"):
         project_in_backward(GaLoreAdamW(parameters(SHAPES), rank=3), grad_scaler=1)
+
+
+def test_no_gradient_comes_after_unscale():
+    """It would be added, still scaled, to what has been divided by the scale."""
+    ps = parameters(SHAPES)
+    optimizer, scaler = GaLoreAdamW(ps, rank=3), torch.amp.GradScaler("cpu")
+    handle = project_in_backward(optimizer, 2, grad_scaler=scaler)
+    scaler.scale(sum(p.sum() for p in ps)).backward()
+    handle.unscale_()
+    with pytest.raises(RuntimeError, match=r"got a gradient after unscale_\(\)"):
+        scaler.scale(sum(p.sum() for p in ps)).backward()
 
 
 @pytest.mark.parametrize("mode", ["skip", "raise"])
@@ -745,6 +868,22 @@ def test_update_refusals():
         if caught:
             assert "no backward pass" in str(caught[0].message)
             assert caught[0].filename == __file__
+
+
+def test_update_after_loading_takes_a_gradient_again():
+    ps = parameters(SHAPES)
+    optimizer = AdamW(ps, lr=1e-2)
+    update_in_backward(optimizer)
+    saved, weights = optimizer.state_dict(), [p.detach().clone() for p in ps]
+    saved = through_disk(saved)
+    backward(ps, 0)
+    first = [p.detach().clone() for p in ps]
+    optimizer.load_state_dict(saved)
+    for p, w in zip(ps, weights, strict=True):
+        p.data.copy_(w)
+    backward(ps, 0)
+    assert_same(first, [p.detach() for p in ps])
+    optimizer.step()
 
 
 def test_update_raises_before_the_write():

@@ -1119,7 +1119,7 @@ def test_damaged_counters_and_layouts_are_refused(case):
         bad += [(k, torch.tensor(x)) for k in ("index", "key") for x in (-5, True)]
     if "basis_step" in state:
         bad.append(("basis_step", torch.tensor(50.0)))
-    for name in ("exp_avg_sq", "exp_avg.scale"):
+    for name in ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg.scale"):
         if name in state and state[name].is_floating_point():
             bad.append((name, -torch.ones_like(state[name])))
     for name, value in bad:

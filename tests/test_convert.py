@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -214,6 +215,13 @@ def test_a_new_threshold_of_energy_still_refreshes():
      "random bases of another class or seed"),
     (APOLLO, {"rank": 4}, APOLLO, {"rank": 4, "seed": 3}, "random bases of another class or seed"),
     (DCTAdamW, {"rank": 4}, DCTAdamW, {"rank": 4, "dct_basis": 3}, "dct_basis 2, now 3"),
+    # their moments have no leading columns
+    (DCTAdamW, {"rank": 6}, DCTAdamW, {"rank": 4}, "rank 6, now 4"),
+    (APOLLO, {"rank": 6}, APOLLO, {"rank": 4}, "rank 6, now 4"),
+    (APOLLO, {"rank": 4}, APOLLO, {"rank": 4, "proj_type": "reverse_std"},
+     "another side is projected"),
+    (GradNormLoRPAdamW, {"rank": 4}, GradNormLoRPAdamW, {"rank": 4, "axis": "output"},
+     "axis was 'input', is 'output'"),
 ])
 def test_what_has_another_meaning_begins_anew(make, before, to, after, why):
     optimizer, ps = trained(make, **before)
@@ -233,6 +241,26 @@ def test_bits_of_a_weight_of_another_width_begin_at_zero():
     assert converted.rows[0] == ("p0", "kept", "master begins at zero")
     other.load_state_dict(converted)
     assert not other.state[half[0]]["master"].any()
+
+
+def test_numbers_are_those_that_were_saved_if_no_two_are_one():
+    """Phases of refreshes and random bits go on, in whatever order parameters are now."""
+    ps = parameters(SHAPES[:2])
+    old = GaLoreAdamW(named(ps), rank=4)
+    run(old, ps, range(2))
+    order, saved = named(ps)[::-1], [int(old.state[p]["index"]) for p in ps]
+    other = GaLoreAdamW(order, rank=4)
+    own = [int(other.state[p]["index"]) for p in ps]
+    assert (saved, own) == ([0, 1], [1, 0])
+    other.load_state_dict(convert_state(old.state_dict(), other))
+    assert [int(other.state[p]["index"]) for p in ps] == saved
+    assert [int(other.state[p]["key"]) for p in ps] == [int(old.state[p]["key"]) for p in ps]
+    # p1 begins anew, with the number that it has here, which is p0's of the saved state
+    other = GaLoreAdamW([{"params": order[:1], "rank": 8}, {"params": order[1:], "rank": 4}])
+    converted = convert_state(old.state_dict(), other)
+    assert [row[1] for row in converted.rows] == ["restarted", "kept"]
+    other.load_state_dict(converted)
+    assert [int(other.state[p]["index"]) for p in ps] == own
 
 
 def test_vectors_in_a_group_of_matrices_are_kept():
@@ -309,6 +337,33 @@ def test_from_bitsandbytes(eight):
         assert (p - q).abs().mean() < 0.05 * 3 * 1e-2
 
 
+@pytest.mark.parametrize("columns", [512, 384])
+def test_codes_of_bitsandbytes(columns):
+    """As they are where no block is of two rows; a second moment's zero becomes the least."""
+    ps = parameters([(4, columns)])
+    entry, books = {"step": 3}, {}
+    for i, signed in (("1", True), ("2", False)):
+        x = ps[0].detach() if signed else ps[0].detach().square()
+        codes, scale = codec.quantize_dynamic(x.reshape(1, -1), 8, signed)
+        codes[0, :8] = 0
+        books[i] = codebook(8, signed, torch.device("cpu"))
+        entry |= {f"state{i}": codes.view(4, columns), f"absmax{i}": scale.flatten(),
+                  f"qmap{i}": books[i]}
+    saved = {"state": {0: entry}, "param_groups": [{"params": [0]}]}
+    ours, twins, rows = moved(saved, ps, AdamW8bit, names=["p0"])
+    assert rows["p0"][0] == "kept"
+    state = ours.state[twins[0]]
+    for i, name, codes in (("1", "exp_avg", entry["state1"]),
+                           ("2", "exp_avg_sq", entry["state2"].clamp_min(1))):
+        each = entry[f"absmax{i}"].repeat_interleave(256).view(4, columns)
+        expected, got = books[i][codes.long()] * each, wide(ours, twins[0], name)
+        assert bool((got > 0).all()) == (i == "2")
+        if columns == 512:
+            assert torch.equal(state[name], codes)
+            assert torch.equal(got, expected)
+        assert ((got - expected).abs() <= 0.02 * each).all()
+
+
 def _file(value):
     file = io.BytesIO()
     torch.save(value, file)
@@ -376,6 +431,10 @@ def test_refusals():
     run(odd, ps, range(1))
     with pytest.raises(ValueError, match=r"'p0': saved state has \['step', 'sum'\]"):
         convert_state(odd.state_dict(), optimizer, NAMES)
+    odd = torch.optim.Adamax(ps)
+    run(odd, ps, range(1))
+    with pytest.raises(ValueError, match=r"'p0': saved state has \['exp_avg', 'exp_inf', 'step'\]"):
+        convert_state(odd.state_dict(), optimizer, NAMES)
 
 
 def test_entries_that_are_none_are_refused_by_name():
@@ -429,10 +488,15 @@ def test_loading_with_other_options_says_so():
     """Saved options go on, as in torch; what they replace is named once, with the remedy."""
     optimizer, ps = trained(GaLoreAdamW, rank=4)
     other = GaLoreAdamW(named(ps), lr=1e-2, rank=8, state_bits=8)
-    with pytest.warns(UserWarning, match=r"the saved options go on: .*rank=4 \(group 0: 8\).*"
-                                         r"convert_state"):
+    with pytest.warns(UserWarning, match=r"the saved options go on: state_bits=32 \(group 0: 8\), "
+                                         r"rank=4 \(group 0: 8\)\. .*convert_state"):
         other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["rank"] == 4
+    # how a step runs is no structure
+    same = GaLoreAdamW(named(ps), lr=1e-2, rank=4, nonfinite="raise", metrics=True, seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same.load_state_dict(optimizer.state_dict())
     fused, ps = trained(Muon, split_sizes=(20, 20), shapes=[(40, 24)])
     with pytest.warns(UserWarning, match=r"split_sizes=\(20, 20\) \(group 0: None\)"):
         Muon(named(ps), lr=1e-2).load_state_dict(fused.state_dict())

@@ -131,6 +131,15 @@ def test_refresh_phases_are_spread():
     assert {int(optimizer.state[p]["basis_step"]) for p in ps} == {6}
 
 
+@pytest.mark.parametrize("gap", [50, 200])
+def test_refreshes_of_a_few_matrices_are_far_apart(gap):
+    ps = parameters([(6, 4)] * 4)
+    optimizer = GaLoreAdamW(ps, rank=2, update_proj_gap=gap)
+    phases = sorted(optimizer._phase(optimizer.state[p], optimizer.param_groups[0]) for p in ps)
+    assert min(b - a for a, b in zip(phases, [*phases[1:], phases[0] + gap],
+                                     strict=True)) >= gap // 12
+
+
 def test_experts_are_matrices_of_their_own():
     """A stack in batch form equals its matrices one by one; so does a convolution flattened."""
     (stack,) = parameters([(3, 6, 4)])
@@ -155,6 +164,19 @@ def test_experts_are_matrices_of_their_own():
             p.grad = tensors([(8, 27)], i)[0].view(p.shape)
             optimizer.step()
     assert torch.equal(conv.detach().flatten(1), flat.detach())
+
+
+@pytest.mark.parametrize("master_bits", [None, 8])
+def test_equal_experts_are_rounded_by_different_bits(master_bits):
+    p = torch.nn.Parameter(tensors([(1, 40, 30)])[0].expand(2, 40, 30).bfloat16())
+    optimizer = GaLoreAdamW([p], rank=3, lr=1e-4, matricize="batch", projection="svd",
+                            master_bits=master_bits)
+    p.grad = tensors([(1, 40, 30)], 1)[0].expand(2, 40, 30).bfloat16()
+    optimizer.step()
+    one, other = optimizer.full_precision(p)
+    share = (one != other).float().mean()
+    assert share > (0.1 if master_bits else 1e-3)
+    torch.testing.assert_close(one, other, rtol=0.008, atol=1e-6)
 
 
 def test_an_idle_expert_keeps_its_basis():
@@ -289,6 +311,12 @@ def test_a_group_keeps_what_it_states():
     optimizer = GaLoreAdamW([{"params": ps[:1], "rank": 2}, {"params": ps[1:], "lr": 5e-4}],
                             lr_adamw=1e-3)
     assert optimizer.param_groups[1]["lr"] == 5e-4
+
+
+def test_an_option_under_two_spellings_is_refused():
+    ps = parameters([(8, 6)])
+    with pytest.raises(ValueError, match="'scale' is given twice, under two spellings"):
+        GaLoreAdamW([{"params": ps, "rank": 2, "alpha": 0.5, "scale": 0.25}])
 
 
 def test_a_strided_batch_is_updated_in_place():

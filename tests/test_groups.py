@@ -85,6 +85,40 @@ def test_convolutions_attention_and_unknown_parameters():
     assert not any(name.startswith("frozen") for name in plan)
 
 
+class _Declares(nn.Module):
+    """Its head is found by asking, as in Hugging Face's models."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(8, 8), nn.Linear(8, 6)
+
+    def get_output_embeddings(self):
+        return self.out
+
+
+class _Tied(nn.Module):
+    """Its head was made before the vocabulary grew, and stands first."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.hidden, self.table = nn.Linear(8, 9), nn.Linear(8, 8), nn.Embedding(11, 8)
+        self.out.weight = self.table.weight
+
+
+class _Untied(nn.Module):
+    """Of a name that no list has: it is as long as the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.hidden, self.out = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+
+
+@pytest.mark.parametrize("make", [_Declares, _Tied, _Untied])
+def test_a_head_of_any_name_gets_adamw(make):
+    low = [name for name, row in rules(make(), rank=4).items() if row.rule == "galore"]
+    assert low == ["hidden.weight"]
+
+
 def test_groups_work_with_any_optimizer_of_the_package():
     model = nn.Linear(6, 4)
     AdamW(model.named_parameters())
@@ -105,6 +139,14 @@ def test_groups_work_with_any_optimizer_of_the_package():
 def test_bad_ranks(rank, kind):
     with pytest.raises(kind, match=rf"'weight': rank={rank!r}, but it must be"):
         param_groups(nn.Linear(4, 4), rank)
+
+
+def test_a_fraction_is_at_least_one_and_the_last_pattern_wins():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    found = rules(model, rank=0.01, overrides={"*.weight": {"rank": 3}, "1.w*": {"rank": 0.5}})
+    assert (found["0.weight"].rank, found["1.weight"].rank) == (3, 4)
+    found = rules(model, rank=0.01, overrides={"1.w*": {"rank": 0.5}, "1.weight": {"rank": 2}})
+    assert (found["0.weight"].rank, found["1.weight"].rank) == (1, 2)
 
 
 def test_a_pattern_that_matches_nothing():
@@ -152,6 +194,13 @@ def test_matrices_of_strange_modules_are_pointed_out():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         groups = param_groups(model, overrides={"*.up": {"rank": None},
-                                                "*experts.down": {"matricize": "batch"}})
+                                                "*experts.down": {"matricize": "batch"}},
+                              weight_decay=0.3, update_proj_gap=7)
     taken = [[name for name, _ in g["params"]] for g in groups if g.get("matricize")]
     assert taken == [["experts.down"]]
+    # options of matrices are theirs too, and a norm of two dimensions is a norm
+    gaps = {name: g.get("update_proj_gap") for g in groups for name, _ in g["params"]}
+    assert (gaps["experts.down"], gaps["linear.weight"], gaps["experts.up"]) == (7, 7, None)
+    decay = {name: g["weight_decay"] for g in groups for name, _ in g["params"]}
+    assert decay["experts.norm.weight"] == 0.0
+    assert decay["experts.down"] == decay["experts.table.weight"] == 0.3

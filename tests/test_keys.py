@@ -169,12 +169,24 @@ def test_states_saved_without_key_continue(case):
         assert int(twin.state[q]["key"]) == int(twin.state[q]["index"])
 
 
-def test_a_parameter_that_changes_before_the_first_step_keeps_its_key():
-    (p,) = parameters([(4, 2)])
-    optimizer = AdamW([("w", p)])
+def test_a_parameter_that_changes_before_the_first_step_keeps_its_numbers():
+    p, q = parameters([(4, 2), (4, 2)])
+    optimizer = AdamW([("v", q), ("w", p)])
+    index = int(optimizer.state[p]["index"])
+    assert index > int(optimizer.state[q]["index"])
     p.data = p.data.double()
     optimizer.state_dict()
     assert int(optimizer.state[p]["key"]) == name_key("w")
+    assert int(optimizer.state[p]["index"]) == index
+
+
+def test_parameters_in_the_place_of_all_others_have_their_numbers():
+    """As FSDP2 and Accelerate put them there; without names random bits follow the number."""
+    optimizer = AdamW(parameters([(4, 2)] * 3))
+    before = [(int(s["index"]), int(s["key"])) for s in optimizer.state.values()]
+    optimizer.param_groups[0]["params"] = parameters([(4, 2)] * 3)
+    optimizer.state_dict()
+    assert [(int(s["index"]), int(s["key"])) for s in optimizer.state.values()] == before
 
 
 def test_a_state_of_torch_keeps_the_key_of_the_name():

@@ -422,6 +422,10 @@ def test_the_limiter_is_the_formula():
     torch.testing.assert_close(gain, torch.tensor([[3.0, 2.0]], dtype=torch.float64)
                                * 15 / 580**0.5)
     assert last.item() == pytest.approx(15.0)
+    # none where neither N nor R is, with nothing added that would keep the quotient finite
+    n[0, 0] = r[0, 0] = 0.0
+    gain = limited_gains_ref(n, r, g, None, more=1e6, eps=0.0)
+    assert gain.tolist() == [[0.0, 2.0]]
 
 
 def test_what_gains_and_norms_refuse():

@@ -22,11 +22,13 @@ from lissom.optim import (
     GradNormLoRPAdamW,
     LowRankOptimizer,
     Trion,
+    codec,
     dct,
     project,
 )
 from lissom.optim.inner import RULES
-from lissom.optim.residual import RESIDUALS, Fira
+from lissom.optim.residual import RESIDUALS, Fira, gains
+from lissom.optim.sharding import Rows
 
 from .golden import follow, load, needs_golden, worst
 from .helpers import assert_same, feed, parameters, run, snapshot, tensors, through_disk
@@ -169,6 +171,18 @@ def test_dct_state_is_indices_only():
         assert index.shape == (3,)
 
 
+@pytest.mark.parametrize("similarity", ["matmul", "fft"])
+def test_columns_of_squares_out_of_range_are_chosen_alike(similarity):
+    chosen = []
+    for scale in (1.0, 1e25, 1e-25):
+        (p,) = parameters([(16, 12)])
+        optimizer = DCTAdamW([p], rank=4, column_norm=2, similarity=similarity)
+        p.grad = tensors([(16, 12)], 1)[0] * scale
+        optimizer.step()
+        chosen.append(optimizer.state[p]["columns_right"].tolist())
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
 def test_dct_of_full_rank_is_a_rotated_adam():
     """With all columns, W Q follows Adam on G Q."""
     (p,) = parameters([(6, 5)])
@@ -226,6 +240,24 @@ def test_lazy_refresh_keeps_what_still_captures():
         optimizer.step()
         born.append(int(optimizer.state[p]["basis_step"]))
     assert born == [1, 1, 1, 1, 5, 5, 5, 5]
+    # of what it captured when it was new, which of a gradient of full rank is not all
+    optimizer = GaLoreAdamW([p], rank=2, update_proj_gap=2, keep_energy=0.8, projection="svd",
+                            refresh="synchronous")
+    for _ in range(4):
+        p.grad = tensors([(12, 8)], 5)[0]
+        optimizer.step()
+        assert int(optimizer.state[p]["basis_step"]) == 1
+    assert 0.3 < float(optimizer.state[p]["basis_energy"]) < 0.8
+    # of a stack it is the matrix that captures least
+    (p,) = parameters([(2, 12, 8)])
+    optimizer = GaLoreAdamW([p], rank=2, update_proj_gap=2, keep_energy=0.8, projection="svd",
+                            refresh="synchronous", matricize="batch")
+    born = []
+    for second in [gradient] * 2 + [other] * 2:
+        p.grad = torch.stack([gradient, second])
+        optimizer.step()
+        born.append(int(optimizer.state[p]["basis_step"]))
+    assert born == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize(("bits", "error"), [(16, 4e-3), (8, 4e-3), (4, 0.08)])
@@ -235,10 +267,11 @@ def test_stored_bases_are_near_the_exact(bits, error):
     b = GaLoreAdamW([q], rank=4, projection="svd")
     run(a, [p], range(1))
     run(b, [q], range(1))
-    from lissom.optim import codec
     basis = codec.Decoded(a.state[p], a._layouts[p], p)["basis_right"].float()
     exact = b.state[q]["basis_right"]
     assert 0 < (basis - exact).abs().max() < error
+    # what was projected was so onto what is stored
+    torch.testing.assert_close(a.state[p]["exp_avg"], 0.1 * p.grad @ basis, rtol=1e-5, atol=1e-6)
     sizes = {16: 30 * 4 * 2, 8: 30 * 4 + 30 * 4, 4: 30 * 2 + 30 * 4}
     stored = [v.nbytes for k, v in a.state[p].items() if k.startswith("basis_right")]
     assert sum(stored) == sizes[bits]
@@ -313,6 +346,54 @@ def test_fira_of_full_rank_is_galore():
     run(b, theirs, range(5))
     for p, q in zip(ours, theirs, strict=True):
         assert torch.equal(p, q)
+
+
+def test_fira_released_of_full_rank_keeps_what_its_scale_leaves():
+    """u = scale P N + (1 - scale) G diag(phi): the released code's P R is scaled, its G is not."""
+    (p,), (q,) = parameters([(4, 6)]), parameters([(4, 6)])
+    given = {"rank": 4, "lr": 1e-2, "weight_decay": 0.0, "projection": "svd", "scale": 0.25}
+    moved = []
+    for x, optimizer in ((p, FiraAdamW([p], residual_scale="released", limiter=None, **given)),
+                         (q, GaLoreAdamW([q], **given))):
+        start = x.detach().clone()
+        run(optimizer, [x], range(1))
+        moved.append(start - x.detach())
+    fira, galore = moved
+    phi = galore.norm(dim=0) / (1e-2 * 0.25) / p.grad.norm(dim=0)
+    torch.testing.assert_close(fira, galore + 1e-2 * 0.75 * p.grad * phi, rtol=1e-4, atol=1e-7)
+
+
+def test_fira_caps_at_ten_times_what_is_expected_of_a_column():
+    """As long as ten times the mean column of N with as many entries as a column of G."""
+    g, moved = tensors([(20, 12)], 1)[0], []
+    for cls, options in ((FiraAdamW, {"limiter": None}), (GaLoreAdamW, {})):
+        (p,) = parameters([(20, 12)])
+        optimizer = cls([p], lr=1.0, rank=3, weight_decay=0.0, projection="svd", **options)
+        p.grad = g.clone()
+        optimizer.step()
+        basis, start = optimizer.state[p]["basis_right"], p.detach().clone()
+        p.grad = g.clone()
+        p.grad[4] -= basis @ (basis.mT @ g[4])
+        optimizer.step()
+        moved.append((start - p.detach()).norm(dim=1))
+    fira, n = moved
+    expected = (n[4].square() + 100 * (12 / 3) * n.square().mean()).sqrt()
+    assert fira[4].item() == pytest.approx(expected.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("limiter", [None, 1.01])
+def test_gains_of_a_shard_are_those_of_the_whole(limiter, monkeypatch):
+    """Two ranks with the same rows: what is summed over both is twice what one has."""
+    n, r, g = (x.double().abs() for x in tensors([(3, 1)] * 3))
+    r[1] = 1e-12  # which is capped
+    o = {"eps": 1e-8, "limiter": limiter}
+    last = [{} if limiter is None else {"limiter": torch.full((1, 1), 0.5)} for _ in range(2)]
+    whole = gains(*(torch.cat([x, x]) for x in (n, r, g)), 4.0, last[0], o)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, *args, **given: x.mul_(2))
+    rows = Rows(0, 6, (3, 3), 0, None)  # type: ignore[arg-type]
+    part = codec.Decoded(last[1], {}, torch.empty(6, 4), rows)
+    torch.testing.assert_close(gains(n, r, g, 4.0, part, o), whole[:3])
+    assert_same(*last)
 
 
 # ---- APOLLO

@@ -54,6 +54,14 @@ def test_no_rank_of_a_large_model_waits_long_for_another(monkeypatch, ranks, mos
     assert busiest * ranks <= most * total
 
 
+def test_all_ranks_reckon_with_one_share():
+    """Of uneven shards, or they would not update the same matrices at once."""
+    p = torch.empty(7, 5)
+    rows = [Rows(3 * rank, 7, (3, 3, 1), rank, None) for rank in range(3)]  # type: ignore[arg-type]
+    assert [sharding.share(p, x) for x in rows] == [15] * 3
+    assert sharding.share(p, None) == 35
+
+
 class Network:
     """One rank that is its own peer, and notes what happens when."""
 
@@ -114,6 +122,15 @@ def test_a_failure_leaves_nobody_waiting(monkeypatch, where):
         owners.exchanged([torch.ones(3, 2)] * 4, [network.rows] * 4, compute)
     assert network.events.count("send") == network.events.count("wait") == 4
     assert network.events.count("compute") == 1
+
+
+def test_a_failure_of_another_rank_is_an_error_here(monkeypatch):
+    """What it gives back is what it got, which is no result."""
+    network = Network(monkeypatch)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, *args, **given: x.fill_(1))
+    with pytest.raises(RuntimeError, match="failed on another rank"):
+        owners.exchanged([torch.ones(3, 2)] * 4, [network.rows] * 4,
+                         lambda numbers, matrices: matrices)
 
 
 def test_results_may_have_another_layout_and_dtype(monkeypatch):

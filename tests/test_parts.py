@@ -205,6 +205,17 @@ def test_temporaries_of_the_family_are_bounded(make, dtype, monkeypatch):
         assert 0 < live.peak <= 3.5 * 2048 * 512 * 4
 
 
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_temporaries_of_blocks_are_those_of_a_block(bits):
+    """Where no operation takes all at once: what is decoded is a part of the whole."""
+    ps = parameters([(4096, 512)])
+    optimizer = AdamW(ps, state_bits=bits, amsgrad=True)
+    feed(ps, 0)
+    with LiveBytes() as live:
+        optimizer.step()
+    assert 0 < live.peak <= ps[0].nbytes / 2
+
+
 def test_uninitialized_memory_is_never_read(monkeypatch):
     """torch.empty and its kin give NaN; nothing of it may reach a weight."""
     for name in ("empty", "empty_like"):
@@ -299,6 +310,12 @@ def test_inner_rules_in_their_limits():
         n, factor = inner.RULES["momentum"].direction(r, s, o, 1, False)
         moved -= factor * n
     torch.testing.assert_close(moved, p.detach())
+    s = {"momentum_buffer": torch.full((4, 3), 0.5)}  # Lion, a step after another
+    for g in (r, -3.0 * r):
+        m = s["momentum_buffer"].clone()
+        n, factor = inner.RULES["lion"].direction(g.clone(), s, o, 1, False)
+        assert torch.equal(factor * n, (0.9 * m + 0.1 * g).sign())
+        torch.testing.assert_close(s["momentum_buffer"], 0.99 * m + 0.01 * g)
     outer = torch.outer(torch.rand(4) + 0.1, torch.rand(3) + 0.1)
     slots = {"exp_avg": (4, 3), "exp_avg_sq_row": (4, 1), "exp_avg_sq_col": (1, 3)}
     a = {k: torch.zeros(x) for k, x in slots.items()}
@@ -321,6 +338,8 @@ def test_a_rule_widens_r(name, consume):
         s = {k: slot.empty() for k, slot in rule.slots((4, 3), r, o).items()}
         n, factor = rule.direction(given, s, o, 1, consume)
         results.append([n * factor, *s.values()])
+        # a residual may write to it
+        assert n.data_ptr() not in {x.data_ptr() for x in s.values()}
     assert all(x.dtype == torch.float32 and torch.equal(x, y)
                for x, y in zip(*results, strict=True))
 

@@ -109,6 +109,15 @@ def test_qdwh_converges_from_any_bound(lower, condition):
         assert (sigma - 1).abs().max() < limit
 
 
+def test_a_bound_is_of_the_norm_and_spares_steps():
+    """Of a share of the estimate, which is above the norm, four steps would leave 1e-5."""
+    for shape in ((60, 60), (60, 31), (31, 200)):
+        a, exact = conditioned(*shape, 1e6)
+        for scale in (1.0, 1e5):
+            u = polar(scale * a, "qdwh", 4, lower_bound=1e-6)
+            assert (u - exact).norm() < 1e-8
+
+
 def test_every_method_on_zero_tiny_huge_and_spoiled_matrices():
     (a,) = tensors([(7, 5)])
     for method in METHODS:
@@ -294,6 +303,23 @@ def test_requests_of_a_shape_are_answered_by_one_call():
     assert sorted(calls) == sorted([(5, 3, 2), (5, 2, 3), (4, 3, 2), (1, 2, 3)]) or len(calls) == 4
 
 
+def test_requests_of_a_shape_that_are_unlike_are_answered_apart():
+    """Of another function, or in another dtype."""
+    def update(x, factor, out):
+        (y,) = yield whole.Whole((x,), functions[factor])
+        out.append((x, factor, y))
+
+    functions = {2: lambda x: 2 * x, 3: lambda x: 3 * x}
+    out = []
+    asked = [(x.to(kind), factor) for x in tensors([(3, 2), (3, 2)]) for factor in (2, 3)
+             for kind in (torch.float32, torch.bfloat16)]
+    list(whole.answered([update(x, factor, out) for x, factor in asked]))
+    assert len(out) == len(asked)
+    for x, factor, y in out:
+        assert y.dtype == x.dtype
+        assert torch.equal(y, factor * x)
+
+
 # ---- official trajectories
 
 
@@ -349,6 +375,43 @@ def test_muon_is_torchs(recwarn):
                 assert (p - q).norm() < 2e-2 * (q - w).norm()
 
 
+@pytest.mark.parametrize(("name", "tall", "wide"), [
+    (None, 1.5**0.5, 1.0), ("original", 1.5**0.5, 1.0), ("spectral", 1.5**0.5, 1.5**-0.5),
+    ("match_rms_adamw", 0.2 * 24**0.5, 0.2 * 24**0.5)])
+def test_factors_of_the_update(name, tall, wide):
+    for make in (lambda ps, fn: Muon(ps, lr=1.0, weight_decay=0.0, adjust_lr_fn=fn),
+                 lambda ps, fn: Trion(ps, lr=1.0, weight_decay=0.0, rank=3, adjust_lr_fn=fn)):
+        moved = []
+        for fn in (name, "unscaled"):
+            ps = parameters([(24, 16), (16, 24)])
+            start = [p.detach().clone() for p in ps]
+            run(make(ps, fn), ps, range(1))
+            moved.append([w - p.detach() for p, w in zip(ps, start, strict=True)])
+        for x, y, factor in zip(*moved, (tall, wide), strict=True):
+            torch.testing.assert_close(x, factor * y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["newton-schulz", "polar-express"])
+def test_steps_of_the_oracle_are_before_those_of_newton_schulz(method):
+    """And in fp32 the factor is that of the fp32 momentum."""
+    g = tensors([(24, 16)], 1)[0]
+    moved = {}
+    for name, options in {"ns": {"ns_steps": 3}, "polar": {"polar_steps": 3},
+                          "both": {"ns_steps": 7, "polar_steps": 3}, "more": {}}.items():
+        (p,) = parameters([(24, 16)])
+        start = p.detach().clone()
+        optimizer = Muon([p], lr=1.0, weight_decay=0.0, polar=method, polar_dtype="float32",
+                         adjust_lr_fn="unscaled", **options)
+        p.grad = g.clone()
+        optimizer.step()
+        moved[name] = start - p.detach()
+    assert_same(moved["ns"], moved["polar"])
+    assert_same(moved["ns"], moved["both"])
+    assert not torch.allclose(moved["ns"], moved["more"], atol=1e-2)
+    exact = polar(g.double(), method, 3)
+    torch.testing.assert_close(moved["ns"].double(), exact, rtol=0, atol=1e-5)
+
+
 def test_muon_does_not_touch_its_momentum_in_half_precision():
     """torch.optim.Muon 2.13 divides the buffer in place there (nesterov=False, bf16)."""
     (p,) = parameters([(24, 16)], dtype=torch.bfloat16)
@@ -376,6 +439,9 @@ def test_fused_matrices_are_their_parts():
         torch.testing.assert_close(fused.detach(), torch.cat(parts).detach(), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match=r"split_sizes=\(8, 4\).*one has 16"):
         Muon([{"params": [fused], "split_sizes": (8, 4)}])
+    # what gets AdamW is not split
+    Muon([{"params": [fused]}, {"params": parameters([(9, 4)]), "algorithm": "adamw"}],
+         split_sizes=(8, 8))
 
 
 def test_group_keys_of_other_packages():

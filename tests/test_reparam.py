@@ -16,6 +16,7 @@ from lissom.optim import (
     base_weights,
     lora,
     merge,
+    switchlora,
 )
 from lissom.optim.adapters import adapters
 from lissom.optim.layers import LoRALinear, NormalizedLinear
@@ -23,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from . import oracle
-from .helpers import TOKENS, assert_same, snapshot, tensors, through_disk, tiny_llama, tune
+from .helpers import TOKENS, assert_same, feed, snapshot, tensors, through_disk, tiny_llama, tune
 
 QUICK = {"interval": 8, "freeze_steps": 2, "decay_steps": 1000}
 
@@ -236,6 +237,10 @@ def test_a_column_of_zeros_is_no_trap():
     for i in range(3):
         w.grad = tensors([(8, 6)], i)[0]
         optimizer.step()
+        if i == 0:  # the low-rank update as it is
+            s = optimizer.state[w]
+            u = 0.25 * s["exp_avg"].sign() @ s["basis_right"].mT
+            torch.testing.assert_close(w.detach()[:, 2], -0.1 * u[:, 2], rtol=1e-5, atol=0)
     assert w.isfinite().all()
     assert w[:, 2].any()
 
@@ -371,6 +376,59 @@ def test_frequency_follows_the_schedule():
     for part in (range(100), range(300, 400)):
         expected = sum(32 / 16 * 0.3 ** ((k + 1) / 200) for k in part)
         assert abs(sum(counts[k] for k in part) - expected) < 4 * (len(part) / 4) ** 0.5
+
+
+def test_the_first_interval_is_that_of_the_first_step():
+    """r decay^((k + 1) / decay_steps) / interval, k from 0; whole ones are not drawn."""
+    _w, a, b, group = pair((16, 16), 8)
+    optimizer = SwitchLoRAAdamW([group], interval=2, interval_decay=0.5, decay_steps=1,
+                                freeze_steps=1)
+    moved = []
+    for _ in range(2):
+        a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+        optimizer.step()
+        moved.append([int(optimizer.state[p]["pointer"]) for p in (a, b)])
+    assert moved == [[2, 6], [3, 7]]
+
+
+def test_the_base_weight_is_rounded_by_bits_of_its_own(monkeypatch):
+    """At each step others, and none that round a factor."""
+    w, a, b, group = pair((30, 40), 8, dtype=torch.bfloat16)
+    optimizer = SwitchLoRAAdamW([group], lr=0.0, interval=2, freeze_steps=1, candidates=12)
+    write, seen = switchlora.write_weight, []
+
+    def watched(p, x, kept, o, step, start):
+        seen.append((int(kept["key"]), step))
+        write(p, x, kept, o, step, start)
+
+    monkeypatch.setattr(switchlora, "write_weight", watched)
+    for i in range(4):
+        feed([a, b], i)
+        optimizer.step()
+    assert [step for _, step in seen] == [1, 2, 3, 4]
+    assert len({key for key, _ in seen}) == 1
+    assert not {key for key, _ in seen} & {int(s["key"]) for s in optimizer.state.values()}
+    assert w.isfinite().all()
+
+
+def test_vectors_go_back_to_the_pool_as_they_are():
+    """What was learnt is a candidate again, and may be drawn at once: no more are needed."""
+    _w, a, b, group = pair((30, 40), 8)
+    optimizer = SwitchLoRAAdamW([group], lr=1e-2, interval=2, freeze_steps=1, candidates=9)
+    returned = 0
+    for i in range(12):
+        feed([a, b], i)
+        before = {p: (x.detach().clone(), optimizer.state[p]["active"].clone().long())
+                  for p, x in ((a, a), (b, b.mT))}
+        fresh = i == 0  # the pools are drawn in the first step
+        optimizer.step()
+        for p, (vectors, places) in before.items():
+            now, pool = optimizer.state[p]["active"].long(), optimizer.state[p]["candidates"]
+            for old, place in zip(vectors, places, strict=True):
+                if place not in now and not fresh:
+                    assert torch.equal(pool[place], old)
+                    returned += 1
+    assert returned > 5
 
 
 # ---- SwitchLoRA: promises
@@ -546,6 +604,9 @@ def test_bad_pairs_are_refused_by_name():
     trainable = pair()
     trainable[0].requires_grad_(True)
     refused(r"l\.A.*requires_grad=True.*frozen", trainable[3])
+    refused(r"l\.A: A, B and base are on cpu, cpu, meta, but they must be on one device",
+            {**base, "params": [*good[:2], ("l.weight", nn.Parameter(
+                torch.empty(9, 7, device="meta"), requires_grad=False))]})
     with pytest.raises(TypeError, match=r"l\.weight has dtype torch.uint8"):
         SwitchLoRAAdamW([{**base, "params": [*good[:2], (
             "l.weight", nn.Parameter(torch.zeros(9, 7, dtype=torch.uint8), requires_grad=False))]}])
@@ -639,6 +700,46 @@ def test_shared_weights_are_refused(kind):
     assert_same(before, model.state_dict())
 
 
+def test_pairs_and_magnitudes_do_not_decay():
+    for model, zero in ((net(), ("up.lora_A", "up.lora_B", "up.weight", "norm.weight")),
+                        (net(normalize="input"), ("up.magnitude", "norm.weight"))):
+        groups = adapter_groups(model, weight_decay=0.3)
+        decay = {name: g.get("weight_decay") for g in groups for name, _ in g["params"]}
+        assert [decay[name] for name in zero] == [0.0] * len(zero)
+        assert decay["embed.weight"] == decay["lm_head.weight"] == 0.3
+
+
+def test_pairs_of_several_scalings_are_groups_of_their_own():
+    model = net(rank=None)
+    for name, alpha in (("up", 2.0), ("down", 8.0), ("square", 2.0)):
+        lora(model, 4, target=name, alpha=alpha)
+    found = {g["scaling"]: [name for name, _ in g["params"]] for g in adapter_groups(model)
+             if "scaling" in g}
+    names = ("lora_A", "lora_B", "weight")
+    assert found == {0.5: [f"{x}.{k}" for x in ("up", "square") for k in names],
+                     2.0: [f"down.{k}" for k in names]}
+
+
+def test_layers_keep_the_mode_of_those_they_replace():
+    model = net(rank=None).eval()
+    lora(model, 4)
+    assert not any(m.training for m in model.modules())
+    merge(model.train())
+    assert all(m.training for m in model.modules())
+    merge(lora(model.eval(), 4, normalize="output"))
+    assert not any(m.training for m in model.modules())
+
+
+def test_magnitudes_are_set_to_the_norms_of_what_is_there():
+    layer = net(normalize="input").up
+    with torch.no_grad():
+        layer.lora_B.mul_(3.0)
+    layer.renorm()
+    v = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer.magnitude.detach(), v.detach().norm(dim=0))
+    torch.testing.assert_close(layer.effective(), v)
+
+
 def test_bad_arguments_of_lora():
     def refuse(words, rank=2, error=ValueError, model=None, **options):
         model = model or net(rank=None)
@@ -686,6 +787,27 @@ def test_bad_arguments_of_lora():
     model.square = model.down
     with pytest.raises(ValueError, match="down: its weight is shared"):
         adapter_groups(model)
+
+
+# ---- GradNormLoRP on weights
+
+
+def test_a_step_to_zero_has_a_direction_of_rounding_and_a_finite_length():
+    """A weight put where the step of the momentum ends at zero, as far as fp32 can tell."""
+    p = nn.Parameter(tensors([(4, 60)])[0])
+    optimizer = GradNormLoRPAdamW([p], rank=4, lr=0.1, scale=0.25, weight_decay=0.0,
+                                  projection="svd")
+    p.grad = tensors([(4, 60)], 1)[0]
+    optimizer.step()
+    s = optimizer.state[p]
+    n = 0.09 / 0.19 / (0.000999 / 0.001999) ** 0.5  # of an entry's second step without a gradient
+    with torch.no_grad():
+        p.copy_(0.1 * 0.25 * n * s["basis_left"] @ s["exp_avg"].sign())
+    before = p.detach().norm(dim=0)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert p.isfinite().all()
+    assert (p.detach().norm(dim=0) < before + 0.2).all()
 
 
 # ---- GradNormLoRP on pairs
@@ -791,6 +913,14 @@ def test_peft_models_that_cannot_be_read_are_refused():
     with pytest.raises(ValueError, match=rf"{name}: its adapter is merged"):
         adapter_groups(model)
     layer.unmerge()
+    layer.fan_in_fan_out = True
+    with pytest.raises(ValueError, match=rf"{name}: fan_in_fan_out=True, but it must be False"):
+        adapter_groups(model)
+    layer.fan_in_fan_out = False
+    layer.lora_variant["default"] = object()
+    with pytest.raises(ValueError, match=rf"{name}: its adapter is a object, but it must be plain"):
+        adapter_groups(model)
+    del layer.lora_variant["default"]
     kept, layer.base_layer = layer.base_layer, nn.Identity()  # as GPTQ layers have no weight
     with pytest.raises(TypeError, match=rf"{name}: its base layer is a Identity without a weight"):
         adapter_groups(model)

@@ -79,11 +79,21 @@ def test_report_notes():
     ps[0].grad[0, 0] = torch.nan
     optimizer.step()
     assert "1 steps were skipped for a NaN or Inf" in report(optimizer).notes
+    assert report(optimizer).title == "GaLoreAdamW(nonfinite='skip', rank=3)"
     with project_in_backward(optimizer) as handle:
         found = report(optimizer)
         assert any("project_in_backward is attached" in x for x in found.notes)
         assert found.state_bytes == optimizer.plan().state_bytes
         assert handle is not None
+
+
+def test_report_tells_groups_and_dtypes_apart():
+    (a,), (b,), (c,) = (parameters([(8, 6)], dtype=kind) for kind in
+                        (torch.float32, torch.float32, torch.bfloat16))
+    found = report(GaLoreAdamW([{"params": [a], "rank": 2}, {"params": [b, c], "rank": 4}]))
+    assert found.title == "GaLoreAdamW(rank=2 or 4)"
+    assert sorted((x.rank, x.parameters, x.weight_bytes) for x in found.lines) == [
+        (2, 1, 192), (4, 1, 96), (4, 1, 192)]
 
 
 # ---- metrics
@@ -167,6 +177,19 @@ def test_limiter():
         else:
             assert (found["limiter"] < 0.9).all()
     assert "limiter" not in GaLoreAdamW(ps, rank=3).metrics()[0]
+
+
+def test_limiter_of_a_batch_is_its_largest():
+    (p,) = parameters([(2, 6, 10)])
+    optimizer = FiraAdamW([p], rank=3, metrics=True, matricize="batch", betas=(0.0, 0.999))
+    feed([p], 3)
+    optimizer.step()
+    last = optimizer.state[p]["limiter"].clone()
+    p.grad *= torch.tensor([30.0, 0.1]).view(2, 1, 1)
+    optimizer.step()
+    shares = optimizer.state[p]["limiter"] / (1.01 * last)
+    assert shares.min() < 0.9
+    assert optimizer.metrics()[0]["limiter"].item() == shares.max().item()
 
 
 def test_skipped_steps_and_groups():

@@ -127,8 +127,9 @@ def test_whole_shards_are_exact(pool, name):
     assert_close(one, pool.run(jobs.trained, 3, name=name, shards="whole"), True)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", [*FEW, "galoreadamw-16bit"])
 def test_stochastic_rounding_does_not_see_shards(pool, name):
+    """Neither that of a weight nor that of a moment."""
     given = {"name": name, "dtype": torch.bfloat16, "shapes": [(40, 33), (33, 40), (300,)]}
     one, outs = jobs.trained(None, **given), pool.run(jobs.trained, 3, **given)
     flipped = total = 0
@@ -147,6 +148,21 @@ def test_two_dimensional_meshes(pool, name, places):
     one = jobs.trained(None, name, shapes=shapes, steps=5)
     outs = pool.run(jobs.trained, (2, 2), name=name, shapes=shapes, steps=5, places=places)
     assert_close(one, outs, exact(name))
+
+
+@pytest.mark.parametrize(("name", "ranks", "places"), [
+    ("galoreadamw", 3, None), ("firaadamw-svd", 3, None), ("muon", 3, None),
+    ("adamw", (2, 2), [Replicate(), Shard(0)]), ("galoreadamw", (2, 2), [Shard(0), Shard(1)])])
+def test_metrics_are_of_whole_matrices(pool, name, ranks, places):
+    """Of convolutions too, whose parts cannot be flattened where they are uneven."""
+    given = {"name": name, "steps": 4, "metrics": True}
+    (one,) = jobs.trained(None, **given)["metrics"]
+    assert one["update_ratio"].isfinite().any()
+    for out in pool.run(jobs.trained, ranks, **given, places=places):
+        (found,) = out["metrics"]
+        assert found.keys() == one.keys()
+        for key, x in one.items():
+            torch.testing.assert_close(found[key], x, rtol=1e-4, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["adamw", "galoreadamw", "muon"])
@@ -195,12 +211,14 @@ def test_pairs_in_a_real_model_train_as_in_one_process(pool, cls, engine):
     assert ("2.magnitude" in moved) == (cls is GradNormLoRPAdamW)
 
 
-@pytest.mark.parametrize("name", [
-    "galoreadamw", "galoreadamw-8bit", "galoreadamw-right-svd", "galoreadamw-full-svd",
-    "galoreadamw-random", "dctadamw", "galoreadamw-autocast"])
-def test_ddp_that_sends_projected_gradients(pool, name):
-    given = {"name": name.removesuffix("-autocast"), "steps": 10,
-             "autocast": name.endswith("-autocast")}
+@pytest.mark.parametrize(("name", "more"), [
+    *((name, {}) for name in ("galoreadamw", "galoreadamw-8bit", "galoreadamw-right-svd",
+                              "galoreadamw-full-svd", "galoreadamw-random", "dctadamw")),
+    # whose columns are a tenth off orthonormal ones
+    ("galoreadamw", {"basis_bits": 4}), ("galoreadamw-full-svd", {"basis_bits": 4}),
+    ("galoreadamw", {"autocast": True})], ids=str)
+def test_ddp_that_sends_projected_gradients(pool, name, more):
+    given = {"name": name, "steps": 10, **more}
     plain = pool.run(jobs.ddp, 2, **given)
     outs = pool.run(jobs.ddp, 2, **given, projected=True)
     assert_close(plain[0], outs, False, 1e-4)
