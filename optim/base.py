@@ -59,13 +59,19 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         rates = {k: v for k, v in given.items() if k in ("lr", "lr_adamw")
                  and isinstance(v, Tensor)}
         self._prepare(dense, rates)
+        self._built = False
         super().__init__(params, defaults)
+        self._built = True
+        self._sync_state()
         for text in self.advice(given):
             warnings.warn(text, stacklevel=3)
 
     def _prepare(self, dense: dict[str, Any], rates: Mapping[str, Tensor]) -> None:
         """What is neither state nor options; nothing of it but the arguments is saved."""
         self._adamw, self._rates = dense, rates
+        # The constructor makes the state of all groups at once: a pass over all for each of a
+        # thousand groups took seconds.
+        self._built = True
         # Who works in the backward pass for it: :mod:`lissom.optim.hooks`.
         self._backward: InBackward | None = None
         self._layouts = Layouts(self.table())
@@ -135,7 +141,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         try:
             for part in self._split(group, explicit):
                 super().add_param_group(part)
-            self._sync_state()
+            if self._built:
+                self._sync_state()
         except BaseException:
             old = {p for g in self.param_groups[:count] for p in g["params"]}
             for p in chain(*(g["params"] for g in self.param_groups[count:])):

@@ -9,6 +9,7 @@ import torch
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import Shape
 from lissom.optim import AdamW, GaLoreAdamW, param_groups
+from lissom.optim.layouts import Layouts
 from torch import nn
 
 from .helpers import feed
@@ -204,3 +205,21 @@ def test_matrices_of_strange_modules_are_pointed_out():
     decay = {name: g["weight_decay"] for g in groups for name, _ in g["params"]}
     assert decay["experts.norm.weight"] == 0.0
     assert decay["experts.down"] == decay["experts.table.weight"] == 0.3
+
+
+def test_construction_looks_at_all_parameters_once(monkeypatch):
+    seen = []
+    inner = Layouts.sync
+    monkeypatch.setattr(Layouts, "sync", lambda self, optimizer: (
+        seen.append(len(optimizer.param_groups)), inner(self, optimizer)))
+    counts = []
+    for groups in (2, 7):
+        seen.clear()
+        optimizer = GaLoreAdamW([{"params": [nn.Parameter(torch.ones(4, 4))]}
+                                 for _ in range(groups)], rank=2)
+        assert {*seen} == {groups}
+        counts.append(len(seen))
+        assert len(optimizer.state) == groups
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))]})
+        assert len(optimizer.state) == groups + 1
+    assert counts[0] == counts[1]
