@@ -44,7 +44,8 @@ def check_parameter(p: Any, name: str, where: str) -> None:
                          "of the graph, as parameters of modules are")
     if p.layout != torch.strided:
         raise TypeError(f"{where}: {name} has layout {p.layout}, but it must be dense")
-    if any(step == 0 and size > 1 for step, size in zip(p.stride(), p.shape, strict=True)):
+    if p.numel() and any(step == 0 and size > 1
+                         for step, size in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(f"{where}: {name} has strides {p.stride()}, but no element may lie where "
                          "another does (it was expanded: .clone() it)")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import check_module
+from .checks import check_module, check_parameter
 from .options import either, integer, nearest, optional, real
 
 __all__ = ["output_heads", "param_groups"]
@@ -23,10 +23,15 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
                  nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Linear maps under another name: GPT-2's in transformers, whose weight is in x out.
 _LINEAR_NAMES = {"transformers.pytorch_utils.Conv1D"}
-# Last parts of module names under which models of Hugging Face, timm and nanoGPT keep their head.
-_HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "classifier", "score", "output_projection"}
+# Last parts of module names under which models of Hugging Face, timm and nanoGPT keep their head,
+# and those of its last layer where the head is several.
+_HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "classifier", "score", "output_projection",
+               "head_dist", "classification_head"}
+_HEAD_LAYERS = {"fc", "out_proj"}
 # The number of a layer in a dotted name, which other names follow.
 _LAYER = re.compile(r"(?<![^.])\d+(?=\.)")
+# Tables of these names have an entry for a position, which no head gives.
+_POSITIONS = re.compile(r"pos|wpe")
 # A rank, or a fraction of a matrix's shorter side.
 _RANK = optional(either(integer(None, 1), real(None, 0.0, 1.0, above=True, below=True)))
 
@@ -35,21 +40,28 @@ def output_heads(model: nn.Module) -> set[int]:
     """Ids of the weights of output heads.
 
     Those are tied or declared, go by a head's name, or have as many outputs as a table has entries.
-    The last, and the name ``output``, say nothing of what several layers have alike: where a model
-    is as wide as its table of bytes or positions is long, that would be most of it.
+    The last says nothing of what several layers have alike, nor of one layer that is as wide as a
+    table: where a model is as wide as its table of bytes is long, that would be most of it. The
+    name ``output`` says nothing of what is in a layer.
     """
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    tied = {id(m.weight) for m in tables}
-    vocabularies = {m.num_embeddings for m in tables}
+    tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    vocabularies = {m.num_embeddings for name, m in tables.items()
+                    if not _POSITIONS.search(name.rpartition(".")[2])}
+    widths = {m.embedding_dim for m in tables.values()}
     get_output = getattr(model, "get_output_embeddings", None)
     declared = get_output() if callable(get_output) else None
-    heads = {id(declared.weight)} if isinstance(declared, nn.Module) else set()
+    heads = {id(m.weight) for m in tables.values()}
+    if isinstance(declared, nn.Module):  # of models with several outputs a list of heads
+        heads |= {id(m.weight) for m in declared.modules() if hasattr(m, "weight")}
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     alike = Counter(_LAYER.sub("", name) for name in linear)
     for name, module in linear.items():
-        short, single = name.rpartition(".")[2], alike[_LAYER.sub("", name)] == 1
-        if id(module.weight) in tied or (single and module.out_features in vocabularies) or (
-                short in _HEAD_NAMES and (single or short != "output")):
+        parts, outputs = ["", *name.split(".")], module.out_features
+        single, numbered = alike[_LAYER.sub("", name)] == 1, _LAYER.search(name) is not None
+        inside = numbered and outputs in widths
+        if (single and not inside and outputs in vocabularies) or (
+                parts[-1] in _HEAD_NAMES and (parts[-1] != "output" or not numbered)) or (
+                parts[-1] in _HEAD_LAYERS and parts[-2] in _HEAD_NAMES):
             heads.add(id(module.weight))
     return heads
 
@@ -82,7 +94,9 @@ def param_groups(
     Embeddings, the head, norms, biases and parameters that no known module owns get AdamW, with a
     warning where matrices are among the last; those of fewer than two dimensions and all parameters
     of norms without decay. A weight used twice (a tied head) appears once, as
-    the embedding that it is. Parameters that need no gradient are left out.
+    the embedding that it is. Parameters that need no gradient are left out. A head is told by its
+    name, the model's ``get_output_embeddings()``, or as many outputs as a table has entries; one
+    that is told by none of these needs an override.
 
     Args:
         model: any module.
@@ -127,6 +141,7 @@ def param_groups(
                 continue
             seen.add(id(p))
             name = f"{prefix}.{short}" if prefix else short
+            check_parameter(p, repr(name), "param_groups")
             is_matrix = p.ndim >= 2 and id(p) not in heads and _has_matrix(module, short)
             is_norm = "norm" in type(module).__name__.lower()
             dense = {"rank": None, "algorithm": "adamw"}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checks import check_module
+from .checks import check_module, without_autocast
 from .codec import wide
 from .groups import output_heads
 from .options import boolean, choice, integer, nearest, optional, real
@@ -284,7 +284,8 @@ def lora(
                                        dtype=torch.float32)
                     factor.copy_((2 * drawn - 1) * bound)
             if preserve and b:
-                layer.weight.sub_((wide(layer.lora_B) @ wide(layer.lora_A)) * scaling)
+                with without_autocast():
+                    layer.weight.sub_((wide(layer.lora_B) @ wide(layer.lora_A)) * scaling)
             if isinstance(layer, NormalizedLinear):
                 layer.renorm()
         _replace(model, name, layer.train(linear.training))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import codec, keys, sharding, weights
+from .checks import check_parameter
 from .codec import Slot
 from .common import BOOKKEEPING
 from .dense import adam_slots
@@ -126,6 +127,7 @@ class Layouts:
         ``key`` is for p's random numbers: from its name, or ``index`` where groups have no names.
         A key that another parameter has (which names give once in 2^63) is counted up.
         """
+        check_parameter(p, repr(name), type(optimizer).__name__)  # it may have been frozen before
         state = {k: sharding.new(slot, p) for k, slot in stored_slots(optimizer, p, o).items()}
         if self._next_index is None:
             states = optimizer.state.values()

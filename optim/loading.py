@@ -53,6 +53,8 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
         at = f"{where}, group {i}"
         merged = _merged(optimizer, mine, group, at)
+        if "param_names" in mine and any(isinstance(key, str) for key in group["params"]):
+            merged["param_names"] = mine["param_names"]  # see _check_order
         groups.append(merged)
         names = merged.get("param_names") or [
             f"parameter {j}" for j in range(len(mine["params"]))]
@@ -68,20 +70,21 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
             elif entry is not None and not isinstance(entry, Mapping):
                 raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
             elif "format" in group and p.requires_grad:
-                raise ValueError(f"{at}, {name!r}: its state is missing")
+                raise ValueError(f"{at}, {name!r}: its state is missing ({REMEDY})")
     return groups, states
 
 
 def _check_order(optimizer: MatrixOptimizer, saved: list[Any], where: str) -> None:
-    """Refuse a state saved by place whose names are this optimizer's in another order.
+    """Refuse a state whose names are this optimizer's in another order: it is read by place.
 
-    Where names are the keys, as torch.distributed.checkpoint has them, each finds its own.
+    Keys that are names, as torch.distributed.checkpoint has them, count before ``param_names``:
+    those it puts into the order of this optimizer, these stay as they were saved.
     """
-    theirs, mine = ([plain_name(str(name)) for group in groups
-                     for name in group.get("param_names") or ()]
-                    for groups in (saved, optimizer.param_groups))
-    by_name = any(isinstance(key, str) for group in saved for key in group["params"])
-    if by_name or theirs == mine or sorted(theirs) != sorted(mine):
+    field = "params" if any(isinstance(key, str) for group in saved for key in group["params"]
+                            ) else "param_names"
+    theirs, mine = ([plain_name(str(name)) for group in groups for name in group.get(key) or ()]
+                    for groups, key in ((saved, field), (optimizer.param_groups, "param_names")))
+    if theirs == mine or sorted(theirs) != sorted(mine):
         return
     there, here = next((a, b) for a, b in zip(theirs, mine, strict=True) if a != b)
     raise ValueError(f"{where}: saved with {there!r} where this optimizer has {here!r}, but the "

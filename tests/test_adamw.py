@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lissom.optim import AdamW, AdamW8bit, GaLoreAdamW, weights
 
-from .helpers import assert_same, feed, parameters, run
+from .helpers import assert_same, feed, parameters, run, snapshot, through_disk
 
 SHAPES = [(7, 5), (3,), (), (0, 3), (600, 500), (2, 3, 4)]
 
@@ -316,3 +316,65 @@ def test_a_huge_gradient_does_not_stop_a_weight_for_good(bits, dtype):
     change = (p.detach() - before).abs()
     assert bool((change > 3e-4).all())
     assert bool((change < 2e-3).all())
+
+
+class _Layers(torch.nn.Module):
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, torch.nn.Linear(4, 4))
+
+    def ready(self) -> AdamW:
+        """Of a step whose gradients tell the layers apart."""
+        optimizer = AdamW(self.named_parameters(), nonfinite="raise")
+        for name, p in self.named_parameters():
+            p.grad = torch.full_like(p, float(ord(name[0])))
+        return optimizer
+
+
+def test_names_that_a_checkpoint_has_in_another_order():
+    """torch.distributed.checkpoint puts parameters into this optimizer's order, their names not."""
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model, other, third = _Layers("abc"), _Layers("cba"), _Layers("cba")
+    optimizer, loaded, resumed = model.ready(), other.ready(), third.ready()
+    optimizer.step()
+    saved = get_optimizer_state_dict(model, optimizer)
+    set_optimizer_state_dict(other, loaded, saved)
+    for module, mine in ((other, loaded), (third, resumed)):
+        if mine is resumed:
+            resumed.load_state_dict(through_disk(loaded.state_dict()))
+        assert mine.param_groups[0]["param_names"] == [*dict(module.named_parameters())]
+        for name, p in module.named_parameters():
+            assert_same(dict(mine.state[p]), dict(optimizer.state[model.get_parameter(name)]))
+    # by place, as load_state_dict reads it, c would get the state of a
+    with pytest.raises(ValueError, match=r"saved with 'a\.weight' where .* has 'c\.weight'"):
+        resumed.load_state_dict(saved)
+
+
+def test_what_is_trained_later_is_checked_then():
+    ps = [torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(
+        torch.ones(4, 1).expand(4, 3), requires_grad=False)]
+    optimizer = AdamW(ps)
+    ps[1].requires_grad_()
+    before = snapshot(optimizer)
+    for p in ps:
+        p.grad = torch.ones(p.shape)
+    with pytest.raises(ValueError, match=r"parameter 1' has strides \(1, 0\)"):
+        optimizer.step()
+    assert_same(before, snapshot(optimizer))
+
+
+def test_tensors_that_are_trained_as_they_are():
+    """What keeps its gradient though it is computed, and what has no element to share."""
+    leaf = torch.ones(3, requires_grad=True)
+    computed = leaf * 2
+    computed.retain_grad()
+    optimizer = AdamW([computed, torch.nn.Parameter(torch.empty(0, 1).expand(0, 5))], lr=0.1,
+                      weight_decay=0.0)
+    computed.sum().backward()
+    optimizer.step()
+    assert torch.allclose(computed, torch.full((3,), 1.9))

@@ -63,6 +63,48 @@ def test_heads_among_layers():
     assert low == {f"layers.{i}.{x}.weight" for i in (0, 1) for x in ("key", "output")}
 
 
+class _OfWidth(nn.Module):
+    """One layer, as wide as a table is long; the name of that table is given."""
+
+    def __init__(self, **tables):
+        super().__init__()
+        for name, (entries, width) in tables.items():
+            setattr(self, name, nn.Embedding(entries, width))
+        self.layers = nn.ModuleList([nn.ModuleDict({x: nn.Linear(8, 8)
+                                                    for x in ("key", "output")})])
+        self.pooler, self.out = nn.Linear(8, 8), nn.Linear(8, 20)
+
+
+def test_a_single_layer_as_wide_as_a_table_is_long():
+    low = {name for name, row in rules(_OfWidth(
+        tokens=(20, 8), position_embeddings=(8, 8)), rank=4).items() if row.rule == "galore"}
+    assert low == {"layers.0.key.weight", "layers.0.output.weight", "pooler.weight"}
+    low = {name for name, row in rules(_OfWidth(tokens=(20, 8), bytes=(8, 8)), rank=4).items()
+           if row.rule == "galore"}
+    assert low == {"layers.0.key.weight", "layers.0.output.weight"}  # what is no layer may be a head for bytes
+
+
+def test_a_model_that_declares_several_heads_and_heads_of_several_layers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = nn.Linear(8, 8)
+            self.ends = nn.ModuleList([nn.Linear(8, 6), nn.Linear(8, 7)])
+            self.classifier = nn.ModuleDict({"dense": nn.Linear(8, 8), "out_proj": nn.Linear(8, 3)})
+            self.head = nn.ModuleDict({"norm": nn.LayerNorm(8), "fc": nn.Linear(8, 5)})
+
+        def get_output_embeddings(self):
+            return self.ends
+
+    low = {name for name, row in rules(Net(), rank=4).items() if row.rule == "galore"}
+    assert low == {"hidden.weight", "classifier.dense.weight"}
+
+
+def test_modules_without_shapes_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"param_groups: 'weight' has no shape yet"):
+        param_groups(nn.LazyLinear(4))
+
+
 def test_convolutions_attention_and_unknown_parameters():
     class Net(nn.Module):
         def __init__(self):

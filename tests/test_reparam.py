@@ -110,6 +110,13 @@ def test_lora_keeps_the_function_and_merges_back():
         assert torch.allclose(merged(x), moved, rtol=0, atol=1e-5)
 
 
+def test_lora_in_autocast_keeps_the_function():
+    x, plain = batch(0)[0], net(rank=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        model = net()
+    assert torch.allclose(model(x), plain(x), rtol=0, atol=2e-6)
+
+
 def test_lora_draws_within_the_papers_bounds():
     model = nn.Sequential(nn.Linear(80, 60), nn.Linear(60, 60))
     before = torch.get_rng_state()
