@@ -81,7 +81,8 @@ def test_a_single_layer_as_wide_as_a_table_is_long():
     assert low == {"layers.0.key.weight", "layers.0.output.weight", "pooler.weight"}
     low = {name for name, row in rules(_OfWidth(tokens=(20, 8), bytes=(8, 8)), rank=4).items()
            if row.rule == "galore"}
-    assert low == {"layers.0.key.weight", "layers.0.output.weight"}  # what is no layer may be a head for bytes
+    # what is no layer may be a head for bytes
+    assert low == {"layers.0.key.weight", "layers.0.output.weight"}
 
 
 def test_a_model_that_declares_several_heads_and_heads_of_several_layers():
