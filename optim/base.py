@@ -10,7 +10,7 @@ From gradient to weight a step is here: checks of all, then batch by batch a met
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
 
@@ -21,7 +21,7 @@ from ..kernels.apart import Apart
 from . import codec, metrics, sharding, weights
 from .apply import apply, negated
 from .batches import Work, operands, windows
-from .checks import check_capture, check_gradient, check_parameter, without_autocast
+from .checks import check_capture, check_gradient, check_parameter, listed, without_autocast
 from .codec import Slot
 from .dense import step_adamw
 from .door import changed_options, checked_group, constructor_options
@@ -108,19 +108,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         if "params" not in param_group:
             raise ValueError(f"{where}: has no 'params'{nearest('params', param_group)}")
         group = dict(param_group)
-        params = group["params"]
-        if isinstance(params, set):
-            raise TypeError(f"{where}: params is a set, whose order changes between runs; "
-                            "use a list")
-        if not isinstance(params, Iterable):
-            raise TypeError(f"{where}: params is a {type(params).__name__}, but it must be a "
-                            "tensor or an iterable of them")
-        params = [params] if isinstance(params, Tensor) else list(params)
-        for i, q in enumerate(params):
-            if isinstance(q, tuple) and not (len(q) == 2 and isinstance(q[0], str)):
-                raise TypeError(f"{where}: parameter {i} is a tuple of "
-                                f"{', '.join(type(x).__name__ for x in q) or 'nothing'}, but it "
-                                "must be a tensor or (name, tensor)")
+        params = listed(group["params"], where)
         named = [q if isinstance(q, tuple) else (None, q) for q in params]
         for i, (name, p) in enumerate(named):
             check_parameter(p, name or f"parameter {i}", where)

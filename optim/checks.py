@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .sharding import is_sharded
 
-__all__ = ["check_capture", "check_gradient", "check_module", "check_parameter",
+__all__ = ["check_capture", "check_gradient", "check_module", "check_parameter", "listed",
            "without_autocast"]
 
 # Devices whose autocast a step may find on.
@@ -21,6 +22,22 @@ def check_module(model: Any, where: str) -> None:
     """A model must be a module, and not its parameters."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{where}: model is a {type(model).__name__}, but it must be a module")
+
+
+def listed(params: Any, where: str) -> list[Any]:
+    """What a group has as ``params``: tensors and (name, tensor) pairs, in an order."""
+    if isinstance(params, set):
+        raise TypeError(f"{where}: params is a set, whose order changes between runs; use a list")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"{where}: params is a {type(params).__name__}, but it must be a tensor "
+                        "or an iterable of them")
+    found = [params] if isinstance(params, Tensor) else list(params)
+    for i, entry in enumerate(found):
+        if isinstance(entry, tuple) and not (len(entry) == 2 and isinstance(entry[0], str)):
+            raise TypeError(f"{where}: parameter {i} is a tuple of "
+                            f"{', '.join(type(x).__name__ for x in entry) or 'nothing'}, but it "
+                            "must be a tensor or (name, tensor)")
+    return found
 
 
 def check_parameter(p: Any, name: str, where: str) -> None:

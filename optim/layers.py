@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checks import check_module, without_autocast
+from .checks import check_module
 from .codec import wide
 from .groups import output_heads
 from .options import boolean, choice, integer, nearest, optional, real
@@ -284,8 +284,7 @@ def lora(
                                        dtype=torch.float32)
                     factor.copy_((2 * drawn - 1) * bound)
             if preserve and b:
-                with without_autocast():
-                    layer.weight.sub_((wide(layer.lora_B) @ wide(layer.lora_A)) * scaling)
+                layer.weight.copy_(_summed(layer.weight, layer.lora_A, layer.lora_B, -scaling))
             if isinstance(layer, NormalizedLinear):
                 layer.renorm()
         _replace(model, name, layer.train(linear.training))

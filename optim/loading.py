@@ -53,8 +53,6 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
         at = f"{where}, group {i}"
         merged = _merged(optimizer, mine, group, at)
-        if "param_names" in mine and any(isinstance(key, str) for key in group["params"]):
-            merged["param_names"] = mine["param_names"]  # see _check_order
         groups.append(merged)
         names = merged.get("param_names") or [
             f"parameter {j}" for j in range(len(mine["params"]))]
@@ -94,7 +92,9 @@ def _check_order(optimizer: MatrixOptimizer, saved: list[Any], where: str) -> No
 def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[str, Any], at: str
             ) -> dict[str, Any]:
     """A group of this optimizer with the options of a saved one, checked."""
-    options = {k: v for k, v in saved.items() if k != "params"}
+    # What parameters are called is this optimizer's to say, where it has names.
+    options = {k: v for k, v in saved.items()
+               if k != "params" and not (k == "param_names" and k in mine)}
     ours = "format" in options
     # How a step runs is this optimizer's to say, not what it computes: a rate is read where this
     # one has it, in a tensor or not.
