@@ -10,6 +10,7 @@ From gradient to weight a step is here: checks of all, then batch by batch a met
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
@@ -59,19 +60,17 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         rates = {k: v for k, v in given.items() if k in ("lr", "lr_adamw")
                  and isinstance(v, Tensor)}
         self._prepare(dense, rates)
-        self._built = False
         super().__init__(params, defaults)
-        self._built = True
-        self._sync_state()
+        self._before_capture()
         for text in self.advice(given):
             warnings.warn(text, stacklevel=3)
 
     def _prepare(self, dense: dict[str, Any], rates: Mapping[str, Tensor]) -> None:
         """What is neither state nor options; nothing of it but the arguments is saved."""
         self._adamw, self._rates = dense, rates
-        # The constructor makes the state of all groups at once: a pass over all for each of a
-        # thousand groups took seconds.
-        self._built = True
+        # Whether there is state. Before its first use there is none, so that it does not keep
+        # parameters in memory in whose place Accelerate puts shards.
+        self._made = False
         # Who works in the backward pass for it: :mod:`lissom.optim.hooks`.
         self._backward: InBackward | None = None
         self._layouts = Layouts(self.table())
@@ -79,6 +78,24 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         self._seen: dict[int, dict[str, Any]] = {}
         # By ``index``, what was measured of a parameter when that was last asked for.
         self._measured: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def state(self) -> defaultdict[Any, Any]:
+        """State by parameter, flat tensors; it is made when it is first asked for."""
+        if not self._made:
+            self._sync_state()
+        held: defaultdict[Any, Any] = self.__dict__["state"]
+        return held
+
+    @state.setter
+    def state(self, value: defaultdict[Any, Any]) -> None:
+        self.__dict__["state"] = value
+
+    @property
+    def _held(self) -> defaultdict[Any, Any]:
+        """The state as it is, which may be none yet."""
+        held: defaultdict[Any, Any] = self.__dict__["state"]
+        return held
 
     def advice(self, given: Mapping[str, Any]) -> Iterator[str]:
         """What the constructor warns of once all groups are there.
@@ -93,7 +110,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     # ---------------------------------------------------------------- parameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, checked as in the constructor, with their state.
+        """Add parameters, checked as in the constructor, with their state if there is any.
 
         Args:
             param_group: ``params`` (a tensor, an iterable of tensors or of (name, tensor)) and
@@ -129,13 +146,13 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         try:
             for part in self._split(group, explicit):
                 super().add_param_group(part)
-            if self._built:
+            if self._made:
                 self._sync_state()
         except BaseException:
             old = {p for g in self.param_groups[:count] for p in g["params"]}
             for p in chain(*(g["params"] for g in self.param_groups[count:])):
                 if p not in old:
-                    self.state.pop(p, None)
+                    self._held.pop(p, None)
             del self.param_groups[count:]
             self._layouts.recount()
             raise
@@ -179,8 +196,14 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     def _sync_state(self) -> None:
         """State for trainable parameters that have none, and none for those that are gone."""
         self._layouts.sync(self)
+        self._made = True
         if self._backward is not None:
             self._backward.follow()
+
+    def _before_capture(self) -> None:
+        """State for parameters whose steps are captured: what a graph allocates is the graph's."""
+        if any(group["capturable"] for group in self.param_groups):
+            self._sync_state()
 
     # ---------------------------------------------------------------- the step
 
@@ -372,16 +395,29 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     # ---------------------------------------------------------------- saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """State by parameter number, and groups, as torch has them; plain tensors and values."""
-        self._sync_state()
+        """State by parameter number, and groups, as torch has them; plain tensors and values.
+
+        Before the state's first use it has none, as in torch, unless parameters are sharded; their
+        groups then say ``begun=False``.
+        """
+        if self._made or any(sharding.is_sharded(p) for _, p, _ in self._named()):
+            self._sync_state()
         if self._backward is not None:
             self._backward.check_saved()
-        return super().state_dict()
+        begun, self._made = self._made, True  # torch's method reads the state
+        try:
+            state_dict = super().state_dict()
+        finally:
+            self._made = begun
+        for group in state_dict["param_groups"]:
+            group["begun"] = begun
+        return state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or deepcopy, through the same check as the constructor."""
         held = self.__dict__ | state
         self._prepare(held.get("_adamw", {}), held.get("_rates", {}))
+        self._made = bool(state["state"])
         self.defaults = held["defaults"]
         groups = [checked_group(self, g, f"{type(self).__name__} group {i}", entering=False,
                                 foreign=g)
@@ -391,10 +427,12 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep."""
-        self._sync_state()
+        if self._made:
+            self._sync_state()
         if self._backward is not None:
             self._backward.check_saved()
-        return {**super().__getstate__(), "_adamw": self._adamw, "_rates": self._rates}
+        return {"defaults": self.defaults, "state": self._held, "param_groups": self.param_groups,
+                "_adamw": self._adamw, "_rates": self._rates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, bit for bit; moments stay in the dtypes they were saved in.
@@ -410,7 +448,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             state_dict = dict(state_dict)  # hooks may change it, and it is the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        self._sync_state()
+        if self._made:
+            self._sync_state()
         groups, states = agreed_load(self, state_dict)
         if replaced := overruled(self, groups):
             warnings.warn(f"{type(self).__name__}.load_state_dict: the saved options go on: "
@@ -418,11 +457,13 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         for mine, group in zip(self.param_groups, groups, strict=True):
             if isinstance(mine["lr"], Tensor):  # which stays the tensor that others hold
                 group["lr"] = mine["lr"].copy_(group["lr"])
-        super().__setstate__({"state": self.state, "param_groups": groups})
-        self.state.clear()
-        self.state.update(states)
+        super().__setstate__({"state": self._held, "param_groups": groups})
+        self._held.clear()
+        self._held.update(states)
+        self._made = bool(states)
         self._layouts, self._measured = Layouts(self.table()), {}
         self._seen = {id(g): dict(g) for g in groups}
+        self._before_capture()
         if self._backward is not None:
             self._backward.loaded()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -449,9 +490,10 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
 
         Returns:
             Rows of name, shape, rule, rank, side, state bytes and reason; it prints as a table,
-            and its totals are the bytes held.
+            and its totals are the bytes of all of it.
         """
-        self._sync_state()
+        if self._made:
+            self._sync_state()
         return plan_of(self)
 
     def metrics(self) -> list[dict[str, Tensor]]:

@@ -125,18 +125,19 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
     optimizer = checked_optimizer(optimizer, where)
     saved = saved_groups(state_dict, where)
     found = _matched(saved, optimizer, names, where)
+    present = optimizer.state  # which makes it, so that the state dict has it
     result = optimizer.state_dict()
     keys = [key for group in result["param_groups"] for key in group["params"]]
     states: dict[Any, dict[str, Tensor]] = {}
     rows = []
     for (name, p, o), key, source in zip(optimizer._named(), keys, found, strict=True):
-        if p not in optimizer.state:
+        if p not in present:
             continue
         if sharding.is_sharded(p):
             raise ValueError(f"{where}: {name!r} is sharded, but it must be a plain tensor: "
                              "convert before sharding, and load the result after it")
         at = f"{where}, {name!r}"
-        own = optimizer.state[p]
+        own = present[p]
         entry = None if source is None else saved["state"].get(source[0])
         kept, why = None, "not in the saved state"
         if entry is not None and not isinstance(entry, Mapping):

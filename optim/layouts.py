@@ -76,6 +76,10 @@ class Layouts:
         """All of a group's options that slots depend on."""
         return tuple([o[k] is None if number else o[k] for k, number in self._kinds])
 
+    def keeps(self, optimizer: MatrixOptimizer, p: Tensor) -> bool:
+        """Whether p has state, or will have once that is made."""
+        return p in optimizer._held if optimizer._made else _trained(p)
+
     def stale(self, p: Tensor, o: Mapping[str, Any]) -> bool:
         """Whether p or its options have changed since :meth:`sync`."""
         return self._forms.get(p) != _form(p, self._structure(o))
@@ -94,7 +98,7 @@ class Layouts:
         Accelerate and FSDP2 put other parameters into the groups after construction, and
         ``model.to`` changes them in place: their state follows.
         """
-        states = optimizer.state
+        states = optimizer._held
         present = {p for g in optimizer.param_groups for p in g["params"]}
         for p in [p for p in states if p not in present]:
             del states[p]
@@ -106,7 +110,7 @@ class Layouts:
         for name, p, group in optimizer._named():
             form, last = _form(p, structures[id(group)]), self._forms.get(p)
             if p not in states:
-                if not p.requires_grad and p.grad is None:
+                if not _trained(p):
                     continue
                 states[p] = self._created(optimizer, p, group, name)
             elif last != form:
@@ -130,7 +134,7 @@ class Layouts:
         check_parameter(p, repr(name), type(optimizer).__name__)  # it may have been frozen before
         state = {k: sharding.new(slot, p) for k, slot in stored_slots(optimizer, p, o).items()}
         if self._next_index is None:
-            states = optimizer.state.values()
+            states = optimizer._held.values()
             self._keys = {int(s["key"]) for s in states}
             used = [int(s["index"]) for s in states]
             self._next_index = [1 + max((i for i in used if i < _DENSE), default=-1),
@@ -144,6 +148,10 @@ class Layouts:
         state["key"].fill_(key)
         self._keys.add(key)
         return state
+
+
+def _trained(p: Tensor) -> bool:
+    return p.requires_grad or p.grad is not None
 
 
 def _form(p: Tensor, structure: tuple[Any, ...]) -> tuple[Any, ...]:

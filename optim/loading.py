@@ -48,6 +48,7 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
             raise ValueError(f"{where}, group {i}: {len(group['params'])} parameters saved, "
                              f"but this optimizer has {len(mine['params'])} ({REMEDY})")
     _check_order(optimizer, saved, where)
+    begun = all(group.get("begun", True) for group in saved)
     groups: list[dict[str, Any]] = []
     states: dict[Tensor, dict[str, Tensor]] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
@@ -67,8 +68,11 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
                 states[p] = checked_state(optimizer, p, entry, merged, f"{at}, {name!r}")
             elif entry is not None and not isinstance(entry, Mapping):
                 raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
-            elif "format" in group and p.requires_grad:
-                raise ValueError(f"{at}, {name!r}: its state is missing ({REMEDY})")
+            elif "format" in group and begun and p.requires_grad:
+                hint = "" if state_dict["state"] else (
+                    ", as that of all is: torch.distributed.checkpoint reads what state_dict() "
+                    "has before, so read optimizer.state first, which makes it")
+                raise ValueError(f"{at}, {name!r}: its state is missing{hint} ({REMEDY})")
     return groups, states
 
 
@@ -94,7 +98,7 @@ def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[
     """A group of this optimizer with the options of a saved one, checked."""
     # What parameters are called is this optimizer's to say, where it has names.
     options = {k: v for k, v in saved.items()
-               if k != "params" and not (k == "param_names" and k in mine)}
+               if k not in ("params", "begun") and not (k == "param_names" and k in mine)}
     ours = "format" in options
     # How a step runs is this optimizer's to say, not what it computes: a rate is read where this
     # one has it, in a tensor or not.

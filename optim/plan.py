@@ -102,7 +102,7 @@ def plan_of(optimizer: MatrixOptimizer) -> Plan:
         if reason is None:
             rule = optimizer.algorithm
             rank, side, reason = optimizer.describe(p, o)
-        held = p in optimizer.state
+        held = optimizer._layouts.keeps(optimizer, p)
         if not held:
             reason = f"{reason}; frozen: no state"
         size = sum(x.nbytes for x in optimizer.stored_slots(p, o).values()) if held else 0

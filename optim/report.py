@@ -140,7 +140,7 @@ def report(optimizer: MatrixOptimizer) -> Report:
         sums = alike.setdefault(key, [0, 0, 0, 0])
         for i, x in enumerate((1, p.numel(), p.nbytes, row.state_bytes)):
             sums[i] += x
-        frozen += p not in optimizer.state
+        frozen += not optimizer._layouts.keeps(optimizer, p)
     lines = [Line(line.rule, line.rank, line.side, line.shape, *alike[key])
              for key, line in first.items()]
     lines.sort(key=lambda line: -line.state_bytes)

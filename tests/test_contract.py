@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
+import pickle
 import typing
 import warnings
+import weakref
 from collections import UserList
 
 import numpy as np
@@ -377,7 +380,7 @@ def test_bad_gradients_name_the_parameter(case):
 # ---- state, resume
 
 
-def test_state_is_flat_tensors_from_construction(case):
+def test_state_is_flat_tensors_from_the_start(case):
     ps = case.parameters(SHAPES)
     optimizer = case(ps)
     keys = {p: set(optimizer.state[p]) for p in trained(ps)}
@@ -390,6 +393,49 @@ def test_state_is_flat_tensors_from_construction(case):
         for name, value in group.items():
             if name != "params":
                 assert isinstance(value, (str, int, float, bool, tuple, type(None))), name
+
+
+def test_no_state_keeps_parameters_that_others_replace_before_the_first_step(case):
+    """Accelerate saves, loads, and puts placeholders and then shards into the groups."""
+    ps = case.parameters(SHAPES)
+    twins = [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in ps]
+    optimizer, fresh = case(named(ps)), case(named(twins))
+    planned = optimizer.plan()
+    before = optimizer.state_dict()
+    assert before["state"] == {}
+    assert {group["begun"] for group in before["param_groups"]} == {False}
+    optimizer.load_state_dict(through_disk(before))
+    copies = [copy.deepcopy((optimizer, ps)), pickle.loads(pickle.dumps((optimizer, ps)))]
+    seen = [weakref.ref(p) for p in ps]
+    places = {id(p): i for i, p in enumerate(ps)}
+    order = [[places[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        for i in range(len(group["params"])):
+            group["params"][i] = torch.empty(1)
+    del ps
+    gc.collect()
+    assert not any(ref() is not None for ref in seen)
+    new = [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in twins]
+    for group, numbers in zip(optimizer.param_groups, order, strict=True):
+        group["params"] = [new[i] for i in numbers]
+    run(fresh, twins, range(4))
+    copies.append((optimizer, new))
+    for other, others in copies:
+        run(other, others, range(4))
+        assert_same(snapshot(fresh), snapshot(other))
+    assert planned.state_bytes == optimizer.plan().state_bytes == sum(
+        x.nbytes for s in optimizer.state.values() for x in s.values())
+    # What has not begun is loaded as that, also into one that has.
+    with torch.no_grad():
+        for p, q in zip(new, case.parameters(SHAPES), strict=True):
+            p.copy_(q)
+    optimizer.load_state_dict(before)
+    run(optimizer, new, range(4))
+    assert_same(snapshot(fresh), snapshot(optimizer))
+    # A template without state, into which torch.distributed.checkpoint has read the groups.
+    read = {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
+    with pytest.raises(ValueError, match=r"state is missing, .* read optimizer\.state first"):
+        case(named(case.parameters(SHAPES))).load_state_dict(read)
 
 
 CUTS = [1, 3, 6]
@@ -889,6 +935,7 @@ def test_distributed_checkpoint_functions(case):
 def test_replaced_parameters_can_be_saved_at_once(case):
     ps = case.parameters([(8, 6), (8,)])
     optimizer = case(ps)
+    assert optimizer.state
     optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(ps[0].detach().clone())
     saved = optimizer.state_dict()
     assert sorted(saved["state"]) == [i for i, p in enumerate(ps) if p.requires_grad]

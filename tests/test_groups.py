@@ -250,19 +250,18 @@ def test_matrices_of_strange_modules_are_pointed_out():
     assert decay["experts.down"] == decay["experts.table.weight"] == 0.3
 
 
-def test_construction_looks_at_all_parameters_once(monkeypatch):
+def test_state_is_made_by_one_look_at_all_parameters(monkeypatch):
+    """A pass over all for each of a thousand groups took seconds."""
     seen = []
     inner = Layouts.sync
     monkeypatch.setattr(Layouts, "sync", lambda self, optimizer: (
         seen.append(len(optimizer.param_groups)), inner(self, optimizer)))
-    counts = []
     for groups in (2, 7):
         seen.clear()
         optimizer = GaLoreAdamW([{"params": [nn.Parameter(torch.ones(4, 4))]}
                                  for _ in range(groups)], rank=2)
-        assert {*seen} == {groups}
-        counts.append(len(seen))
+        assert not seen
         assert len(optimizer.state) == groups
+        assert seen == [groups]
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 4))]})
         assert len(optimizer.state) == groups + 1
-    assert counts[0] == counts[1]

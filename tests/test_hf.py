@@ -322,20 +322,40 @@ def test_the_grad_scaler_of_fp16_reaches_the_buffers(tmp_path):
         hf.UpdateInBackwardCallback().on_train_begin(args, None, None, optimizer=wrapped)
 
 
+def under_torchrun(folder: Path, engine: str) -> Any:
+    """What two ranks of :mod:`tests.trainer_job` have found."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "tests.trainer_job", str(folder), engine],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
+        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not done.returncode, done.stderr
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
 def test_two_ranks_under_torchrun(tmp_path):
     """They resume bit for bit, and differ from one process by less than 1e-5: gradients are
     averaged over ranks.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "tests.trainer_job", str(tmp_path)],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
-        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert not done.returncode, done.stderr
-    straight, resumed = torch.load(tmp_path / "results.pt", weights_only=True)
+    straight, resumed = under_torchrun(tmp_path, "ddp")
     assert_same(resumed, straight)
     one = trained(tmp_path / "one", asked(GaLoreAdamW, update_proj_gap=3), max_grad_norm=0.5)
     torch.testing.assert_close(straight["weights"], dict(one.model.state_dict()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_with_fsdp2(tmp_path):
+    """They resume, and go where DDP goes; the Trainer makes the optimizer before it shards, and no
+    whole weight is left.
+    """
+    found = under_torchrun(tmp_path, "fsdp2")
+    assert len(found) == 5
+    for name, run in found.items():
+        assert run["left"] == 0, name
+        assert_same(run["resumed"], run["straight"], name)
+        if name != "bf16":  # whose forward pass is not that of autocast
+            torch.testing.assert_close(run["straight"]["weights"], run["ddp"]["weights"], rtol=0,
+                                       atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # -------------------------------------------------------------------- Accelerate
