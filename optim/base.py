@@ -26,6 +26,7 @@ from .checks import check_capture, check_gradient, check_parameter, listed, with
 from .codec import Slot
 from .dense import step_adamw
 from .door import changed_options, checked_group, constructor_options
+from .keys import names_of
 from .layouts import Layouts, stored_slots
 from .loading import REMEDY, agreed_load, overruled
 from .method import Method
@@ -71,6 +72,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         # Whether there is state. Before its first use there is none, so that it does not keep
         # parameters in memory in whose place Accelerate puts shards.
         self._made = False
+        # How many parameters the groups have had, and whether one had the class's own rule.
+        self._size, self._matrices = 0, False
         # Who works in the backward pass for it: :mod:`lissom.optim.hooks`.
         self._backward: InBackward | None = None
         self._layouts = Layouts(self.table())
@@ -103,7 +106,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         Args:
             given: options of the constructor.
         """
-        if self.algorithm != "adamw" and not self.plan().matrices:
+        if self.algorithm != "adamw" and not self._matrices:
             yield (f"{type(self).__name__} has no matrix of its own, so it is AdamW. "
                    f"{self.remedy} plan() tells why.")
 
@@ -146,6 +149,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         try:
             for part in self._split(group, explicit):
                 super().add_param_group(part)
+            self._count()
             if self._made:
                 self._sync_state()
         except BaseException:
@@ -154,9 +158,19 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                 if p not in old:
                     self._held.pop(p, None)
             del self.param_groups[count:]
+            self._count()
             self._layouts.recount()
             raise
-        self._seen |= {id(g): dict(g) for g in self.param_groups[count:]}
+        self._remember(self.param_groups[count:])
+
+    def _count(self) -> None:
+        """Count what is in the groups, before others may put something else there."""
+        own = [self._reason(p, o) is None for _, p, o in self._named()]
+        self._size, self._matrices = len(own), self.algorithm != "adamw" and any(own)
+
+    def _remember(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Keep the options of groups as they are now; parameters would be kept in memory."""
+        self._seen |= {id(g): {k: v for k, v in g.items() if k != "params"} for g in groups}
 
     def _split(self, group: dict[str, Any], explicit: set[str]) -> Iterator[dict[str, Any]]:
         """The group, or its two halves where AdamW's part has options that it does not state."""
@@ -179,7 +193,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     def _named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """(name, parameter, group) of everything; a name is made up where none was given."""
         for i, group in enumerate(self.param_groups):
-            names = group.get("param_names")
+            names = names_of(group)
             for j, p in enumerate(group["params"]):
                 yield (names[j] if names else f"group {i} parameter {j}"), p, group
 
@@ -194,11 +208,27 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         return stored_slots(self, p, o)
 
     def _sync_state(self) -> None:
-        """State for trainable parameters that have none, and none for those that are gone."""
+        """State for trainable parameters that have none, and none for those that are gone.
+
+        Raises:
+            ValueError: the class's own rule has nothing left to work on; nothing was changed.
+        """
         self._layouts.sync(self)
         self._made = True
         if self._backward is not None:
             self._backward.follow()
+
+    def _check_replaced(self) -> None:
+        """Refuse parameters that others have put into the groups if no matrix is left."""
+        if not self._matrices or any(p.ndim > 1 and self._reason(p, o) is None
+                                     for _, p, o in self._named()):
+            return
+        shapes = ", ".join(str(tuple(p.shape)) for _, p, _ in [*self._named()][:3])
+        raise ValueError(
+            f"{type(self).__name__}: its matrices have been replaced by parameters of which none "
+            f"is one (shapes {shapes}): what FSDP1 and stages 1 to 3 of DeepSpeed's ZeRO flatten "
+            "has lost its matrix shape; use FSDP2 (torch.distributed.fsdp.fully_shard), which "
+            "keeps it, DDP or stage 0, or AdamW8bit, for which vectors will do")
 
     def _before_capture(self) -> None:
         """State for parameters whose steps are captured: what a graph allocates is the graph's."""
@@ -404,13 +434,19 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             self._sync_state()
         if self._backward is not None:
             self._backward.check_saved()
-        begun, self._made = self._made, True  # torch's method reads the state
+        begun, held = self._made, self._held
+        present = {p for g in self.param_groups for p in g["params"]}
+        # Torch's method takes what it finds, and fails where a parameter is in no group now.
+        self._made, self.state = True, defaultdict(
+            dict, {p: s for p, s in held.items() if p in present})
         try:
             state_dict = super().state_dict()
         finally:
-            self._made = begun
+            self._made, self.state = begun, held
         for group in state_dict["param_groups"]:
             group["begun"] = begun
+            if names_of(group) is None:
+                group.pop("param_names", None)
         return state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -423,7 +459,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                                 foreign=g)
                   for i, g in enumerate(state["param_groups"])]
         super().__setstate__({**state, "param_groups": groups})
-        self._seen = {id(g): dict(g) for g in self.param_groups}
+        self._count()
+        self._remember(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep."""
@@ -462,7 +499,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         self._held.update(states)
         self._made = bool(states)
         self._layouts, self._measured = Layouts(self.table()), {}
-        self._seen = {id(g): dict(g) for g in groups}
+        self._seen = {}
+        self._remember(groups)
         self._before_capture()
         if self._backward is not None:
             self._backward.loaded()

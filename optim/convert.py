@@ -131,7 +131,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
     states: dict[Any, dict[str, Tensor]] = {}
     rows = []
     for (name, p, o), key, source in zip(optimizer._named(), keys, found, strict=True):
-        if p not in present:
+        if not present.get(p):
             continue
         if sharding.is_sharded(p):
             raise ValueError(f"{where}: {name!r} is sharded, but it must be a plain tensor: "

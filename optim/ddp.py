@@ -38,7 +38,7 @@ class ProjectedAllReduce:
         optimizer = self.optimizer()
         if optimizer is None:
             return {}
-        found, asked = {}, {p for p in params if p in optimizer.state}
+        found, asked = {}, {p for p in params if optimizer.state.get(p)}
         for _, p, o in optimizer._named():
             if p not in asked or not _projects(optimizer, p, o):
                 continue

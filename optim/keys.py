@@ -6,14 +6,14 @@ A parameter's ``key`` is of its name, so that it draws the same wherever it stan
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..kernels.apart import Apart, Keys, Matrices
 
-__all__ = ["key_of", "keys_of", "name_key", "plain_name"]
+__all__ = ["key_of", "keys_of", "name_key", "names_of", "plain_name"]
 
 # Put into names by what wraps a module; DDP's is at the beginning alone.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -26,6 +26,15 @@ def plain_name(name: str) -> str:
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
+
+
+def names_of(group: Mapping[str, Any]) -> Sequence[str] | None:
+    """The names that a group has of its parameters.
+
+    None where it has none, and where they are of what DeepSpeed has put into one parameter.
+    """
+    names: Sequence[str] | None = group.get("param_names")
+    return names if names and len(names) == len(group["params"]) else None
 
 
 def name_key(name: str) -> int:

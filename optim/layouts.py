@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ class Layouts:
 
     def keeps(self, optimizer: MatrixOptimizer, p: Tensor) -> bool:
         """Whether p has state, or will have once that is made."""
-        return p in optimizer._held if optimizer._made else _trained(p)
+        return bool(optimizer._held.get(p)) if optimizer._made else _trained(p)
 
     def stale(self, p: Tensor, o: Mapping[str, Any]) -> bool:
         """Whether p or its options have changed since :meth:`sync`."""
@@ -96,20 +97,26 @@ class Layouts:
         """Make state for trainable parameters that have none, drop that of those that are gone.
 
         Accelerate and FSDP2 put other parameters into the groups after construction, and
-        ``model.to`` changes them in place: their state follows.
+        ``model.to`` changes them in place: their state follows. DeepSpeed's ZeRO, stage 3, has one
+        parameter at a time in the groups, so nothing is gone while they hold fewer than they had.
+
+        Raises:
+            ValueError: what cannot be; no state was changed.
         """
         states = optimizer._held
-        present = {p for g in optimizer.param_groups for p in g["params"]}
-        for p in [p for p in states if p not in present]:
-            del states[p]
-            self.recount()
+        listed = [p for g in optimizer.param_groups for p in g["params"]]
+        present = {*listed}
+        if any(_trained(p) and not states.get(p) for p in present):
+            optimizer._check_replaced()
+        if len(listed) >= optimizer._size:
+            self._drop([p for p in states if p not in present], states, optimizer)
         if len(self._forms) != len(states):
             self._forms = {p: form for p, form in self._forms.items() if p in states}
             self._slots = {p: slots for p, slots in self._slots.items() if p in states}
         structures = {id(group): self._structure(group) for group in optimizer.param_groups}
         for name, p, group in optimizer._named():
             form, last = _form(p, structures[id(group)]), self._forms.get(p)
-            if p not in states:
+            if not states.get(p):  # who reads the state of another leaves an empty one
                 if not _trained(p):
                     continue
                 states[p] = self._created(optimizer, p, group, name)
@@ -123,6 +130,18 @@ class Layouts:
                 self._slots[p] = slots_of(optimizer, p, group)
                 self._forms[p] = form
 
+    def _drop(self, gone: list[Tensor], states: dict[Tensor, dict[str, Tensor]],
+              optimizer: MatrixOptimizer) -> None:
+        """Let go of the state of parameters that others have replaced."""
+        begun = sum(bool(states[p]) and _count(states[p]) > 0 for p in gone)
+        if begun:
+            warnings.warn(f"{type(optimizer).__name__}: {begun} parameters with state have been "
+                          "replaced by others, whose state begins anew; to go on, save it before "
+                          "and load it after they are replaced", stacklevel=4)
+        for p in gone:
+            del states[p]
+            self.recount()
+
     def _created(self, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any], name: str
                  ) -> dict[str, Tensor]:
         """Zeros for every slot, but for two numbers.
@@ -134,7 +153,7 @@ class Layouts:
         check_parameter(p, repr(name), type(optimizer).__name__)  # it may have been frozen before
         state = {k: sharding.new(slot, p) for k, slot in stored_slots(optimizer, p, o).items()}
         if self._next_index is None:
-            states = optimizer._held.values()
+            states = [s for s in optimizer._held.values() if s]
             self._keys = {int(s["key"]) for s in states}
             used = [int(s["index"]) for s in states]
             self._next_index = [1 + max((i for i in used if i < _DENSE), default=-1),

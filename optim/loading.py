@@ -11,7 +11,7 @@ from torch import Tensor
 from . import sharding
 from .common import BOOKKEEPING, COMMON, LAYOUT
 from .door import checked_group
-from .keys import plain_name
+from .keys import names_of, plain_name
 
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
@@ -55,8 +55,7 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
         at = f"{where}, group {i}"
         merged = _merged(optimizer, mine, group, at)
         groups.append(merged)
-        names = merged.get("param_names") or [
-            f"parameter {j}" for j in range(len(mine["params"]))]
+        names = names_of(merged) or [f"parameter {j}" for j in range(len(mine["params"]))]
         owners: dict[Any, Tensor] = {}
         for name, p, key in zip(names, mine["params"], group["params"], strict=True):
             # One that is in a group twice, which torch allows, has one number.
@@ -64,7 +63,7 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
                 raise ValueError(f"{at}, {name!r}: parameter {key!r} is saved twice")
             entry = state_dict["state"].get(key)
             if isinstance(entry, Mapping) and entry:
-                entry = _numbered(entry, optimizer.state.get(p), "format" in group)
+                entry = _numbered(entry, optimizer, p, "format" in group)
                 states[p] = checked_state(optimizer, p, entry, merged, f"{at}, {name!r}")
             elif entry is not None and not isinstance(entry, Mapping):
                 raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
@@ -117,10 +116,10 @@ def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[
                          entering=False, foreign=mine)
 
 
-def _numbered(entry: Mapping[str, Any], mine: Mapping[str, Tensor] | None, ours: bool
+def _numbered(entry: Mapping[str, Any], optimizer: MatrixOptimizer, p: Tensor, ours: bool
               ) -> Mapping[str, Any]:
     """A saved state with ``index`` and ``key``, which torch's states do not have."""
-    if not ours and mine is not None:
+    if not ours and (mine := optimizer.state.get(p)):
         return {**{k: mine[k] for k in ("index", "key")}, **entry}
     if "index" in entry:  # the first states of this format drew by index
         return {"key": entry["index"], **entry}

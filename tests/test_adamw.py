@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lissom.optim import AdamW, AdamW8bit, GaLoreAdamW, weights
 
-from .helpers import assert_same, feed, parameters, run, snapshot, through_disk
+from .helpers import assert_same, feed, named, parameters, run, snapshot, through_disk
 
 SHAPES = [(7, 5), (3,), (), (0, 3), (600, 500), (2, 3, 4)]
 
@@ -380,3 +380,57 @@ def test_tensors_that_are_trained_as_they_are():
     computed.sum().backward()
     optimizer.step()
     assert torch.allclose(computed, torch.full((3,), 1.9))
+
+
+@pytest.mark.parametrize("cls", [AdamW, AdamW8bit])
+def test_one_parameter_at_a_time_in_the_groups(cls, monkeypatch):
+    """Stage 3 of DeepSpeed's ZeRO: a step for each part of what it has flattened."""
+    monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
+    shapes = [(300,), (512,), (20,)]
+
+    def begun():
+        optimizer = cls([{"params": named(parameters([(6, 50), (512,)]))},
+                         {"params": [("p2", parameters([(20,)])[0])]}], lr=1e-2)
+        place(optimizer, [], [])
+        return optimizer
+
+    def place(optimizer, *params):
+        for group, mine in zip(optimizer.param_groups, params, strict=True):
+            group["params"] = [*mine]
+
+    def train(optimizer, parts, steps):
+        for i in steps:
+            feed(parts, i)
+            for part in parts[:2]:
+                place(optimizer, [part], [])
+                optimizer.step()
+            place(optimizer, [], parts[2:])
+            optimizer.step()
+            place(optimizer, [], [])
+
+    first, third = parameters(shapes), parameters(shapes)
+    optimizer = begun()
+    train(optimizer, first, range(3))
+    assert optimizer.state_dict()["state"] == {}
+    place(optimizer, first[:2], first[2:])
+    saved = through_disk(optimizer.state_dict())
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    place(optimizer, [], [])
+    train(optimizer, first, range(3, 6))
+
+    again = begun()
+    place(again, second[:2], second[2:])
+    again.load_state_dict(saved)
+    place(again, [], [])
+    train(again, second, range(3, 6))
+
+    whole = cls([{"params": third[:2]}, {"params": third[2:]}], lr=1e-2)
+    for i in range(6):
+        feed(third, i)
+        whole.step()
+    results = [([p.detach() for p in parts],
+                [{k: x for k, x in o.state[p].items() if k not in ("index", "key")} for p in parts])
+               for o, parts in ((optimizer, first), (again, second), (whole, third))]
+    assert_same(results[0], results[2])
+    assert_same(results[1], results[2])
+    assert all(int(s["step"]) == 6 for s in results[0][1])

@@ -263,6 +263,65 @@ def test_swapped_parameters(case):
     assert [*map(id, optimizer.state)] == [*map(id, trained(qs))]
 
 
+def test_state_of_replaced_parameters_is_dropped_with_a_word(case):
+    ps = case.parameters([(6, 4), (4,)])
+    optimizer = case(named(ps), lr=1e-2)
+    run(optimizer, ps, range(2))
+    qs = [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in ps]
+    other = {id(p): q for p, q in zip(ps, qs, strict=True)}
+    for group in optimizer.param_groups:
+        group["params"] = [other[id(p)] for p in group["params"]]
+    feed(qs, 0)
+    count = len(trained(ps))
+    with pytest.warns(UserWarning, match=f"{count} parameters with state have been replaced"):
+        optimizer.step()
+    assert {*optimizer.state} == {*trained(qs)}
+    assert all(int(s["step"]) == 1 for s in optimizer.state.values())
+
+
+def test_matrices_that_others_flatten_are_refused(case):
+    """As stages 1 to 3 of DeepSpeed's ZeRO do once the optimizer is there."""
+    ps = case.parameters([(6, 4), (4, 6)])
+    optimizer = case(named(ps))
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in ps]))
+    before = flat.detach().clone()
+    for group in optimizer.param_groups:
+        group["params"] = []
+    optimizer.param_groups[0]["params"] = [flat]
+    flat.grad = torch.ones_like(flat)
+    if case.make.algorithm == "adamw":
+        optimizer.step()
+        assert not torch.equal(before, flat)
+        saved = through_disk(optimizer.state_dict())
+        optimizer.load_state_dict(saved)
+        return
+    with pytest.raises(ValueError, match=f"matrices have been replaced .*{len(flat)},.*use FSDP2"):
+        optimizer.step()
+    assert_same(before, flat.detach())
+
+
+def test_state_of_others_may_be_read(case):
+    """Torch's default dictionary then has an empty one."""
+    first, second = case.parameters([(6, 4)]), case.parameters([(6, 4), (4,)])
+    resting = trained(second)
+    for p in resting:
+        p.requires_grad_(False)
+    optimizer = case(named([*first, *second]), lr=1e-2)
+    for p in [*second, torch.ones(3)]:
+        assert optimizer.state[p] == {}
+    run(optimizer, first, range(2))
+    assert optimizer.plan().state_bytes == sum(
+        x.nbytes for s in optimizer.state.values() for x in s.values())
+    optimizer.metrics()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for p in resting:
+        assert optimizer.state[p] == {}
+        p.requires_grad_(True)
+    feed([*first, *second], 2)
+    optimizer.step()
+    assert all(int(optimizer.state[p]["step"]) == 1 for p in resting)
+
+
 def test_numbers_in_any_sequence(case):
     """As readers of configuration files have them."""
     for betas in ([0.8, 0.9], UserList([0.8, 0.9]), (np.float64(0.8), torch.tensor(0.9).double())):
