@@ -158,7 +158,7 @@ class ProjectInBackward(InBackward):
     def _buffers(self) -> list[Tensor]:
         """Everything in which gradients wait, and the norms that stand for them."""
         found: list[Tensor] = []
-        for p, stored in self.optimizer.state.items():
+        for p, stored in self.optimizer._held.items():
             if "projected_count" in stored and int(stored["projected_count"]):
                 found += [x for k, x in stored.items()
                           if k.startswith("projected") and k != "projected_count"]
@@ -263,7 +263,7 @@ class ProjectInBackward(InBackward):
             self._clip(self.limit)
 
     def consumed(self, p: Tensor) -> None:
-        stored = self.optimizer.state[p]
+        stored = self.optimizer._held[p]
         if "projected_count" in stored:
             stored["projected_count"].zero_()
         self._pending.pop(p, None)
@@ -275,7 +275,7 @@ class ProjectInBackward(InBackward):
         self._unscaled = False
 
     def clear(self) -> None:
-        for p in list(self.optimizer.state):
+        for p in list(self.optimizer._held):
             self.consumed(p)
         self._unscaled = False
 

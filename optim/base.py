@@ -10,6 +10,7 @@ From gradient to weight a step is here: checks of all, then batch by batch a met
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import chain
@@ -24,6 +25,7 @@ from .apply import apply, negated
 from .batches import Work, operands, windows
 from .checks import check_capture, check_gradient, check_parameter, listed, without_autocast
 from .codec import Slot
+from .common import FORMAT
 from .dense import step_adamw
 from .door import changed_options, checked_group, constructor_options
 from .keys import names_of
@@ -69,11 +71,9 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     def _prepare(self, dense: dict[str, Any], rates: Mapping[str, Tensor]) -> None:
         """What is neither state nor options; nothing of it but the arguments is saved."""
         self._adamw, self._rates = dense, rates
-        # Whether there is state. Before its first use there is none, so that it does not keep
-        # parameters in memory in whose place Accelerate puts shards.
-        self._made = False
-        # How many parameters the groups have had, and whether one had the class's own rule.
-        self._size, self._matrices = 0, False
+        # Parameters that were trained when they were added, by id: they get state even if they
+        # are frozen before it is made.
+        self._first: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         # Who works in the backward pass for it: :mod:`lissom.optim.hooks`.
         self._backward: InBackward | None = None
         self._layouts = Layouts(self.table())
@@ -85,20 +85,15 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     @property
     def state(self) -> defaultdict[Any, Any]:
         """State by parameter, flat tensors; it is made when it is first asked for."""
-        if not self._made:
+        if not self._layouts.made:
             self._sync_state()
-        held: defaultdict[Any, Any] = self.__dict__["state"]
-        return held
+        return self._held
 
     @state.setter
     def state(self, value: defaultdict[Any, Any]) -> None:
-        self.__dict__["state"] = value
-
-    @property
-    def _held(self) -> defaultdict[Any, Any]:
-        """The state as it is, which may be none yet."""
-        held: defaultdict[Any, Any] = self.__dict__["state"]
-        return held
+        # As it is, which may be none yet. Not the dictionary's "state": wrappers of Lightning have
+        # a class derived from this one and find attributes, but no properties, in the optimizer.
+        self._held = value
 
     def advice(self, given: Mapping[str, Any]) -> Iterator[str]:
         """What the constructor warns of once all groups are there.
@@ -106,7 +101,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         Args:
             given: options of the constructor.
         """
-        if self.algorithm != "adamw" and not self._matrices:
+        if self.algorithm != "adamw" and not self._layouts.matrices:
             yield (f"{type(self).__name__} has no matrix of its own, so it is AdamW. "
                    f"{self.remedy} plan() tells why.")
 
@@ -150,7 +145,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             for part in self._split(group, explicit):
                 super().add_param_group(part)
             self._count()
-            if self._made:
+            self._first.update((id(p), p) for _, p in named if p.requires_grad)
+            if self._layouts.made:
                 self._sync_state()
         except BaseException:
             old = {p for g in self.param_groups[:count] for p in g["params"]}
@@ -166,7 +162,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     def _count(self) -> None:
         """Count what is in the groups, before others may put something else there."""
         own = [self._reason(p, o) is None for _, p, o in self._named()]
-        self._size, self._matrices = len(own), self.algorithm != "adamw" and any(own)
+        self._layouts.size = len(own)
+        self._layouts.matrices = self.algorithm != "adamw" and any(own)
 
     def _remember(self, groups: Sequence[dict[str, Any]]) -> None:
         """Keep the options of groups as they are now; parameters would be kept in memory."""
@@ -214,13 +211,12 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             ValueError: the class's own rule has nothing left to work on; nothing was changed.
         """
         self._layouts.sync(self)
-        self._made = True
         if self._backward is not None:
             self._backward.follow()
 
     def _check_replaced(self) -> None:
         """Refuse parameters that others have put into the groups if no matrix is left."""
-        if not self._matrices or any(p.ndim > 1 and self._reason(p, o) is None
+        if not self._layouts.matrices or any(p.ndim > 1 and self._reason(p, o) is None
                                      for _, p, o in self._named()):
             return
         shapes = ", ".join(str(tuple(p.shape)) for _, p, _ in [*self._named()][:3])
@@ -427,44 +423,50 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State by parameter number, and groups, as torch has them; plain tensors and values.
 
-        Before the state's first use it has none, as in torch, unless parameters are sharded; their
-        groups then say ``begun=False``.
+        Before the state's first use it has none, as in torch, unless parameters are sharded; its
+        groups then say ``format=0``.
         """
-        if self._made or any(sharding.is_sharded(p) for _, p, _ in self._named()):
+        layouts = self._layouts
+        if layouts.made or any(sharding.is_sharded(p) for _, p, _ in self._named()):
             self._sync_state()
         if self._backward is not None:
             self._backward.check_saved()
-        begun, held = self._made, self._held
+        begun = layouts.made
+        layouts.made = True  # torch's method reads the state, and packs what the groups say
+        # It fails where a parameter is in no group, as between two steps of DeepSpeed's.
         present = {p for g in self.param_groups for p in g["params"]}
-        # Torch's method takes what it finds, and fails where a parameter is in no group now.
-        self._made, self.state = True, defaultdict(
-            dict, {p: s for p, s in held.items() if p in present})
+        away = {p: self._held.pop(p) for p in [*self._held] if p not in present}
+        strange = [(g, g.pop("param_names")) for g in self.param_groups
+                   if "param_names" in g and names_of(g) is None]
         try:
-            state_dict = super().state_dict()
+            for group in self.param_groups if not begun else ():
+                group["format"] = 0
+            return super().state_dict()
         finally:
-            self._made, self.state = begun, held
-        for group in state_dict["param_groups"]:
-            group["begun"] = begun
-            if names_of(group) is None:
-                group.pop("param_names", None)
-        return state_dict
+            layouts.made = begun
+            self._held.update(away)
+            for group, names in strange:
+                group["param_names"] = names
+            for group in self.param_groups:
+                group["format"] = FORMAT
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or deepcopy, through the same check as the constructor."""
         held = self.__dict__ | state
         self._prepare(held.get("_adamw", {}), held.get("_rates", {}))
-        self._made = bool(state["state"])
+        self._layouts.made = bool(state["state"])
         self.defaults = held["defaults"]
         groups = [checked_group(self, g, f"{type(self).__name__} group {i}", entering=False,
                                 foreign=g)
                   for i, g in enumerate(state["param_groups"])]
         super().__setstate__({**state, "param_groups": groups})
+        self._held = self.__dict__.pop("state")
         self._count()
         self._remember(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep."""
-        if self._made:
+        if self._layouts.made:
             self._sync_state()
         if self._backward is not None:
             self._backward.check_saved()
@@ -485,7 +487,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             state_dict = dict(state_dict)  # hooks may change it, and it is the caller's
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        if self._made:
+        if self._layouts.made:
             self._sync_state()
         groups, states = agreed_load(self, state_dict)
         if replaced := overruled(self, groups):
@@ -494,12 +496,12 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         for mine, group in zip(self.param_groups, groups, strict=True):
             if isinstance(mine["lr"], Tensor):  # which stays the tensor that others hold
                 group["lr"] = mine["lr"].copy_(group["lr"])
-        super().__setstate__({"state": self._held, "param_groups": groups})
+        super().__setstate__({"param_groups": groups})
         self._held.clear()
         self._held.update(states)
-        self._made = bool(states)
-        self._layouts, self._measured = Layouts(self.table()), {}
-        self._seen = {}
+        self._layouts.restart(made=bool(states))
+        self._measured.clear()
+        self._seen.clear()
         self._remember(groups)
         self._before_capture()
         if self._backward is not None:
@@ -530,7 +532,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             Rows of name, shape, rule, rank, side, state bytes and reason; it prints as a table,
             and its totals are the bytes of all of it.
         """
-        if self._made:
+        if self._layouts.made:
             self._sync_state()
         return plan_of(self)
 

@@ -68,6 +68,11 @@ class Layouts:
         self._next_index: list[int] | None = None
         # Every ``key`` in the state, counted with it.
         self._keys: set[int] = set()
+        # Whether there is state. Before its first use there is none, so that it does not keep
+        # parameters in memory in whose place Accelerate puts shards.
+        self.made = False
+        # How many parameters the groups have had, and whether one had the class's own rule.
+        self.size, self.matrices = 0, False
 
     def __getitem__(self, p: Tensor) -> dict[str, Slot]:
         """The slots of a parameter, a quantized moment as one."""
@@ -79,7 +84,9 @@ class Layouts:
 
     def keeps(self, optimizer: MatrixOptimizer, p: Tensor) -> bool:
         """Whether p has state, or will have once that is made."""
-        return bool(optimizer._held.get(p)) if optimizer._made else _trained(p)
+        if self.made:
+            return bool(optimizer._held.get(p))
+        return _trained(p) or optimizer._first.get(id(p)) is p
 
     def stale(self, p: Tensor, o: Mapping[str, Any]) -> bool:
         """Whether p or its options have changed since :meth:`sync`."""
@@ -88,6 +95,13 @@ class Layouts:
     def forget(self) -> None:
         """Let :meth:`sync` look at every parameter again."""
         self._forms.clear()
+
+    def restart(self, made: bool) -> None:
+        """All state has been replaced, by one that is ``made`` or is yet to be."""
+        self.made = made
+        self._slots.clear()
+        self._forms.clear()
+        self.recount()
 
     def recount(self) -> None:
         """Parameters have gone: numbers for new ones follow those that are left."""
@@ -104,31 +118,41 @@ class Layouts:
             ValueError: what cannot be; no state was changed.
         """
         states = optimizer._held
-        listed = [p for g in optimizer.param_groups for p in g["params"]]
-        present = {*listed}
-        if any(_trained(p) and not states.get(p) for p in present):
-            optimizer._check_replaced()
-        if len(listed) >= optimizer._size:
-            self._drop([p for p in states if p not in present], states, optimizer)
-        if len(self._forms) != len(states):
-            self._forms = {p: form for p, form in self._forms.items() if p in states}
-            self._slots = {p: slots for p, slots in self._slots.items() if p in states}
         structures = {id(group): self._structure(group) for group in optimizer.param_groups}
+        missing, count, present = [], 0, set()
         for name, p, group in optimizer._named():
+            count += 1
+            present.add(p)
             form, last = _form(p, structures[id(group)]), self._forms.get(p)
             if not states.get(p):  # who reads the state of another leaves an empty one
-                if not _trained(p):
-                    continue
-                states[p] = self._created(optimizer, p, group, name)
+                if _trained(p) or (not self.made and self.keeps(optimizer, p)):
+                    missing.append((name, p, group, form))
             elif last != form:
                 shape = p.shape if last is None else last[0]
                 if shape != p.shape and _count(states[p]):
                     raise ValueError(f"{name!r} has changed its shape from {tuple(shape)} to "
                                      f"{tuple(p.shape)} since its state was made")
                 states[p] = _followed(optimizer, p, states[p], group, name)
-            if last != form:
-                self._slots[p] = slots_of(optimizer, p, group)
-                self._forms[p] = form
+                self._note(optimizer, p, group, form)
+        if missing:
+            optimizer._check_replaced()
+        if count >= self.size:
+            self._drop([p for p in states if p not in present], states, optimizer)
+        # Those first that were trained from the start, whenever the state is made.
+        missing.sort(key=lambda entry: optimizer._first.get(id(entry[1])) is not entry[1])
+        for name, p, group, form in missing:
+            if not states.get(p):
+                states[p] = self._created(optimizer, p, group, name)
+                self._note(optimizer, p, group, form)
+        if len(self._forms) > len(states):  # a user has taken some away
+            self._forms = {p: form for p, form in self._forms.items() if p in states}
+            self._slots = {p: slots for p, slots in self._slots.items() if p in states}
+        self.made = True
+
+    def _note(self, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any],
+              form: tuple[Any, ...]) -> None:
+        """The state of p fits the slots that it has now."""
+        self._slots[p], self._forms[p] = slots_of(optimizer, p, o), form
 
     def _drop(self, gone: list[Tensor], states: dict[Tensor, dict[str, Tensor]],
               optimizer: MatrixOptimizer) -> None:

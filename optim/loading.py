@@ -48,7 +48,7 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
             raise ValueError(f"{where}, group {i}: {len(group['params'])} parameters saved, "
                              f"but this optimizer has {len(mine['params'])} ({REMEDY})")
     _check_order(optimizer, saved, where)
-    begun = all(group.get("begun", True) for group in saved)
+    begun = bool(state_dict["state"]) or any(group.get("format") for group in saved)
     groups: list[dict[str, Any]] = []
     states: dict[Tensor, dict[str, Tensor]] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
@@ -97,8 +97,10 @@ def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[
     """A group of this optimizer with the options of a saved one, checked."""
     # What parameters are called is this optimizer's to say, where it has names.
     options = {k: v for k, v in saved.items()
-               if k not in ("params", "begun") and not (k == "param_names" and k in mine)}
+               if k != "params" and not (k == "param_names" and k in mine)}
     ours = "format" in options
+    if options.get("format") == 0:  # of a state that has not begun
+        del options["format"]
     # How a step runs is this optimizer's to say, not what it computes: a rate is read where this
     # one has it, in a tensor or not.
     optimizer.table()["capturable"].check("capturable", options.pop("capturable", False), at)
@@ -134,13 +136,18 @@ def agreed_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
         loaded = checked_load(optimizer, state_dict)
     except Exception as error:  # whatever it is, the others wait to hear of it
         failure = error
-    refused = torch.tensor([int(failure is not None)], dtype=torch.int64, device="cpu")
-    refused = sharding.agreed(refused, [p for g in optimizer.param_groups for p in g["params"]])
+    begun = loaded is not None and bool(loaded[1])
+    said = torch.tensor([failure is not None, begun, not begun], dtype=torch.int64, device="cpu")
+    said = sharding.agreed(said, [p for g in optimizer.param_groups for p in g["params"]])
+    refused, some, others = map(bool, said.tolist())
     if failure is not None:
         raise failure
-    if loaded is None or int(refused):
+    if loaded is None or refused:
         raise ValueError(f"{type(optimizer).__name__}.load_state_dict: another rank refuses its "
                          "part of the state, and says why; nothing was loaded on any")
+    if some and others:
+        raise ValueError(f"{type(optimizer).__name__}.load_state_dict: some ranks have got a state "
+                         "that has not begun, others one that has; nothing was loaded on any")
     return loaded
 
 

@@ -332,6 +332,23 @@ def damaged(mesh: DeviceMesh, name: str) -> tuple[str, bool]:
     return message, same
 
 
+def begun_on_some(mesh: DeviceMesh, name: str) -> tuple[str, int]:
+    """What loading says where rank 0 has got a state that has not begun, and the step after it."""
+    model = sharded(mesh)
+    optimizer = optimizer_of(model, name)
+    take(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    if mesh.get_rank() == 0:
+        state = {"state": {}, "param_groups": [{**g, "format": 0} for g in state["param_groups"]]}
+    message = ""
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        message = str(error)
+    take(model, optimizer, range(2, 3))
+    return message, int(next(iter(optimizer.state.values()))["step"])
+
+
 def in_backward_refused(mesh: DeviceMesh) -> list[str]:
     """What project_in_backward says of FSDP2, and what both say of DDP."""
     messages = []

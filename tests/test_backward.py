@@ -426,6 +426,17 @@ def test_a_handle_that_cannot_be_attached_leaves_no_trace(monkeypatch):
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("attach", [project_in_backward, update_in_backward])
+def test_state_that_cannot_be_made_leaves_no_handle(attach):
+    expanded = torch.nn.Parameter(torch.ones(4, 1).expand(4, 3), requires_grad=False)
+    optimizer = GaLoreAdamW([*parameters(SHAPES), expanded], rank=3)
+    expanded.requires_grad_()
+    with pytest.raises(ValueError, match="strides"):
+        attach(optimizer)
+    expanded.requires_grad_(False)
+    attach(optimizer).remove()
+
+
 @pytest.mark.parametrize("micro", [1, 2, 8])
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("dense", [False, True])

@@ -462,7 +462,7 @@ def test_no_state_keeps_parameters_that_others_replace_before_the_first_step(cas
     planned = optimizer.plan()
     before = optimizer.state_dict()
     assert before["state"] == {}
-    assert {group["begun"] for group in before["param_groups"]} == {False}
+    assert {group["format"] for group in before["param_groups"]} == {0}
     optimizer.load_state_dict(through_disk(before))
     copies = [copy.deepcopy((optimizer, ps)), pickle.loads(pickle.dumps((optimizer, ps)))]
     seen = [weakref.ref(p) for p in ps]
@@ -495,6 +495,44 @@ def test_no_state_keeps_parameters_that_others_replace_before_the_first_step(cas
     read = {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]}
     with pytest.raises(ValueError, match=r"state is missing, .* read optimizer\.state first"):
         case(named(case.parameters(SHAPES))).load_state_dict(read)
+
+
+def test_when_state_is_made_changes_nothing(case):
+    """Whoever looks at it, and whatever is frozen or not until then."""
+    found = []
+    for look in (False, True):
+        ps = case.parameters([(6, 4), (4, 6), (4,), (3, 5)])
+        late, early = trained(ps)[1], trained(ps)[0]
+        late.requires_grad_(False)
+        optimizer = case(named(ps), lr=1e-2)
+        if look:
+            assert late not in optimizer.state
+        late.requires_grad_(True)
+        early.requires_grad_(False)
+        run(optimizer, ps, range(2))
+        assert int(optimizer.state[early]["step"]) == 0
+        # saved so, and loaded before it is frozen again
+        qs = case.parameters([(6, 4), (4, 6), (4,), (3, 5)])
+        again = case(named(qs), lr=1e-2)
+        again.load_state_dict(through_disk(optimizer.state_dict()))
+        found.append([dict(o.state[p]) for o, group in ((optimizer, ps), (again, qs))
+                      for p in group if p in o.state])
+    assert_same(found[0], found[1])
+    half = len(found[0]) // 2
+    assert_same(found[0][:half], found[0][half:])
+
+
+def test_hooks_that_change_what_is_saved(case):
+    ps = case.parameters([(6, 4)])
+    optimizer = case(named(ps))
+    optimizer.register_state_dict_post_hook(lambda optimizer, saved: {"mine": saved})
+    for steps in (0, 1):
+        run(optimizer, ps, range(steps))
+        saved = optimizer.state_dict()["mine"]
+        again = case(named(case.parameters([(6, 4)])))
+        again.load_state_dict(saved)
+        assert len(again.state_dict()["state"]) == len(trained(ps)) * steps
+        assert all(group["format"] == 1 for group in optimizer.param_groups)
 
 
 CUTS = [1, 3, 6]
@@ -587,6 +625,7 @@ def test_loading_something_damaged_changes_nothing(case):
         "groups": lambda s: s["param_groups"].append(s["param_groups"][0]),
         "parameters saved": lambda s: s["param_groups"][0]["params"].append(7),
         "missing": lambda s: s["state"].pop(0),
+        "is missing": lambda s: (s["state"].pop(0), s["param_groups"][0].update(format=0)),
         moment: lambda s: s["state"][0].pop(moment),
         "keeps": lambda s: s["state"][0].update(extra=torch.zeros(1)),
         "expected": lambda s: s["state"][0].update({moment: torch.zeros(2, 9)}),

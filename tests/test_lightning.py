@@ -185,3 +185,29 @@ def test_automatic_optimization_refuses_it_with_the_reason(tmp_path):
 
     with pytest.raises(RuntimeError, match=r"step\(\) got a closure"):
         fitted(Automatic(GaLoreAdamW), tmp_path, 1)
+
+
+class Wrapped(Module):
+    """It drives the optimizer itself, through what Lightning wraps it in."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.automatic_optimization = False
+        self.energies: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, index: int) -> None:
+        wrapped: Any = self.optimizers()
+        assert len(wrapped.state) == sum(p.requires_grad for p in self.parameters())
+        assert len(wrapped.plan()) == len(wrapped.state_dict()["param_groups"][0]["params"]) + sum(
+            len(group["params"]) for group in wrapped.param_groups[1:])
+        wrapped.zero_grad()
+        self.manual_backward(self.loss(batch, index))
+        wrapped.step()
+        self.energies += [float(m["energy"].nanmean()) for m in wrapped.metrics() if "energy" in m]
+
+
+def test_manual_optimization_through_the_wrapper(tmp_path):
+    module = Wrapped(GaLoreAdamW, metrics=True)
+    fitted(module, tmp_path, 1)
+    assert len(module.energies) == BATCHES
+    assert all(0 < x <= 1 + 1e-5 for x in module.energies)

@@ -321,6 +321,12 @@ def test_a_damaged_shard_is_refused_on_every_rank(pool):
     assert same_there
 
 
+def test_a_state_that_has_begun_on_some_ranks_is_refused(pool):
+    for message, step in pool.run(jobs.begun_on_some, 2, name="galoreadamw"):
+        assert "some ranks have got a state that has not begun" in message
+        assert step == 3
+
+
 def test_a_killed_rank_costs_the_steps_since_the_checkpoint(pool, straight, tmp_path):
     given = {"name": "galoreadamw-8bit", "folder": str(tmp_path)}
     doomed = Pool()
