@@ -115,7 +115,7 @@ class Layouts:
         parameter at a time in the groups, so nothing is gone while they hold fewer than they had.
 
         Raises:
-            ValueError: what cannot be; no state was changed.
+            ValueError: what cannot be; no state that there was has changed.
         """
         states = optimizer._held
         structures = {id(group): self._structure(group) for group in optimizer.param_groups}
