@@ -189,7 +189,11 @@ def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
 
 
 def checked_optimizer(optimizer: Any, where: str) -> MatrixOptimizer:
-    """One of this package, or a TypeError."""
+    """One of this package, also out of Lightning's wrapper, or a TypeError."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(optimizer, MatrixOptimizer) and isinstance(inner, MatrixOptimizer):
+        # The wrapper has its class, but what is written to it stays there.
+        optimizer = inner
     if not isinstance(optimizer, MatrixOptimizer):
         raise TypeError(f"{where}: optimizer is a {type(optimizer).__name__}, but it must be one "
                         "of lissom.optim")

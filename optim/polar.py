@@ -29,6 +29,7 @@ from torch.linalg import cholesky_ex, qr, solve_triangular
 
 from ..kernels.symmul import newton_schulz_step, symm_muladd, syrk
 from . import codec
+from .checks import without_autocast
 from .norms import norms
 from .options import Option, choice, either, integer, optional, real, several
 from .whole import Whole
@@ -168,11 +169,12 @@ def polar(
     _check_used(checked, "polar")
     oracle = Oracle(checked["polar"], checked["polar_steps"], None if dtype is None else
                     _FLOATS[dtype], coefficients, checked["lower_bound"])
-    u = oracle(a)
-    if not hermitian:
-        return u.to(a.dtype)
-    u, wide = u.to(codec.wide(a).dtype), codec.wide(a)
-    h = wide @ u.mT if a.shape[-2] < a.shape[-1] else u.mT @ wide
+    with without_autocast():
+        u = oracle(a)
+        if not hermitian:
+            return u.to(a.dtype)
+        u, wide = u.to(codec.wide(a).dtype), codec.wide(a)
+        h = wide @ u.mT if a.shape[-2] < a.shape[-1] else u.mT @ wide
     return u.to(a.dtype), ((h + h.mT) / 2).to(a.dtype)
 
 

@@ -152,12 +152,13 @@ def test_resumed_training_is_the_uninterrupted_one(name, tmp_path):
 class Manual(Module):
     """Gradients projected or used up in the backward pass: manual optimization, no closure."""
 
-    def __init__(self, attach: Any, **options: Any) -> None:
+    def __init__(self, attach: Any, wrapped: bool, **options: Any) -> None:
         super().__init__(GaLoreAdamW, **options)
         self.automatic_optimization, self.attach, self.left = False, attach, 0
+        self.wrapped = wrapped
 
     def on_fit_start(self) -> None:
-        self.attach(self.optimizers(use_pl_optimizer=False))
+        self.attach(self.optimizers(use_pl_optimizer=self.wrapped))
 
     def training_step(self, batch: torch.Tensor, index: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -168,9 +169,11 @@ class Manual(Module):
         optimizer.zero_grad()
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("attach", [project_in_backward, update_in_backward])
-def test_manual_optimization_works_in_the_backward_pass(attach, tmp_path):
-    plain, manual = Module(GaLoreAdamW, update_proj_gap=3), Manual(attach, update_proj_gap=3)
+def test_manual_optimization_works_in_the_backward_pass(attach, wrapped, tmp_path):
+    plain = Module(GaLoreAdamW, update_proj_gap=3)
+    manual = Manual(attach, wrapped, update_proj_gap=3)
     fitted(plain, tmp_path, 2)
     trainer = fitted(manual, tmp_path, 2)
     assert trainer.global_step == 0  # Lightning counts its wrapper's steps alone

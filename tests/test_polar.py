@@ -593,3 +593,13 @@ def test_momentum_may_be_scheduled_from_zero():
 def test_coefficients_belong_to_one_method():
     with pytest.raises(ValueError, match=r"coefficients=.*must be None with method='svd'"):
         polar(torch.ones(3, 2), "svd", coefficients=(1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("method", ["newton-schulz", "polar-express", "qdwh", "zolo-pd", "svd"])
+def test_autocast_around_it_changes_nothing(method):
+    a = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    expected = polar(a, method, hermitian=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = polar(a, method, hermitian=True)
+    for x, y in zip(expected, found, strict=True):
+        assert torch.equal(x, y)
