@@ -144,7 +144,6 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         try:
             for part in self._split(group, explicit):
                 super().add_param_group(part)
-            self._count()
             self._first.update((id(p), p) for _, p in named if p.requires_grad)
             if self._layouts.made:
                 self._sync_state()
@@ -154,20 +153,20 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                 if p not in old:
                     self._held.pop(p, None)
             del self.param_groups[count:]
-            self._count()
             self._layouts.recount()
             raise
         self._remember(self.param_groups[count:])
+        self._count(self.param_groups[count:])
 
-    def _count(self) -> None:
-        """Count what is in the groups, before others may put something else there."""
-        own = [self._reason(p, o) is None for _, p, o in self._named()]
-        self._layouts.size = len(own)
-        self._layouts.matrices = self.algorithm != "adamw" and any(own)
+    def _count(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Count what is in new groups, before others may put something else there."""
+        own = [self._reason(p, o) is None for o in groups for p in o["params"]]
+        self._layouts.size += len(own)
+        self._layouts.matrices |= self.algorithm != "adamw" and any(own)
 
     def _remember(self, groups: Sequence[dict[str, Any]]) -> None:
         """Keep the options of groups as they are now; parameters would be kept in memory."""
-        self._seen |= {id(g): {k: v for k, v in g.items() if k != "params"} for g in groups}
+        self._seen.update((id(g), {k: v for k, v in g.items() if k != "params"}) for g in groups)
 
     def _split(self, group: dict[str, Any], explicit: set[str]) -> Iterator[dict[str, Any]]:
         """The group, or its two halves where AdamW's part has options that it does not state."""
@@ -461,7 +460,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                   for i, g in enumerate(state["param_groups"])]
         super().__setstate__({**state, "param_groups": groups})
         self._held = self.__dict__.pop("state")
-        self._count()
+        self._count(self.param_groups)
         self._remember(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
