@@ -182,6 +182,7 @@ def test_temporaries_are_bounded_by_the_largest_matrix(options, dtype):
     """At most three times the largest matrix, in fp32, the first step's refreshes included."""
     ps = parameters([(1376, 512), (512, 1376), (2048, 512), (512,)], dtype=dtype)
     optimizer = GaLoreAdamW(ps, rank=64, **options)
+    assert optimizer.state  # made, so that it is no temporary
     for i in range(2):
         feed(ps, i)
         with LiveBytes() as live:
@@ -198,6 +199,7 @@ def test_temporaries_of_the_family_are_bounded(make, dtype, monkeypatch):
     monkeypatch.setattr("lissom.optim.batches._WINDOW", 1)  # else by the window, if that is larger
     ps = parameters([(1376, 512), (512, 1376), (2048, 512), (512,)], dtype=dtype)
     optimizer = make(ps, rank=64)
+    assert optimizer.state  # made, so that it is no temporary
     for i in range(2):
         feed(ps, i)
         with LiveBytes() as live:
@@ -210,6 +212,7 @@ def test_temporaries_of_blocks_are_those_of_a_block(bits):
     """Where no operation takes all at once: what is decoded is a part of the whole."""
     ps = parameters([(4096, 512)])
     optimizer = AdamW(ps, state_bits=bits, amsgrad=True)
+    assert optimizer.state  # made, so that it is no temporary
     feed(ps, 0)
     with LiveBytes() as live:
         optimizer.step()
