@@ -215,10 +215,11 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
 
     def _check_replaced(self) -> None:
         """Refuse parameters that others have put into the groups if no matrix is left."""
-        if not self._layouts.matrices or any(p.ndim > 1 and self._reason(p, o) is None
-                                     for _, p, o in self._named()):
+        present = [(p, o) for _, p, o in self._named()]
+        if not self._layouts.matrices or any(
+                p.ndim > 1 and self._reason(p, o) is None for p, o in present):
             return
-        shapes = ", ".join(str(tuple(p.shape)) for _, p, _ in [*self._named()][:3])
+        shapes = ", ".join(str(tuple(p.shape)) for p, _ in present[:3])
         raise ValueError(
             f"{type(self).__name__}: its matrices have been replaced by parameters of which none "
             f"is one (shapes {shapes}): what FSDP1 and stages 1 to 3 of DeepSpeed's ZeRO flatten "

@@ -194,6 +194,7 @@ class Layouts:
 
 
 def _trained(p: Tensor) -> bool:
+    """Whether p may be updated: its gradient is there or will be."""
     return p.requires_grad or p.grad is not None
 
 
