@@ -26,6 +26,7 @@ ADJUST_LR: dict[str, Callable[[int, int], float]] = {
     "original": lambda m, n: math.sqrt(max(1.0, m / n)),  # Jordan et al., 2024
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # Moonlight, arXiv 2502.16982
     "spectral": lambda m, n: math.sqrt(m / n),
+    "spectral_unclamped": lambda m, n: math.sqrt(m / n),  # torch.optim.Muon's name, from 2.14 on
     "unscaled": lambda m, n: 1.0,
 }
 
@@ -63,7 +64,8 @@ class Muon(MatrixOptimizer):
         ns_steps: steps of ``"newton-schulz"`` and ``"polar-express"``, >= 1. Default 5.
         adjust_lr_fn: s for an m x n matrix: None (default) or ``"original"`` sqrt(max(1, m / n));
             ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)), with which AdamW's lr and decay carry over
-            (then give ``lr_adamw=None``); ``"spectral"`` sqrt(m / n); ``"unscaled"`` 1.
+            (then give ``lr_adamw=None``); ``"spectral"``, which torch calls
+            ``"spectral_unclamped"``, sqrt(m / n); ``"unscaled"`` 1.
         polar: the oracle: ``"newton-schulz"`` (default), ``"polar-express"``, ``"qdwh"``,
             ``"zolo-pd"``, ``"svd"``; see :func:`lissom.optim.polar.polar`.
         polar_steps: of any oracle. Default None: ``ns_steps``, or to convergence.

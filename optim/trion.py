@@ -54,8 +54,8 @@ class Trion(Ranked):
         momentum: in (0, 1]. Default 0.95.
         ns_steps: Newton-Schulz iterations, >= 1. Default 5.
         adjust_lr_fn: s for an m x n matrix: None or ``"original"`` sqrt(max(1, m / n));
-            ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)); ``"spectral"`` sqrt(m / n);
-            ``"unscaled"`` 1.
+            ``"match_rms_adamw"`` 0.2 sqrt(max(m, n)); ``"spectral"`` or
+            ``"spectral_unclamped"`` sqrt(m / n); ``"unscaled"`` 1.
         polar_dtype: ``"bfloat16"`` (default), ``"float16"`` or ``"float32"``, of the Newton-Schulz
             products.
         lr_adamw: default 3e-4.

@@ -363,7 +363,8 @@ def test_official_polargrad(name, limit, shape):
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch >= 2.9")
 def test_muon_is_torchs(recwarn):
     """In torch's conventions and dtypes, decay and scale included."""
-    for fn in (None, "original", "match_rms_adamw"):
+    named = ["spectral_unclamped"] if torch.__version__ >= "2.14" else []
+    for fn in (None, "original", "match_rms_adamw", *named):
         for nesterov in (True, False):
             ps, qs = parameters([(24, 16), (16, 24)]), parameters([(24, 16), (16, 24)])
             ours = Muon(ps, lr=0.02, adjust_lr_fn=fn, nesterov=nesterov)
@@ -377,6 +378,7 @@ def test_muon_is_torchs(recwarn):
 
 @pytest.mark.parametrize(("name", "tall", "wide"), [
     (None, 1.5**0.5, 1.0), ("original", 1.5**0.5, 1.0), ("spectral", 1.5**0.5, 1.5**-0.5),
+    ("spectral_unclamped", 1.5**0.5, 1.5**-0.5),
     ("match_rms_adamw", 0.2 * 24**0.5, 0.2 * 24**0.5)])
 def test_factors_of_the_update(name, tall, wide):
     for make in (lambda ps, fn: Muon(ps, lr=1.0, weight_decay=0.0, adjust_lr_fn=fn),
