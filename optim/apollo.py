@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,10 +14,10 @@ from .apply import Update
 from .base import MatrixOptimizer
 from .codec import Slot
 from .lowrank import LowRankOptimizer, SubspaceOptions
-from .norms import ALONG, norms
+from .norms import sizes
 from .options import Option, choice, real
 from .project import Bases
-from .residual import Residual, gains, limiter_slot
+from .residual import Residual, gains, larger, limiter_slot
 
 __all__ = ["APOLLO"]
 
@@ -34,15 +33,15 @@ class _Scaling(Residual):
         return limiter_slot(shape, p, o)
 
     def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
-        return norms(g, "full" if o["scale_type"] == "tensor" else bases.side())
+        return sizes(g, "full" if o["scale_type"] == "tensor" else bases.side(), bases.rows)
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         assert measured is not None
-        side = bases.side()
-        along = "full" if o["scale_type"] == "tensor" else side
-        more = math.prod([g.shape[i] / low.shape[i] for i in ALONG[side]])
-        gain = gains(norms(n, along), norms(low, along), measured, more, s, o)
+        along = "full" if o["scale_type"] == "tensor" else bases.side()
+        rows = bases.low_rows()
+        gain = gains(sizes(n, along, rows), sizes(low, along, rows), measured,
+                     larger(g, low, bases), rows if along == "right" else None, s, o)
         wide = torch.promote_types(low.dtype, torch.float32)
         return Update(dense=g, gain=(gain * o["scale"]).to(wide))
 
@@ -99,9 +98,6 @@ class APOLLO(LowRankOptimizer):
         MatrixOptimizer.__init__(self, params, {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "amsgrad": amsgrad, **options})
-
-    def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
-        return o["scale_type"] == "channel" and super().by_rows(p, s, o, t)
 
     def residual(self, o: Mapping[str, Any]) -> Residual:
         return _SCALING

@@ -174,7 +174,7 @@ class ProjectInBackward(InBackward):
         space = self._pending.get(p)
         if space is None:
             space = Projected(Bases(None, None), s["projected"])
-        if space.bases == (None, None):
+        if space.bases == Bases(None, None):
             born = t if "basis_step" in space.writes else int(s["basis_step"])
             space = space._replace(bases=self.optimizer.bases(g, s, o, born))
         more = {k: s[k] for k in self.optimizer.buffers(p, o)

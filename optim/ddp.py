@@ -101,7 +101,7 @@ class _Lift:
 
     def __call__(self, low: Tensor) -> None:
         x = codec.wide(low).view(self.shape)
-        left, right = self.bases
+        left, right, _ = self.bases
         # solve would wait for the GPU, while the backward pass could go on, to see whether it
         # failed; that it cannot, of columns that are orthonormal up to rounding.
         if left is not None:
@@ -111,7 +111,7 @@ class _Lift:
         self.g.copy_(x.view_as(self.g))
         if x.device.type == "cuda":
             # Of the hook's stream; this is another one, of the reduction.
-            for basis in self.bases:
+            for basis in (left, right):
                 if basis is not None:
                     basis.record_stream(torch.cuda.current_stream(x.device))
 

@@ -236,14 +236,20 @@ class LowRankOptimizer(Batched, Ranked):
         return whole and not self.residual(o).needs_gradient
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
-        """R = G Q is a product of rows. New bases are of all rows, unless they are drawn, or
-        chosen by sums over rows.
+        """R = G Q is a product of rows, R = P^T G a sum over them. New bases are of all rows,
+        unless they are drawn, or those of the right side are chosen by sums over rows.
         """
-        if self.rank_and_side(p, o)[1] != "right" or len(self.matrix_shape(p, o)) > 2 or (
-                not RULES[o["inner"]].elementwise):
+        r, side = self.rank_and_side(p, o)
+        shape = self.matrix_shape(p, o)
+        if len(shape) > 2:
             return False
-        local = o["projection"] in ("dct", "random") and o["keep_energy"] is None
-        return local or not self.due(s, o, t)
+        if side == "right":
+            able = RULES[o["inner"]].elementwise
+            local = o["projection"] in ("dct", "random")
+        else:  # R is whole on every rank, unless its moments have as many rows as p
+            able = r < shape[0]
+            local = o["projection"] == "random" and o["moments"] != "rotate"
+        return able and ((local and o["keep_energy"] is None) or not self.due(s, o, t))
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
                  rows: Rows | None) -> tuple[int, Hashable]:
@@ -254,7 +260,7 @@ class LowRankOptimizer(Batched, Ranked):
                 and p.ndim == 2 and p.dtype in (torch.bfloat16, torch.float32) and side != "full"
                 and o["inner"] == "adamw" and not o["amsgrad"] and not o["maximize"]
                 # Of rows the others take sums over all ranks, of one matrix at a time.
-                and (rows is None or not residual.needs_gradient))
+                and (rows is None or (side == "right" and not residual.needs_gradient)))
         due = able and self.due(s, o, t)
         if due:
             n = p.shape[side != "left"]
@@ -284,7 +290,7 @@ class LowRankOptimizer(Batched, Ranked):
         g = self.residual(o).gradient(g, s, o)
         space = self._subspace(g, s, o, t)
         if o["metrics"]:
-            metrics.energy(self, s, space.low, g)
+            metrics.energy(self, s, space.low, g, space.bases)
         return g, space
 
     def lift(self, g: Tensor, space: Projected, s: State, o: Mapping[str, Any], t: int) -> Update:
@@ -344,7 +350,7 @@ class LowRankOptimizer(Batched, Ranked):
         last = self.bases(g, s, o) if born and not (spared and o["keep_energy"] is None) else None
         if last is not None and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
             low = last.down(g)
-            if _energy(low, g, s) >= o["keep_energy"] * s["basis_energy"].item():
+            if _energy(low, g, last) >= o["keep_energy"] * s["basis_energy"].item():
                 return Projected(last, low)
         new = self._cosines(g, s, o, born) if cosines else self._found(g, last, s, o, t)
         if new is None:  # nothing to be learnt from this gradient: try again when due
@@ -353,7 +359,7 @@ class LowRankOptimizer(Batched, Ranked):
         host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         writes = {**new.writes, "basis_step": torch.tensor(float(t), **host)}
         if o["keep_energy"] is not None:
-            writes["basis_energy"] = torch.tensor(_energy(new.low, g, s), **host)
+            writes["basis_energy"] = torch.tensor(_energy(new.low, g, new.bases), **host)
         # not _replace, which dynamo does not trace in torch 2.9
         return Projected(new.bases, new.low, new.turns if born else None, writes, new.more)
 
@@ -374,6 +380,7 @@ class LowRankOptimizer(Batched, Ranked):
         """
         *batch, m, n = codec.whole_shape(g, s)
         side, r = project.side_of(m, n, o["proj_type"]), min(o["rank"], m, n)
+        rows = codec.rows_of(s)
         bases: list[Tensor | None] = []
         for number, (name, length) in enumerate(zip(_SIDES, (m, n), strict=True)):
             basis = None
@@ -386,8 +393,10 @@ class LowRankOptimizer(Batched, Ranked):
                     narrow = g.dtype if g.element_size() == 2 else torch.float32
                     basis = codec.read(s, f"basis_{name}", narrow)
                     basis = basis if basis.dtype == g.dtype else basis.to(g.dtype)
+                if rows is not None and name == "left" and len(basis) == m:
+                    basis = basis[rows.start:rows.start + g.shape[-2]]  # made whole
             bases.append(basis)
-        return Bases(*bases)
+        return Bases(bases[0], bases[1], rows)
 
     def _drawn(self, length: int, r: int, batch: tuple[int, ...], s: Mapping[str, Any],
                o: Mapping[str, Any], born: int | None, number: int, g: Any) -> Any:
@@ -415,12 +424,13 @@ class LowRankOptimizer(Batched, Ranked):
             t: count of this update.
         """
         random = o["projection"] == "random"
-        new: list[Tensor | None] = list(self.bases(g, s, o, t)) if random else [None, None]
+        new: list[Tensor | None] = list(self.bases(g, s, o, t)[:2]) if random else [None, None]
         turns: list[Turn | None] = [None, None]
         writes: dict[str, Tensor] = {}
         m, n = codec.whole_shape(g, s)[-2:]
         r, projected = min(o["rank"], m, n), project.side_of(m, n, o["proj_type"])
-        for number, (basis, side) in enumerate(zip(last or (None, None), _SIDES, strict=True)):
+        old = (None, None) if last is None else last[:2]
+        for number, (basis, side) in enumerate(zip(old, _SIDES, strict=True)):
             if projected not in (side, "full"):
                 continue
             if not random:
@@ -435,7 +445,7 @@ class LowRankOptimizer(Batched, Ranked):
                 latest = new[number]
                 assert latest is not None
                 turns[number] = project.turn(basis, latest, side == "left")
-        bases = Bases(*new)
+        bases = Bases(new[0], new[1], codec.rows_of(s))
         return Projected(bases, bases.down(g), (turns[0], turns[1]), writes)
 
     def _cosines(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], born: int
@@ -463,7 +473,7 @@ class LowRankOptimizer(Batched, Ranked):
             new[number] = dct.columns(index, g.shape[-2 if left else -1], o["dct_basis"], g)
             writes[name] = index
             low = part if low is None else low
-        bases = Bases(*new)
+        bases = Bases(new[0], new[1], codec.rows_of(s))
         assert low is not None
         if bases.left is not None and bases.right is not None:
             low = low @ bases.right.to(low.dtype)
@@ -529,6 +539,6 @@ def _learnt(low: Tensor, s: Mapping[str, Tensor]) -> bool:
     return bool(size.isfinite().all()) and bool(size.any())
 
 
-def _energy(low: Tensor, g: Tensor, s: Mapping[str, Tensor]) -> float:
+def _energy(low: Tensor, g: Tensor, bases: Bases) -> float:
     """|R|^2 / |G|^2, the smallest of a batch; 0 for a zero gradient."""
-    return float(metrics.share(low, g, s).nan_to_num(0.0).min())
+    return float(metrics.share(low, g, bases).nan_to_num(0.0).min())

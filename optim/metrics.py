@@ -19,6 +19,7 @@ from . import codec, sharding
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
     from .batches import Work
+    from .project import Bases
 
 __all__ = ["Before", "after", "before", "energy", "metrics_of", "share"]
 
@@ -63,18 +64,22 @@ def _ratio(new: Tensor, old: Tensor) -> Tensor:
     return (change / size).sqrt()
 
 
-def energy(optimizer: MatrixOptimizer, s: Mapping[str, Tensor], low: Tensor, g: Tensor) -> None:
+def energy(optimizer: MatrixOptimizer, s: Mapping[str, Tensor], low: Tensor, g: Tensor,
+           bases: Bases) -> None:
     """Keep |R|^2 / |G|^2, the smallest of a batch; of a zero gradient it is NaN."""
     found = optimizer._measured.setdefault(int(s["index"]), {})
-    found["energy"] = share(low, g, s).amin().to(torch.float32)
+    found["energy"] = share(low, g, bases).amin().to(torch.float32)
 
 
-def share(low: Tensor, g: Tensor, s: Mapping[str, Tensor]) -> Tensor:
+def share(low: Tensor, g: Tensor, bases: Bases) -> Tensor:
     """|R|^2 / |G|^2 of each matrix, in float64; NaN for a zero gradient."""
-    part, whole = (codec.row_sum(
-        torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square(), s)
-        for x in (low, g))
-    return part / whole
+    part, whole = (torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square()
+                   for x in (low, g))
+    if bases.rows is not None:
+        whole = bases.rows.sum(whole)
+        part = part if bases.low_rows() is None else bases.rows.sum(part)
+    ratio: Tensor = part / whole
+    return ratio
 
 
 def metrics_of(optimizer: MatrixOptimizer) -> list[dict[str, Tensor]]:

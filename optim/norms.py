@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,23 @@ from ..kernels.apart import Apart, Matrices
 from ..kernels.norms import row_norms
 from . import codec
 
-__all__ = ["ALONG", "norms"]
+if TYPE_CHECKING:
+    from .sharding import Rows
+
+__all__ = ["ALONG", "norms", "sizes"]
 
 #: Along which dimensions of (..., m, n) norms are taken, by the side that is projected.
 ALONG = {"left": (-2,), "right": (-1,), "full": (-2, -1)}
 # Elements in one block of a sum of squares.
 _BLOCK = 1 << 18
+
+
+def sizes(x: Matrices, side: str, rows: Rows | None) -> Tensor:
+    """:func:`norms` of a matrix of which x has some rows, if not all: collective along them."""
+    found = norms(x, side)
+    if rows is None or side == "right":
+        return found
+    return rows.sum(found.square()).sqrt()
 
 
 def norms(x: Matrices, side: str) -> Tensor:

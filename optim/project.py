@@ -9,14 +9,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels._triton import use_triton
+from ..kernels._triton import by_kernel, use_triton
 from ..kernels.project import project as product
 from . import codec
+
+if TYPE_CHECKING:
+    from .sharding import Rows
 
 __all__ = ["FINDERS", "Bases", "Gradient", "Shift", "Turn", "find", "gaussian", "gaussian_basis",
            "generator", "random_basis", "shift", "side_of", "turn"]
@@ -38,11 +41,14 @@ _IN_RANGE = 1e12
 class Bases(NamedTuple):
     """The basis P of the left side and Q of the right; a side without one is not projected.
 
-    Those of several matrices are stacked, or lie :class:`lissom.kernels.apart.Apart`.
+    Those of several matrices are stacked, or lie :class:`lissom.kernels.apart.Apart`. Of G, and of
+    P, there may be some rows only, ``rows``: R = G Q then has the same, and R = P^T G is a sum over
+    the ranks, which all of them have.
     """
 
     left: Tensor | None
     right: Tensor | None
+    rows: Rows | None = None
 
     # A method, because dynamo does not trace a property of a tuple in torch 2.9.
     def side(self) -> str:
@@ -51,9 +57,24 @@ class Bases(NamedTuple):
             return "right"
         return "left" if self.right is None else "full"
 
+    def low_rows(self) -> Rows | None:
+        """The rows that R has, if it has not all of its own."""
+        return self.rows if self.left is None else None
+
+    def height(self, g: Tensor) -> int:
+        """Rows of the whole gradient."""
+        return g.shape[-2] if self.rows is None else self.rows.total
+
+    def span(self, g: Tensor) -> bool:
+        """Whether nothing of G is outside: R is as large as it."""
+        return all(x is None or x.shape[-1] == length
+                   for x, length in ((self.left, self.height(g)), (self.right, g.shape[-1])))
+
     def down(self, g: Tensor) -> Tensor:
-        """R = P^T G Q."""
-        if self.left is not None:
+        """R = P^T G Q; a collective operation where there are some rows of P."""
+        if self.left is not None and self.rows is not None:
+            g = self.rows.sum(_wide_product(self.left, g)).to(g.dtype)
+        elif self.left is not None:
             g = self.left.mT @ g
         return g if self.right is None else g @ self.right
 
@@ -76,6 +97,13 @@ def side_of(m: int, n: int, proj_type: str) -> str:
     if proj_type == "reverse_std":
         return "left" if m >= n else "right"
     return proj_type
+
+
+def _wide_product(left: Tensor, g: Tensor) -> Tensor:
+    """P^T G of some rows, not rounded to 16 bits before it is added up."""
+    if by_kernel(g) and g.numel() and g.element_size() == 2:
+        return product(left.mT, g)[0]
+    return codec.wide(left).mT @ codec.wide(g)
 
 
 @functools.lru_cache(maxsize=16)

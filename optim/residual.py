@@ -22,8 +22,9 @@ from ..kernels.limit import limited_gains
 from . import codec
 from .apply import Update
 from .codec import Slot
-from .norms import ALONG, norms
+from .norms import ALONG, sizes
 from .project import Bases
+from .sharding import Rows
 
 __all__ = ["RESIDUALS", "Batched", "Fira", "Residual", "gains", "residual_of"]
 
@@ -112,26 +113,26 @@ class Fira(Residual):
     def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
         # At full rank G - P R is rounding, which is not to be scaled up.
         leak = 1 - o["scale"] if o["residual_scale"] == "released" else 0.0
-        if leak == 0 and low.shape == g.shape:
+        if leak == 0 and bases.span(g):
             return None
-        return norms(g, bases.side())
+        return sizes(g, bases.side(), bases.rows)
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         if measured is None:
             return super().combine(g, low, n, bases, measured, s, o, t)
-        side = bases.side()
+        side, rows = bases.side(), bases.low_rows()
         released = o["residual_scale"] == "released"
         scale = o["scale"]
         correction = 1.0
         if released and o["inner"] == "adamw":
             beta1, beta2 = o["betas"]
             correction = math.sqrt(1 - beta2**t) / (1 - beta1**t)
-        n_ = norms(n, side)
+        n_ = sizes(n, side, rows)
         if correction != 1.0:
             n_ /= correction
-        more = math.prod([g.shape[i] / low.shape[i] for i in ALONG[side]])
-        gain = gains(n_, norms(low, side), measured, more, s, o, 1 - scale if released else 0.0)
+        gain = gains(n_, sizes(low, side, rows), measured, larger(g, low, bases), rows, s, o,
+                     1 - scale if released else 0.0)
         wide = torch.promote_types(low.dtype, torch.float32)
         gain = (gain if correction == 1.0 else gain * correction).to(wide)
         left, right = bases.factors(_less(n, low, gain).to(g.dtype))
@@ -147,7 +148,7 @@ class Sign(Residual):
     needs_gradient = True
 
     def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
-        if low.shape == g.shape:  # full rank: the rest is rounding, whose sign means nothing
+        if bases.span(g):  # full rank: the rest is rounding, whose sign means nothing
             return None
         return _without(codec.wide(g).clone(), low, bases).sign_()
 
@@ -208,13 +209,19 @@ def _less(n: Tensor, low: Tensor, gain: Tensor) -> Tensor:
 
 def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
     """G - P R Q^T in g's place."""
-    left, right = Bases(*(x if x is None else x.to(g.dtype) for x in bases)).factors(
-        low.to(g.dtype))
+    left, right = (x if x is None else x.to(g.dtype) for x in bases[:2])
+    left, right = Bases(left, right).factors(low.to(g.dtype))
     return g.addmm_(left, right, alpha=-1) if g.ndim == 2 else g.baddbmm_(left, right, alpha=-1)
 
 
-def gains(size_n: Tensor, size_r: Tensor, size_g: Tensor, more: float, s: Mapping[str, Tensor],
-          o: Mapping[str, Any], leak: float | None = None) -> Tensor:
+def larger(g: Tensor, low: Tensor, bases: Bases) -> float:
+    """How many times more entries G's columns have than R's."""
+    whole = {-2: bases.height(g), -1: g.shape[-1]}
+    return math.prod([whole[i] / low.shape[i] for i in ALONG[bases.side()]])
+
+
+def gains(size_n: Tensor, size_r: Tensor, size_g: Tensor, more: float, rows: Rows | None,
+          s: Mapping[str, Tensor], o: Mapping[str, Any], leak: float | None = None) -> Tensor:
     """Factors |N_i| / |R_i|, bounded, after the norm-growth limiter: :mod:`lissom.kernels.limit`.
 
     Args:
@@ -222,18 +229,18 @@ def gains(size_n: Tensor, size_r: Tensor, size_g: Tensor, more: float, s: Mappin
         size_r: of R.
         size_g: of G, all in float64 and with the projected dimension as 1.
         more: how many times more entries G's columns have than N's.
+        rows: of which the columns are, if not of all.
         s: state, with the last norm that the limiter compares with, where there is one.
         o: options of the group.
         leak: the factors are for G - R + leak R; None for G.
     """
     batch = math.prod(size_n.shape[:-2])
     n, r, g = (x.reshape(batch, -1) for x in (size_n, size_r, size_g))
-    rows = codec.rows_of(s)
     last: Matrices | None = s.get("limiter")
     if isinstance(last, Tensor):
         last = last.view(-1)
     gain = limited_gains(n, r, g, last, more=more, eps=o["eps"], leak=leak,
                          limiter=o["limiter"] or 1.0,
-                         count=math.prod(codec.whole_shape(size_n, s)[-2:]),
+                         count=math.prod(size_n.shape[-2:]) if rows is None else rows.total,
                          total=None if rows is None else rows.sum)
     return gain.view(size_n.shape)

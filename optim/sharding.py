@@ -4,7 +4,8 @@ A parameter of FSDP2 is cut along its first dimension: rank i of W holds rows i 
 c = ceil(m / W), the last ranks fewer or none. Two ways to update it:
 
 - **by rows**: the arithmetic runs on this rank's rows, and sums over all rows (:meth:`Rows.sum`)
-  are the only thing that is exchanged. Element-wise rules and projections of the right side.
+  are the only thing that is exchanged. Element-wise rules, and projections: R = G Q is a product of
+  rows, R = P^T G a sum over them.
 - **whole**: gradient, weight and the sharded state are gathered, every rank does what one process
   would do, bit for bit, and keeps its rows of the result. Any rule and any placement.
 

@@ -17,6 +17,7 @@ from lissom.optim import (
     lora,
     param_groups,
     project_in_backward,
+    sharding,
     update_in_backward,
 )
 from lissom.optim.ddp import projected_allreduce
@@ -105,6 +106,37 @@ def by_kernels(mesh: DeviceMesh, name: str, dtype: torch.dtype, shapes: Any, tog
         more = {"update_proj_gap": 3} if case.option("update_proj_gap") else {}
         out = trained(mesh, name, 4, dtype, shapes, **more)
     return {**out, "found": found}
+
+
+def exchanged(mesh: DeviceMesh, name: str, shape: tuple[int, int], steps: int, **more: Any
+              ) -> list[tuple[int, list[int]]]:
+    """For each step the tensors that were gathered, and the elements of each sum over the ranks."""
+    case = case_of(name)
+    p = torch.nn.Parameter(placed(tensors([shape])[0], mesh))
+    optimizer = case([("w", p)], metrics=False, **more)
+    gathered: list[Tensor] = []
+    sums: list[int] = []
+    whole, reduce, found = sharding.whole, torch.distributed.all_reduce, []
+
+    def gathering(x: Tensor) -> Tensor:
+        gathered.append(x)
+        return whole(x)
+
+    def reducing(x: Tensor, *args: Any, **given: Any) -> Any:
+        if x.is_floating_point():  # not the flags by which ranks agree that all is finite
+            sums.append(x.numel())
+        return reduce(x, *args, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "whole", gathering)
+        patch.setattr(torch.distributed, "all_reduce", reducing)
+        for i in range(steps):
+            give([p], i, mesh)
+            optimizer.step()
+            found.append((len(gathered), [*sums]))
+            gathered.clear()
+            sums.clear()
+    return found
 
 
 def give(ps: list[Any], step: int, mesh: DeviceMesh | None,

@@ -388,11 +388,10 @@ def test_gains_of_a_shard_are_those_of_the_whole(limiter, monkeypatch):
     r[1] = 1e-12  # which is capped
     o = {"eps": 1e-8, "limiter": limiter}
     last = [{} if limiter is None else {"limiter": torch.full((1, 1), 0.5)} for _ in range(2)]
-    whole = gains(*(torch.cat([x, x]) for x in (n, r, g)), 4.0, last[0], o)
+    whole = gains(*(torch.cat([x, x]) for x in (n, r, g)), 4.0, None, last[0], o)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, *args, **given: x.mul_(2))
     rows = Rows(0, 6, (3, 3), 0, None)  # type: ignore[arg-type]
-    part = codec.Decoded(last[1], {}, torch.empty(6, 4), rows)
-    torch.testing.assert_close(gains(n, r, g, 4.0, part, o), whole[:3])
+    torch.testing.assert_close(gains(n, r, g, 4.0, rows, last[1], o), whole[:3])
     assert_same(*last)
 
 

@@ -165,6 +165,24 @@ def test_metrics_are_of_whole_matrices(pool, name, ranks, places):
             torch.testing.assert_close(found[key], x, rtol=1e-4, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("name", "more", "sums"), [
+    ("galoreadamw", {"proj_type": "right"}, []),
+    ("galoreadamw", {"proj_type": "left"}, [3 * 8]),
+    ("galoreadamw", {"proj_type": "full"}, [3 * 8]),
+    ("firaadamw-svd", {"proj_type": "right"}, [1, 1]),  # a mean, the residual's size
+    ("firaadamw-svd", {"proj_type": "left"}, [3 * 8, 8]),  # and the norms of G's columns
+    ("frugal", {"proj_type": "left"}, [3 * 8]),
+    ("apollo", {"proj_type": "left"}, [3 * 8, 8]),
+    ("apollo", {"proj_type": "left", "scale_type": "tensor", "limiter": None}, [3 * 8, 1])],
+    ids=str)
+def test_what_ranks_exchange_between_refreshes(pool, name, more, sums):
+    """Of an 11 x 8 gradient at rank 3 no more than P^T G; nothing is gathered."""
+    for found in pool.run(jobs.exchanged, 3, name=name, shape=(11, 8), steps=4, **more):
+        # which follows a refresh; the first is of all rows unless bases are drawn
+        assert found[1:] == [(0, sums)] * 3
+        assert (found[0][0] > 0) == (name not in ("frugal", "apollo"))
+
+
 @pytest.mark.parametrize("name", ["adamw", "galoreadamw", "muon"])
 def test_a_nan_on_one_rank_stops_all(pool, name):
     for nonfinite in ("skip", "raise"):
