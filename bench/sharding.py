@@ -8,9 +8,10 @@ of the state follow by one rule, :func:`is_sharded`:
 a slot of rows whose first dimension is that of   cut alike: moments that have the parameter's
 the parameter                                     rows, buffers of R alike, error feedback, split
                                                   masters, a left basis (m, r)
-every other slot                                  the same on every rank: a right basis (n, r),
-                                                  moments (r, n) whose rows are the rank, indices of
-                                                  cosine columns, limiters, candidates, counters
+another matrix of 4096 elements or more           cut along its own rows: a right basis (n, r),
+                                                  moments (r, n) whose rows are the rank
+every other slot                                  the same on every rank: indices of cosine columns,
+                                                  limiters, candidates, counters, what is small
 ================================================  ================================================
 
 Codes and scales of a quantized slot are slots of their own; as blocks restart at each row both
@@ -38,7 +39,7 @@ def chunk_rows(rows: int, ranks: int) -> list[int]:
 
 def is_sharded(shape: Sequence[int], name: str, slots: Mapping[str, Slot]) -> bool:
     """Whether a slot of a parameter of this (full) shape is cut along its dimension 0."""
-    return slots[name].rows or (name in _WHOLE and len(shape) > 0)
+    return slots[name].rows or slots[name].spread or (name in _WHOLE and len(shape) > 0)
 
 
 def rank_bytes(shape: Sequence[int], slots: Mapping[str, Slot], ranks: int) -> list[int]:
@@ -54,9 +55,9 @@ def rank_bytes(shape: Sequence[int], slots: Mapping[str, Slot], ranks: int) -> l
         One number for each rank; the first is the largest.
     """
     held = [0] * ranks
-    rows = chunk_rows(shape[0], ranks) if shape else []
     for name, slot in slots.items():
         if is_sharded(shape, name, slots):
+            rows = chunk_rows(slot.shape[0], ranks)
             row = slot.nbytes // slot.shape[0] if slot.shape[0] else 0
             held = [h + row * count for h, count in zip(held, rows, strict=True)]
         else:

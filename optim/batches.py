@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -66,13 +66,14 @@ def windows(optimizer: MatrixOptimizer, work: Sequence[Work]) -> Iterator[list[l
         yield window
 
 
-def operands(batch: Sequence[Work], states: Sequence[Mapping[str, Tensor]], rows: Rows | None
-             ) -> tuple[Any, Any, Mapping[str, Tensor]]:
+def operands(batch: Sequence[Work], states: Sequence[Mapping[str, Tensor]],
+             spread: Collection[str], rows: Rows | None) -> tuple[Any, Any, Mapping[str, Tensor]]:
     """Parameter, gradient and state on which one update works.
 
     Args:
         batch: one parameter, or several that are alike.
         states: of each.
+        spread: names in the state of a sharded parameter of what is gathered in any case.
         rows: of a sharded parameter those that are updated where they are; None for all of it,
             which then is gathered.
 
@@ -85,8 +86,13 @@ def operands(batch: Sequence[Work], states: Sequence[Mapping[str, Tensor]], rows
                 Apart([sharding.local(w.g) for w in batch]), codec.Together(states))
     if not sharding.is_sharded(p):
         return p, g, state
-    place = sharding.whole if rows is None else sharding.local
-    return place(p), place(g), {name: place(x) for name, x in state.items()}
+    given = {name: x for name, x in state.items() if rows is None or name in spread}
+    if rows is None:
+        x, g, *values = sharding.gathered([p, g, *given.values()])
+    else:
+        x, g, values = sharding.local(p), sharding.local(g), sharding.gathered([*given.values()])
+    found = dict(zip(given, values, strict=True))
+    return x, g, {k: found[k] if k in found else sharding.local(v) for k, v in state.items()}
 
 
 def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[bool], most: int
@@ -144,7 +150,7 @@ def _held(optimizer: MatrixOptimizer, w: Work, p: Tensor, g: Tensor, dense: bool
     rows = None
     if p is not w.p:
         rows = optimizer._rows(w.p, o)
-        if rows is None:  # gathered, which is done with one after the other
+        if rows is None or optimizer._spread(w.p):  # gathered, one after the other
             return 0, None
     common: Hashable = False
     if dense:  # whose updates hold next to nothing

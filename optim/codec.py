@@ -35,7 +35,8 @@ __all__ = ["SMALL", "Decoded", "Slot", "State", "Together", "basis", "counter", 
            "moment", "one_of", "pieces", "read", "rounded", "row_sum", "rows_of", "slots_of",
            "stored", "whole_shape", "wide", "write"]
 
-#: Moments of fewer elements are not quantized: their scales and their noise would not pay.
+#: Moments of fewer elements are not quantized: their scales and their noise would not pay. Nor is
+#: what has fewer spread over ranks.
 SMALL = 4096
 #: Nor are rows of so few: a scale for each is larger than the half of bf16, in which they are kept.
 SHORT = 4
@@ -58,6 +59,8 @@ class Slot(NamedTuple):
         bits: 8 or 4 for codes: it is then kept in the two tensors that :func:`stored` gives.
         pinned: on the host, where there is CUDA.
         rows: its first dimension is the parameter's: it is sharded with it.
+        spread: it is not, and large: ranks that share the parameter have some of its rows each, and
+            gather it when it is used.
         code: of the codes: entries of the dynamic codebook, which are ``"unsigned"`` for averages
             of squares, or ``"linear"`` steps.
         stream: of the random bits that round it to 16, where it is an average of gradients, a
@@ -70,6 +73,7 @@ class Slot(NamedTuple):
     bits: int = 0
     pinned: bool = False
     rows: bool = False
+    spread: bool = False
     code: Literal["signed", "unsigned", "linear"] = "linear"
     stream: int | None = None
 
@@ -101,8 +105,9 @@ def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any], stream: int,
             of what rounds another.
         squared: it is an average of squares, which has no sign to store.
     """
-    slot = Slot(tuple(shape), _STORAGE.get(o["state_bits"], torch.float32), p.device,
-                rows=shape[:1] == p.shape[:1] != (), code="unsigned" if squared else "signed",
+    rows = shape[:1] == p.shape[:1] != ()
+    slot = Slot(tuple(shape), _STORAGE.get(o["state_bits"], torch.float32), p.device, rows=rows,
+                spread=not rows and _cuttable(shape), code="unsigned" if squared else "signed",
                 stream=stream)
     if o["state_bits"] < 16 and shape and math.prod(shape) >= SMALL:
         if shape[-1] <= SHORT:
@@ -122,9 +127,15 @@ def basis(shape: tuple[int, ...], bits: int | None, p: Tensor, rows: bool = Fals
         p: the parameter.
         rows: its first dimension may be p's.
     """
+    rows = rows and shape[:1] == p.shape[:1]
     slot = Slot(tuple(shape), p.dtype if bits is None else _STORAGE.get(bits, torch.float32),
-                p.device, rows=rows and shape[:1] == p.shape[:1])
+                p.device, rows=rows, spread=not rows and _cuttable(shape))
     return slot if bits in (None, 16, 32) else slot._replace(bits=bits)
+
+
+def _cuttable(shape: tuple[int, ...]) -> bool:
+    """Whether a part of its rows on each rank saves more than it costs to gather them."""
+    return len(shape) > 1 and shape[0] > 1 and math.prod(shape) >= SMALL
 
 
 def stored(name: str, slot: Slot) -> dict[str, Slot]:
@@ -134,8 +145,9 @@ def stored(name: str, slot: Slot) -> dict[str, Slot]:
     codes, scale = code_shapes(slot.shape, slot.bits)
     kind = torch.int8 if slot.code == "linear" and slot.bits == 8 else torch.uint8
     rows = slot.rows and len(slot.shape) > 1  # blocks of a vector are not its rows
-    return {name: Slot(codes, kind, slot.device, rows=rows),
-            f"{name}.scale": Slot(scale, torch.float32, slot.device, rows=rows)}
+    return {name: Slot(codes, kind, slot.device, rows=rows, spread=slot.spread),
+            f"{name}.scale": Slot(scale, torch.float32, slot.device, rows=rows,
+                                  spread=slot.spread)}
 
 
 def _decode(kept: Mapping[str, Any], name: str, slot: Slot, dtype: torch.dtype = torch.float32

@@ -10,7 +10,9 @@ c = ceil(m / W), the last ranks fewer or none. Two ways to update it:
   would do, bit for bit, and keeps its rows of the result. Any rule and any placement.
 
 State is sharded by one rule: a slot whose rows are the parameter's (:attr:`Slot.rows`) is a
-DTensor placed like it, all else is a plain tensor that is equal on all ranks.
+DTensor placed like it; another large one (:attr:`Slot.spread`: moments of r rows, the basis of a
+right side) is a DTensor of which each rank has some rows, and is gathered for the update of its
+parameter; all else is a plain tensor that is equal on all ranks.
 
 Without ``torch.distributed`` nothing here does anything.
 """
@@ -18,6 +20,7 @@ Without ``torch.distributed`` nothing here does anything.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,8 +34,11 @@ if TYPE_CHECKING:
 
     from .codec import Slot
 
-__all__ = ["Rows", "agreed", "check_placements", "is_sharded", "keep", "like", "local", "new",
-           "put", "rows_of", "share", "summed", "whole"]
+__all__ = ["Rows", "agreed", "check_placements", "gathered", "is_sharded", "keep", "like", "local",
+           "new", "put", "rows_of", "share", "summed", "whole"]
+
+# Bytes of a rank's part above which it is gathered alone, without copies of it.
+_SMALL = 1 << 20
 
 
 class Rows(NamedTuple):
@@ -94,6 +100,37 @@ def whole(x: Tensor) -> Tensor:
     return _dtensor(x).full_tensor().contiguous() if is_sharded(x) else x
 
 
+def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`whole` of each; small ones that are cut by rows among the same ranks go together."""
+    out: list[Any] = [None] * len(tensors)
+    together: dict[ProcessGroup, list[tuple[int, Tensor, int]]] = {}
+    for i, x in enumerate(tensors):
+        rows, part = rows_of(x), local(x)
+        # bytes of the rows of the first rank, which has the most
+        size = 0 if rows is None else rows.counts[0] * math.prod(x.shape[1:]) * x.element_size()
+        if rows is None or size > _SMALL:
+            out[i] = whole(x)
+        else:
+            together.setdefault(rows.group, []).append((i, part.contiguous(), size))
+    for group, members in together.items():
+        # Each begins at an aligned address.
+        starts = [*itertools.accumulate((-(-size // 16) * 16 for *_, size in members), initial=0)]
+        device = members[0][1].device
+        sent = torch.zeros(starts[-1], dtype=torch.uint8, device=device)
+        for (_, part, _), start in zip(members, starts, strict=False):
+            sent[start:start + part.nbytes] = part.view(-1).view(torch.uint8)
+        ranks = torch.distributed.get_world_size(group)
+        found = torch.empty((ranks, len(sent)), dtype=torch.uint8, device=device)
+        if len(sent):
+            torch.distributed.all_gather_into_tensor(found.view(-1), sent, group=group)
+        for (i, part, size), start in zip(members, starts, strict=False):
+            # Rows are missing at the end alone.
+            count = tensors[i].numel() * part.element_size()
+            x = found[:, start:start + size].reshape(-1)[:count]
+            out[i] = x.view(part.dtype).view(tensors[i].shape)
+    return out
+
+
 def keep(x: Tensor, value: Tensor) -> None:
     """Write a whole value to x: this rank's part of it if x is sharded. Sends nothing."""
     if is_sharded(x):
@@ -122,8 +159,8 @@ def put(x: Tensor, value: Tensor) -> None:
 
 @torch.inference_mode(False)  # what is made in that mode cannot be written to after it
 def new(slot: Slot, p: Tensor) -> Tensor:
-    """The first value of a slot of p: zeros, sharded as p is where the slot has its rows."""
-    if not slot.rows or not is_sharded(p):
+    """The first value of a slot of p: zeros, sharded where p is and the slot says so."""
+    if not (slot.rows or slot.spread) or not is_sharded(p):
         return slot.empty()
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -139,9 +176,13 @@ def new(slot: Slot, p: Tensor) -> Tensor:
 
 
 def _places(slot: Slot, p: DTensor) -> Sequence[Placement]:
-    """Placements of a slot: those of p, or of its rows alone where other dimensions differ."""
-    from torch.distributed.tensor import Replicate
+    """Placements of a slot: those of p, or of its rows alone where other dimensions differ; cut by
+    rows wherever p is cut where it has other rows.
+    """
+    from torch.distributed.tensor import Replicate, Shard
 
+    if slot.spread:
+        return [x if x.is_replicate() else Shard(0) for x in p.placements]
     if tuple(slot.shape) == tuple(p.shape):
         return p.placements
     return [x if x.is_shard(0) else Replicate() for x in p.placements]

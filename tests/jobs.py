@@ -109,18 +109,20 @@ def by_kernels(mesh: DeviceMesh, name: str, dtype: torch.dtype, shapes: Any, tog
 
 
 def exchanged(mesh: DeviceMesh, name: str, shape: tuple[int, int], steps: int, **more: Any
-              ) -> list[tuple[int, list[int]]]:
-    """For each step the tensors that were gathered, and the elements of each sum over the ranks."""
+              ) -> list[tuple[list[int], list[int]]]:
+    """For each step the elements of each tensor that was gathered, and of each sum over the ranks.
+    """
+    quantize_small()
     case = case_of(name)
     p = torch.nn.Parameter(placed(tensors([shape])[0], mesh))
     optimizer = case([("w", p)], metrics=False, **more)
-    gathered: list[Tensor] = []
+    gathers: list[int] = []
     sums: list[int] = []
-    whole, reduce, found = sharding.whole, torch.distributed.all_reduce, []
+    gather, reduce, found = sharding.gathered, torch.distributed.all_reduce, []
 
-    def gathering(x: Tensor) -> Tensor:
-        gathered.append(x)
-        return whole(x)
+    def gathering(tensors: Any) -> list[Tensor]:
+        gathers.extend(x.numel() for x in tensors if isinstance(x, DTensor))
+        return gather(tensors)
 
     def reducing(x: Tensor, *args: Any, **given: Any) -> Any:
         if x.is_floating_point():  # not the flags by which ranks agree that all is finite
@@ -128,13 +130,13 @@ def exchanged(mesh: DeviceMesh, name: str, shape: tuple[int, int], steps: int, *
         return reduce(x, *args, **given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "whole", gathering)
+        patch.setattr(sharding, "gathered", gathering)
         patch.setattr(torch.distributed, "all_reduce", reducing)
         for i in range(steps):
             give([p], i, mesh)
             optimizer.step()
-            found.append((len(gathered), [*sums]))
-            gathered.clear()
+            found.append(([*gathers], [*sums]))
+            gathers.clear()
             sums.clear()
     return found
 

@@ -10,6 +10,7 @@ from lissom import optim
 from lissom.bench import backward, budget, estimate, measure, memory, names, sharding, sources
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import LLAMA, MODELS, PAPER_RANK, Shape
+from lissom.optim import codec
 from lissom.optim.codec import Slot
 from torch import nn
 
@@ -144,22 +145,29 @@ def test_chunks_are_those_of_torch():
             assert sharding.chunk_rows(rows, ranks) == want
 
 
-def test_what_is_sharded():
+def test_what_is_sharded(monkeypatch):
     def galore(*shape, **more):
         p = torch.nn.Parameter(torch.empty(shape))
         optimizer = optim.GaLoreAdamW([p], rank=3, **more)
         return sharding.rank_bytes(shape, optimizer.stored_slots(p, optimizer.param_groups[0]), 4)
 
     small = 4 + 8 + 8 + 4  # step, index, key, basis_step
-    # 10 rows of 6: moments (10, 3) of 3, 3, 3, 1 rows, a right basis (6, 3) on every rank
+    # 10 rows of 6: moments (10, 3) of 3, 3, 3, 1 rows, a right basis (6, 3) that is too small
     assert galore(10, 6) == [2 * 4 * 3 * n + 4 * 6 * 3 + small for n in (3, 3, 3, 1)]
-    # 6 rows of 10: a left basis (6, 3) of 2, 2, 2, 0 rows, moments (3, 10) on every rank
+    # 6 rows of 10: a left basis (6, 3) of 2, 2, 2, 0 rows, moments (3, 10) that are too small
     assert galore(6, 10) == [4 * 3 * n + 2 * 4 * 3 * 10 + small for n in (2, 2, 2, 0)]
     # a square matrix: its right basis is of columns, as many as they are
     assert galore(8, 8) == [2 * 4 * 3 * 2 + 4 * 8 * 3 + small] * 4
     # error feedback in 8 bits: codes and scales have rows
     assert galore(10, 6, error_feedback_bits=8) == [
         2 * 4 * 3 * n + (6 + 4) * n + 4 * 6 * 3 + small for n in (3, 3, 3, 1)]
+    # what is large is cut by rows of its own: a right basis of 2, 2, 2, 0, moments of 1, 1, 1, 0
+    monkeypatch.setattr(codec, "SMALL", 18)
+    assert galore(10, 6) == [2 * 4 * 3 * n + 4 * 3 * k + small
+                             for n, k in ((3, 2), (3, 2), (3, 2), (1, 0))]
+    assert galore(6, 10) == [4 * 3 * n + 2 * 4 * 10 * k + small
+                             for n, k in ((2, 1), (2, 1), (2, 1), (0, 0))]
+    monkeypatch.undo()
     p = torch.nn.Parameter(torch.empty(5000))
     optimizer = optim.AdamW8bit([p])
     slots = optimizer.stored_slots(p, optimizer.param_groups[0])
@@ -198,7 +206,7 @@ def test_llama_7b_on_many_ranks(capsys):
         assert row["weights"] == row["gradients"] == 2 * elements
         assert row["optimizer_state"] == 4 * elements + 4 * 291  # a counter for each parameter
     got = [round(row["optimizer_state"] / 1e9, 2) for row in rows]
-    assert got == [26.95, 3.37, 0.42, 0.05, 9.40, 3.85, 3.15, 3.07, 7.53, 2.20, 1.54, 1.46]
+    assert got == [26.95, 3.37, 0.42, 0.05, 9.40, 1.18, 0.15, 0.02, 7.53, 0.94, 0.12, 0.02]
     assert rows[0]["gathered"] == 0
     # embedding, head and last norm whole with their gradients, two layers, a gradient of one
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096

@@ -165,22 +165,23 @@ def test_metrics_are_of_whole_matrices(pool, name, ranks, places):
             torch.testing.assert_close(found[key], x, rtol=1e-4, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("name", "more", "sums"), [
-    ("galoreadamw", {"proj_type": "right"}, []),
-    ("galoreadamw", {"proj_type": "left"}, [3 * 8]),
-    ("galoreadamw", {"proj_type": "full"}, [3 * 8]),
-    ("firaadamw-svd", {"proj_type": "right"}, [1, 1]),  # a mean, the residual's size
-    ("firaadamw-svd", {"proj_type": "left"}, [3 * 8, 8]),  # and the norms of G's columns
-    ("frugal", {"proj_type": "left"}, [3 * 8]),
-    ("apollo", {"proj_type": "left"}, [3 * 8, 8]),
-    ("apollo", {"proj_type": "left", "scale_type": "tensor", "limiter": None}, [3 * 8, 1])],
-    ids=str)
-def test_what_ranks_exchange_between_refreshes(pool, name, more, sums):
-    """Of an 11 x 8 gradient at rank 3 no more than P^T G; nothing is gathered."""
+@pytest.mark.parametrize(("name", "more", "gathers", "sums"), [
+    ("galoreadamw", {"proj_type": "right"}, [8 * 3], []),  # Q
+    ("galoreadamw", {"proj_type": "left"}, [3 * 8] * 2, [3 * 8]),  # moments; P^T G
+    ("galoreadamw", {"proj_type": "full"}, [3 * 3] * 2 + [8 * 3], [3 * 8]),
+    ("dctadamw", {"proj_type": "right", "update_proj_gap": 200}, [], []),
+    ("firaadamw-svd", {"proj_type": "right"}, [8 * 3], [1, 1]),  # a mean, the residual's size
+    ("firaadamw-svd", {"proj_type": "left"}, [3 * 8] * 2, [3 * 8, 8]),  # norms of G's columns
+    ("frugal", {"proj_type": "left"}, [3 * 8] * 2, [3 * 8]),
+    ("apollo", {"proj_type": "left"}, [3 * 8] * 2, [3 * 8, 8]),
+    ("apollo", {"proj_type": "left", "scale_type": "tensor"}, [3 * 8] * 2, [3 * 8, 1])], ids=str)
+def test_what_ranks_exchange_between_refreshes(pool, name, more, gathers, sums):
+    """Of an 11 x 8 gradient at rank 3 no more than P^T G."""
     for found in pool.run(jobs.exchanged, 3, name=name, shape=(11, 8), steps=4, **more):
-        # which follows a refresh; the first is of all rows unless bases are drawn
-        assert found[1:] == [(0, sums)] * 3
-        assert (found[0][0] > 0) == (name not in ("frugal", "apollo"))
+        # All is gathered for the first bases, unless they are drawn or cosine columns of rows.
+        drawn = name in ("frugal", "apollo", "dctadamw")
+        assert (11 * 8 in found[0][0]) == (not drawn)
+        assert found[1:] == [(gathers, sums)] * 3
 
 
 @pytest.mark.parametrize("name", ["adamw", "galoreadamw", "muon"])
