@@ -122,7 +122,7 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
         ranks = torch.distributed.get_world_size(group)
         found = torch.empty((ranks, len(sent)), dtype=torch.uint8, device=device)
         if len(sent):
-            torch.distributed.all_gather_into_tensor(found.view(-1), sent, group=group)
+            torch.distributed.all_gather([*found], sent, group=group)
         for (i, part, size), start in zip(members, starts, strict=False):
             # Rows are missing at the end alone.
             count = tensors[i].numel() * part.element_size()
