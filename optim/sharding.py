@@ -133,7 +133,10 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def keep(x: Tensor, value: Tensor) -> None:
     """Write a whole value to x: this rank's part of it if x is sharded. Sends nothing."""
-    if is_sharded(x):
+    rows = rows_of(x)
+    if rows is not None:
+        value = value[rows.start:rows.start + rows.counts[rows.rank]]
+    elif is_sharded(x):
         from torch.distributed.tensor import distribute_tensor
 
         d = _dtensor(x)
