@@ -609,7 +609,9 @@ for case in cases():
     if case.name.endswith("several"):
         alone = next(c for c in cases() if c.name == re.sub(",? of several", "", case.name))
         several, one = cost(case, 90), cost(alone, 90)
-        assert several.programs == one.programs and several.spilled == 0, (several, one)
+        # Triton 3.8 has room for 21 programs of one of them, where others have for 18 of both.
+        assert several.programs >= min(one.programs, 18), (several, one)
+        assert several.spilled == 0, several
         # Addresses from a table are as wide as others.
         assert several.instructions <= 1.05 * one.instructions, (several, one)
 """

@@ -472,7 +472,8 @@ def test_no_state_keeps_parameters_that_others_replace_before_the_first_step(cas
         for i in range(len(group["params"])):
             group["params"][i] = torch.empty(1)
     del ps
-    gc.collect()
+    if any(ref() is not None for ref in seen):  # seconds, in a process with much in it
+        gc.collect()
     assert not any(ref() is not None for ref in seen)
     new = [torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in twins]
     for group, numbers in zip(optimizer.param_groups, order, strict=True):
