@@ -31,15 +31,16 @@ from .keys import key_of, keys_of
 if TYPE_CHECKING:
     from .sharding import Rows
 
-__all__ = ["SMALL", "Decoded", "Slot", "State", "Together", "basis", "counter", "encode", "fill",
+__all__ = ["SMALL", "SPREAD", "Decoded", "Slot", "State", "Together", "basis", "counter", "encode", "fill",
            "moment", "one_of", "pieces", "read", "rounded", "row_sum", "rows_of", "slots_of",
            "stored", "whole_shape", "wide", "write"]
 
-#: Moments of fewer elements are not quantized: their scales and their noise would not pay. Nor is
-#: what has fewer spread over ranks.
+#: Moments of fewer elements are not quantized: their scales and their noise would not pay.
 SMALL = 4096
 #: Nor are rows of so few: a scale for each is larger than the half of bf16, in which they are kept.
 SHORT = 4
+#: What has fewer elements is not spread over ranks: gathering it costs more than it saves.
+SPREAD = 4096
 # Elements that are quantized at once on a CPU; elsewhere all are.
 _PIECE = 1 << 17
 _STORAGE = {32: torch.float32, 16: torch.bfloat16}
@@ -135,7 +136,7 @@ def basis(shape: tuple[int, ...], bits: int | None, p: Tensor, rows: bool = Fals
 
 def _cuttable(shape: tuple[int, ...]) -> bool:
     """Whether a part of its rows on each rank saves more than it costs to gather them."""
-    return len(shape) > 1 and shape[0] > 1 and math.prod(shape) >= SMALL
+    return len(shape) > 1 and shape[0] > 1 and math.prod(shape) >= SPREAD
 
 
 def stored(name: str, slot: Slot) -> dict[str, Slot]:

@@ -126,7 +126,7 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
         for (i, part, size), start in zip(members, starts, strict=False):
             # Rows are missing at the end alone.
             count = tensors[i].numel() * part.element_size()
-            x = found[:, start:start + size].reshape(-1)[:count]
+            x = found[:, start:start + size].contiguous().view(-1)[:count]
             out[i] = x.view(part.dtype).view(tensors[i].shape)
     return out
 

@@ -52,9 +52,9 @@ def case_of(name: str) -> Any:
     return next(case for case in CASES if case.name == name)
 
 
-def quantize_small() -> None:
-    """As the contract table does: its matrices are far below the size that is quantized."""
-    codec.SMALL, codec.SHORT = 1, 0
+def quantize_small(spread: int = 1) -> None:
+    """As the contract table does: its matrices are far below what is quantized, and spread."""
+    codec.SMALL, codec.SHORT, codec.SPREAD = 1, 0, spread
 
 
 def placed(x: Tensor, mesh: DeviceMesh | None, places: list[Placement] | None = None) -> Tensor:
@@ -71,11 +71,11 @@ def plain(x: Tensor) -> Tensor:
 
 
 def trained(mesh: DeviceMesh | None, name: str, steps: int = 20, dtype: torch.dtype = torch.float32,
-            shapes: Any = SHAPES, places: list[Placement] | None = None,
+            shapes: Any = SHAPES, places: list[Placement] | None = None, spread: int = 1,
             **more: Any) -> dict[str, Any]:
     """Weights and state after some steps with the same gradients on any number of ranks."""
     if mesh is not None:
-        quantize_small()
+        quantize_small(spread)
     case = case_of(name)
     ps = [torch.nn.Parameter(placed(p.detach(), mesh, places), requires_grad=p.requires_grad)
           for p in case.parameters(shapes, dtype=dtype)]
@@ -104,7 +104,8 @@ def by_kernels(mesh: DeviceMesh, name: str, dtype: torch.dtype, shapes: Any, tog
             patch.setattr(batches, "_by_address", lambda p, g: False)
         patch.setattr(case.make, "_step_batch", counted)
         more = {"update_proj_gap": 3} if case.option("update_proj_gap") else {}
-        out = trained(mesh, name, 4, dtype, shapes, **more)
+        # What is gathered would go alone.
+        out = trained(mesh, name, 4, dtype, shapes, spread=1 << 20, **more)
     return {**out, "found": found}
 
 

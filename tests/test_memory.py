@@ -162,7 +162,7 @@ def test_what_is_sharded(monkeypatch):
     assert galore(10, 6, error_feedback_bits=8) == [
         2 * 4 * 3 * n + (6 + 4) * n + 4 * 6 * 3 + small for n in (3, 3, 3, 1)]
     # what is large is cut by rows of its own: a right basis of 2, 2, 2, 0, moments of 1, 1, 1, 0
-    monkeypatch.setattr(codec, "SMALL", 18)
+    monkeypatch.setattr(codec, "SPREAD", 18)
     assert galore(10, 6) == [2 * 4 * 3 * n + 4 * 3 * k + small
                              for n, k in ((3, 2), (3, 2), (3, 2), (1, 0))]
     assert galore(6, 10) == [4 * 3 * n + 2 * 4 * 10 * k + small

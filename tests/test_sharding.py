@@ -35,6 +35,7 @@ def pool() -> Iterator[Pool]:
 def _quantize_small(monkeypatch):
     monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
     monkeypatch.setattr("lissom.optim.codec.SHORT", 0)
+    monkeypatch.setattr("lissom.optim.codec.SPREAD", 1)
 
 
 @functools.cache
