@@ -31,9 +31,9 @@ from .keys import key_of, keys_of
 if TYPE_CHECKING:
     from .sharding import Rows
 
-__all__ = ["SMALL", "SPREAD", "Decoded", "Slot", "State", "Together", "basis", "counter", "encode", "fill",
-           "moment", "one_of", "pieces", "read", "rounded", "row_sum", "rows_of", "slots_of",
-           "stored", "whole_shape", "wide", "write"]
+__all__ = ["SMALL", "SPREAD", "Decoded", "Slot", "State", "Together", "basis", "counter",
+           "encode", "fill", "moment", "one_of", "pieces", "read", "rounded", "row_sum", "rows_of",
+           "slots_of", "stored", "whole_shape", "wide", "write"]
 
 #: Moments of fewer elements are not quantized: their scales and their noise would not pay.
 SMALL = 4096
