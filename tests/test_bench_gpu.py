@@ -323,6 +323,33 @@ def test_a_package_that_is_missing_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not _get_current_dispatch_mode_stack()
 
 
+def test_a_package_is_looked_for_before_a_model_is_built(tmp_path, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(fit, "importlib", SimpleNamespace(import_module=missing))
+    monkeypatch.setattr(fit, "from_name", None)
+    file = tmp_path / "rows.json"
+    fit.main(["--model", "tiny", "--device", "cpu", "--cap", "1GB", "--methods",
+              "bitsandbytes AdamW8bit", "--json", str(file)])
+    row, = json.loads(file.read_text())
+    assert row["missing"] == "No module named 'bitsandbytes'"
+
+
+def test_what_is_expected_is_counted_when_all_is_measured(tmp_path, monkeypatch):
+    done = []
+    step, expected = fit._Run.step, fit.expected
+    monkeypatch.setattr(fit._Run, "step", lambda *x: done.append("step") or step(*x))
+    monkeypatch.setattr(fit, "expected", lambda *x: done.append("expected") or expected(*x))
+    file = tmp_path / "rows.json"
+    fit.main(["--model", "tiny", "--length", "4", "--cap", "1GB", "--dtype", "fp32", "--limit",
+              "1", "--steps", "1", "--device", "cpu", "--rank", "8", "--methods",
+              "galore 8 bits, update;adamw 8 bits, update", "--json", str(file)])
+    assert done == ["step"] * 6 + ["expected"] * 2
+    for row in json.loads(file.read_text()):
+        assert row["peak_of_expected"] == row["peak_bytes"] / row["expected"]["total"]
+
+
 def test_a_cap_is_held_and_the_peak_is_as_expected(tmp_path):
     """Live bytes are what the simulated passes, weights and state give, to half a per cent."""
     file = tmp_path / "rows.json"
