@@ -26,7 +26,7 @@ from ..kernels import _triton, quant8
 from ..kernels import adam as adam_module
 from ..kernels import lift as lift_module
 from ..kernels.adam import adam8, adam8_ref, adamw8, adamw8_ref
-from ..kernels.blocks import unpack4
+from ..kernels.blocks import BLOCK, unpack4
 from ..kernels.lift import lift
 from ..kernels.limit import limited_gains
 from ..kernels.linear import (
@@ -105,7 +105,8 @@ def _decoded(codes: Tensor, scale: Tensor, columns: int, bits: int, signed: bool
     if bits == 4:
         codes = unpack4(codes, columns)
     values = _TABLES["book", bits, signed][codes.int()]
-    return (values.unflatten(-1, (-1, quant8.BLOCK)) * scale.unsqueeze(-1)).flatten(-2)
+    blocks: Tensor = values.unflatten(-1, (-1, BLOCK)) * scale.unsqueeze(-1)
+    return blocks.flatten(-2)
 
 
 def _moments(g: Tensor, bits: int) -> dict[str, Any]:
