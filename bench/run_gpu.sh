@@ -190,7 +190,8 @@ warm_up() {
 }
 
 part_tests() {
-  local these=(tests/test_gpu.py tests/test_capture.py) workers=$(($(nproc) - 2)) more=()
+  local these=(tests/test_gpu.py tests/test_capture.py) more=() workers
+  workers=$(($(env -u OMP_NUM_THREADS nproc) - 2))  # nproc would say how many threads
   if ! "$python" -c 'import pytest' 2>/dev/null; then
     said+=("gpu-tests: pytest is not installed")
     return

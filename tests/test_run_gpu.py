@@ -105,8 +105,13 @@ class Machine:
         python = folder / "python"
         python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {stub} "$@"\n')
         python.chmod(0o755)
+        cores = folder / "bin/nproc"  # which takes it for the number of cores
+        cores.parent.mkdir()
+        cores.write_text('#!/bin/sh\necho "${OMP_NUM_THREADS:-16}"\n')
+        cores.chmod(0o755)
         self.environment = {**os.environ, "OUT": str(self.out), "PYTHON": str(python),
-                            "NOTES": str(self.notes)}
+                            "NOTES": str(self.notes), "OMP_NUM_THREADS": "1",
+                            "PATH": f"{cores.parent}:{os.environ['PATH']}"}
 
     def start(self, *options, **environment):
         return subprocess.Popen(["bash", str(SCRIPT), *options], stdout=subprocess.PIPE, text=True,
@@ -174,7 +179,7 @@ def test_what_a_gpu_is_told_is_known(machine, monkeypatch):
     for _, module, *argv in machine.commands():
         if module == "pytest":
             pairs = [*itertools.pairwise(argv)]
-            assert int(dict(pairs)["-n"]) == max(1, len(os.sched_getaffinity(0)) - 2)
+            assert dict(pairs)["-n"] == "14"
             left_out = [b for a, b in pairs if a == "--deselect"]
             assert len(left_out) == 4
             for name in left_out:
