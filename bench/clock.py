@@ -18,8 +18,8 @@ import torch
 from ..kernels import _triton
 from . import names
 
-__all__ = ["Deadline", "about", "busy", "copy_bandwidth", "medians", "processor", "product_peak",
-           "save", "times", "version"]
+__all__ = ["Deadline", "about", "busy", "copy_bandwidth", "first_line", "medians", "processor",
+           "product_peak", "save", "times", "version"]
 
 
 class Deadline:
@@ -68,8 +68,14 @@ def version(package: str) -> str | None:
         return None
 
 
+def first_line(error: BaseException, length: int = 200) -> str:
+    """What a row says of an error: its first line, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:length]
+
+
 def times(contestants: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cuda",
-          warm: int = 3, ahead: bool = False) -> dict[str, list[float]]:
+          warm: int = 3, ahead: bool = False, fewer: Mapping[str, int] | None = None
+          ) -> dict[str, list[float]]:
     """Milliseconds of each, by turns, after some rounds to warm up.
 
     Args:
@@ -79,13 +85,17 @@ def times(contestants: Mapping[str, Callable[[], Any]], repeats: int, device: st
         warm: rounds before.
         ahead: on CUDA the device is first given other work, which leaves nothing in its cache, and
             no round waits for the one before, so that its time counts and not the host's.
+        fewer: rounds that count of those contestants that would take most of the time.
     """
+    rounds = {k: min(repeats, (fewer or {}).get(k, repeats)) + warm for k in contestants}
     cuda = device == "cuda"
     other = torch.empty(2**28 if cuda and ahead else 0, dtype=torch.uint8, device=device)
     events: dict[str, list[tuple[Any, Any]]] = {k: [] for k in contestants}
     taken: dict[str, list[float]] = {k: [] for k in contestants}
     for i in range(repeats + warm):
         for name, call in contestants.items():
+            if i >= rounds[name]:
+                continue
             if cuda:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 if ahead:  # a third of a millisecond and more

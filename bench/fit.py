@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -231,6 +232,8 @@ def _row(name: str, args: argparse.Namespace, cap: int, deadline: clock.Deadline
         return run.attempt(batch)
 
     try:
+        if method.optimizer in RIVALS:
+            importlib.import_module(row["provider"])  # before the model, which takes longer
         run = _Run(args, method, cap)
         batch = largest(functools.partial(attempt, run=run), args.limit)
         row["batch"] = batch
@@ -253,13 +256,17 @@ def _row(name: str, args: argparse.Namespace, cap: int, deadline: clock.Deadline
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
+    return row
+
+
+def _expect(row: dict[str, Any], args: argparse.Namespace) -> None:
+    """Add what was expected of a measured row."""
     source = from_name(args.model)
-    parts = expected(source, method, args.rank or source.rank, _DTYPES[args.dtype],
-                     max(1, row["batch"]), args.length, args.checkpoint)
+    parts = expected(source, METHODS[row["method"]], args.rank or source.rank,
+                     _DTYPES[args.dtype], max(1, row["batch"]), args.length, args.checkpoint)
     row["expected"] = parts
     if row.get("peak_bytes"):
         row["peak_of_expected"] = row["peak_bytes"] / parts["total"]
-    return row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -311,11 +318,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "batch" in row:
             print(f"{name:28} batch {row['batch']:>4} x {args.length}  "
                   + (f"{row['tokens_per_s']:8.0f} tokens/s  peak {row['peak_bytes'] / 2**30:.2f} "
-                     f"GiB, {row['peak_of_expected']:.3f} of expected" if row["batch"] else
-                     "does not fit"), flush=True)
+                     "GiB" if row["batch"] else "does not fit"), flush=True)
         else:
             print(f"{name:28} " + next(f"{k}: {row[k]}" for k in ("missing", "failed", "skipped")
                                        if k in row), flush=True)
+    # The device's time is for measurements: this is the host's, and comes when they are done.
+    for row in rows:
+        if "batch" in row:
+            _expect(row, args)
+            clock.save(args.json, rows)
+            print(f"{row['method']:28} expected at batch {max(1, row['batch'])}: "
+                  f"{row['expected']['total'] / 2**30:.2f} GiB" + (
+                      f", of which the peak is {row['peak_of_expected']:.3f}"
+                      if "peak_of_expected" in row else ""), flush=True)
     return 0
 
 

@@ -2,8 +2,10 @@
 
 A kernel must move its bytes and do its operations: their time at the measured copy bandwidth and at
 the measured bf16 peak, the larger of the two, is the roofline. Contestants alternate on the same
-tensors. On the CPU the torch definitions are timed at a small size, so that the script runs
-anywhere.
+tensors; torch without its compiler, which is slow, in fewer rounds. Where a kernel rounds
+stochastically the others do so with torch's own random bits: ours, made by torch, are tens of
+thousands of small operations, which no compiler fuses. On the CPU the torch definitions are timed
+as they are, at a small size, so that the script runs anywhere.
 
     python -m lissom.bench.kernels --json bench/results/kernels.json
 """
@@ -11,8 +13,9 @@ anywhere.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,7 +23,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import _triton, quant8
+from ..kernels import adam as adam_module
+from ..kernels import lift as lift_module
 from ..kernels.adam import adam8, adam8_ref, adamw8, adamw8_ref
+from ..kernels.blocks import BLOCK, unpack4
 from ..kernels.lift import lift
 from ..kernels.limit import limited_gains
 from ..kernels.linear import (
@@ -30,23 +36,24 @@ from ..kernels.linear import (
     quantize_linear_ref,
 )
 from ..kernels.norms import row_norms
-from ..kernels.philox import stochastic_bf16_ref, stochastic_round
+from ..kernels.philox import stochastic_round
 from ..kernels.project import project
 from ..kernels.quant8 import (
     dequantize_dynamic,
-    dequantize_dynamic_ref,
     quantize_dynamic,
     quantize_dynamic_ref,
 )
 from ..kernels.symmul import newton_schulz_step, symm_muladd, syrk
 from . import clock
 
-__all__ = ["CASES", "Work", "main", "row_of"]
+__all__ = ["CASES", "Work", "judged", "main", "row_of"]
 
 _MIB = 2**20
 _KEY = (1, 2)
 #: Shares of the roofline to reach, and from which size on.
 _GOALS = {"memory": (0.8, 64 * _MIB), "product": (0.7, 4096)}
+#: Rounds that count of torch without its compiler.
+_FEW = 4
 
 
 class Work(NamedTuple):
@@ -58,12 +65,14 @@ class Work(NamedTuple):
         operations: that it must do.
         definition: what torch.compile is given where ``run`` is an operation of its own, into which
             it does not look.
+        rounds: stochastically, for which torch has its own random bits on CUDA.
     """
 
     run: Callable[[str], Any]
     moved: float
     operations: float = 0.0
     definition: Callable[[], Any] | None = None
+    rounds: bool = False
 
 
 def _flat(size: int, each: float, device: str, dtype: torch.dtype) -> Tensor:
@@ -71,6 +80,33 @@ def _flat(size: int, each: float, device: str, dtype: torch.dtype) -> Tensor:
     columns = 4096
     rows = max(1, round(size / each / columns))
     return torch.randn(rows, columns, device=device).to(dtype)
+
+
+def _rounded(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """fp32 to bf16 as ``stochastic_bf16_ref`` does it, with random bits of torch's generator."""
+    largest = torch.finfo(torch.bfloat16).max
+    random = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    bits = x.clamp(-largest, largest).view(torch.int32)
+    rounded = (bits + random).bitwise_and_(-65536).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).bfloat16()
+
+
+# Of 8- and 4-bit codes, by name, bits and sign: from here a compiler takes them as they are. What
+# else keeps them it would trace through, and make them at each call.
+_TABLES: dict[tuple[str, int, bool], Tensor] = {}
+
+
+def _carries(bits: int, signed: bool, device: torch.device) -> Tensor:
+    return _TABLES["carries", bits, signed]
+
+
+def _decoded(codes: Tensor, scale: Tensor, columns: int, bits: int, signed: bool) -> Tensor:
+    """``dequantize_dynamic_ref`` of whole blocks, in what a compiler takes in one piece."""
+    if bits == 4:
+        codes = unpack4(codes, columns)
+    values = _TABLES["book", bits, signed][codes.int()]
+    blocks: Tensor = values.unflatten(-1, (-1, BLOCK)) * scale.unsqueeze(-1)
+    return blocks.flatten(-2)
 
 
 def _moments(g: Tensor, bits: int) -> dict[str, Any]:
@@ -94,7 +130,7 @@ def _adamw(bits: int) -> Callable[[int, str, torch.dtype], Work]:
             "eps": 1e-8, "t": 2, "key": _KEY, "stochastic": True}
         return Work(lambda backend: adamw8(p, g, **given, backend=backend),
                     2 * p.nbytes + g.nbytes + 2 * state,
-                    definition=lambda: adamw8_ref(p, g, **given))
+                    definition=lambda: adamw8_ref(p, g, **given), rounds=True)
 
     return make
 
@@ -109,7 +145,8 @@ def _adam(bits: int) -> Callable[[int, str, torch.dtype], Work]:
         given: dict[str, Any] = {**kept, "bits": bits, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
                                  "t": 2, "key": _KEY}
         return Work(lambda backend: adam8(g, **given, out=g, backend=backend),
-                    2 * g.nbytes + 2 * state, definition=lambda: g.copy_(adam8_ref(g, **given)))
+                    2 * g.nbytes + 2 * state, definition=lambda: g.copy_(adam8_ref(g, **given)),
+                    rounds=bits == 16)
 
     return make
 
@@ -128,7 +165,7 @@ def _coded(name: str, bits: int) -> Callable[[int, str, torch.dtype], Work]:
             "dequantize_dynamic": (
                 lambda backend: dequantize_dynamic(codes, scale, 4096, bits, True, out=x,
                                                    backend=backend),
-                lambda: dequantize_dynamic_ref(codes, scale, 4096, bits, True)),
+                lambda: _decoded(codes, scale, 4096, bits, True)),
             "quantize_linear": (
                 lambda backend: quantize_linear(x, bits, out=store, backend=backend),
                 lambda: quantize_linear_ref(x, bits)),
@@ -145,9 +182,13 @@ def _coded(name: str, bits: int) -> Callable[[int, str, torch.dtype], Work]:
 def _round(size: int, device: str, dtype: torch.dtype) -> Work:
     x = _flat(size, 4, device, torch.float32)
     out = torch.empty_like(x, dtype=torch.bfloat16)
-    return Work(lambda backend: stochastic_round(x, torch.bfloat16, 0, _KEY, (1, 2), out=out,
-                                                 backend=backend), x.nbytes + out.nbytes,
-                definition=lambda: stochastic_bf16_ref(x, 0, _KEY, (1, 2)))
+
+    def run(backend: str) -> Tensor:
+        if backend == "torch" and device == "cuda":
+            return out.copy_(_rounded(x))
+        return stochastic_round(x, torch.bfloat16, 0, _KEY, (1, 2), out=out, backend=backend)
+
+    return Work(run, x.nbytes + out.nbytes, definition=lambda: out.copy_(_rounded(x)), rounds=True)
 
 
 def _norms(transposed: bool) -> Callable[[int, str, torch.dtype], Work]:
@@ -173,7 +214,7 @@ def _apply(size: int, device: str, dtype: torch.dtype) -> Work:
     d = torch.randn_like(p)
     gain = torch.ones(1, p.shape[1], device=device)
     return Work(lambda backend: lift(p, keep=0.99, dense=d, gain=gain, beta=-1e-3, key=_KEY,
-                                     backend=backend), 2 * p.nbytes + d.nbytes)
+                                     backend=backend), 2 * p.nbytes + d.nbytes, rounds=True)
 
 
 def _square(n: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -210,7 +251,7 @@ def _lift(dense: bool) -> Callable[[int, str, torch.dtype], Work]:
         return Work(lambda backend: lift(p, left, right, alpha=-1e-6, keep=0.999, dense=d,
                                          gain=gain, beta=-1e-6, key=_KEY, backend=backend),
                     2 * p.nbytes + left.nbytes + right.nbytes + (p.nbytes if dense else 0),
-                    2 * n * n * r)
+                    2 * n * n * r, rounds=True)
 
     return make
 
@@ -233,8 +274,16 @@ def _symmetric(kernel: str) -> Callable[[int, str, torch.dtype], Work]:
 
 
 #: By name: what bounds the kernel, and how its work is made from a size: bytes of its main tensor,
-#: or n of an n x n matrix.
+#: or n of an n x n matrix. Products come first, for time that runs out.
 CASES: dict[str, tuple[str, Callable[[int, str, torch.dtype], Work]]] = {
+    "project, right": ("product", _projection(False)),
+    "project, left": ("product", _projection(True)),
+    "project, scores": ("product", _similarity),
+    "lift": ("product", _lift(False)),
+    "lift, residual": ("product", _lift(True)),
+    "syrk": ("product", _symmetric("syrk")),
+    "symm_muladd": ("product", _symmetric("symm_muladd")),
+    "newton_schulz_step": ("product", _symmetric("newton_schulz_step")),
     **{f"adamw8, {bits} bits": ("memory", _adamw(bits)) for bits in (32, 16, 8, 4)},
     **{f"adam8, {bits} bits": ("memory", _adam(bits)) for bits in (32, 16, 8, 4)},
     **{f"{name}, {bits} bits": ("memory", _coded(name, bits)) for bits in (8, 4)
@@ -245,20 +294,42 @@ CASES: dict[str, tuple[str, Callable[[int, str, torch.dtype], Work]]] = {
     "row_norms, transposed": ("memory", _norms(True)),
     "limited_gains": ("memory", _limited),
     "lift, no product": ("memory", _apply),
-    "project, right": ("product", _projection(False)),
-    "project, left": ("product", _projection(True)),
-    "project, scores": ("product", _similarity),
-    "lift": ("product", _lift(False)),
-    "lift, residual": ("product", _lift(True)),
-    "syrk": ("product", _symmetric("syrk")),
-    "symm_muladd": ("product", _symmetric("symm_muladd")),
-    "newton_schulz_step": ("product", _symmetric("newton_schulz_step")),
 }
 
 
-# Compiled code is to take the cached tables: traced through, it makes them at each call.
-_TABLES = {name: torch.compiler.disable(getattr(quant8, name))
-           for name in ("_carries", "_twos", "codebook")}
+@contextlib.contextmanager
+def _fair(device: str) -> Iterator[None]:
+    """Torch does with what its compiler can fuse, in the place of what defines the kernels."""
+    for bits in (8, 4):
+        for signed in (True, False):
+            given = bits, signed, torch.device(device)
+            _TABLES["book", bits, signed] = quant8.codebook(*given)
+            _TABLES["carries", bits, signed] = quant8._carries(*given)
+    with (mock.patch.object(quant8, "_carries", _carries),
+          mock.patch.multiple(adam_module, stochastic_bf16_ref=_rounded,
+                              dequantize_dynamic_ref=_decoded),
+          mock.patch.object(lift_module, "stochastic_round", _rounded)):
+        yield
+
+
+def judged(name: str, size: int, work: Work, ms: float, bandwidth: float, peak: float
+           ) -> dict[str, Any]:
+    """What a kernel must cost, and what share of its time that is.
+
+    Args:
+        name: a key of :data:`CASES`.
+        size: bytes, or n.
+        work: that was done.
+        ms: that it took.
+        bandwidth: bytes per second of a copy.
+        peak: operations per second of a product.
+    """
+    bound, _ = CASES[name]
+    roofline = 1e3 * max(work.moved / bandwidth, work.operations / peak)
+    share, start = _GOALS[bound]
+    return {"kernel": name, "bound": bound, "size": size, "bytes": work.moved,
+            "operations": work.operations, "roofline_ms": roofline,
+            "share_of_roofline": roofline / ms, "goal": share if size >= start else None}
 
 
 def row_of(name: str, size: int, device: str, dtype: torch.dtype, bandwidth: float, peak: float,
@@ -275,39 +346,54 @@ def row_of(name: str, size: int, device: str, dtype: torch.dtype, bandwidth: flo
         repeats: rounds.
         compiled: time torch.compile of the torch definition too.
     """
-    bound, make = CASES[name]
-    work = make(size, device, dtype)
+    work = CASES[name][1](size, device, dtype)
     contestants: dict[str, Callable[[], Any]] = {"torch": lambda: work.run("torch")}
+    fewer = {}
     if device == "cuda":
         contestants["lissom"] = lambda: work.run("triton")
+        fewer["torch"] = _FEW
     missing = {}
-    if compiled:
-        # A copy of the frame for this row alone, so that sizes do not share a graph.
-        torch.compiler.reset()
-        try:
-            defined = work.definition or (lambda: work.run("torch"))
-            contestants["compiled"] = torch.compile(defined, dynamic=False)
-            with mock.patch.multiple(quant8, **_TABLES):
+    # On the CPU torch's work is the product, and is timed as it is.
+    with _fair(device) if device == "cuda" else contextlib.nullcontext():
+        if compiled:
+            # A copy of the frame for this row alone, so that sizes do not share a graph.
+            torch.compiler.reset()
+            try:
+                defined = work.definition or (lambda: work.run("torch"))
+                contestants["compiled"] = torch.compile(defined, dynamic=False)
                 contestants["compiled"]()
-        except Exception as error:  # whatever the compiler cannot do is the answer
-            missing["compiled"] = str(error).splitlines()[0][:200]
-            del contestants["compiled"]
-    with mock.patch.multiple(quant8, **_TABLES):
-        taken = clock.times(contestants, repeats, device, ahead=True)
+            except Exception as error:  # whatever the compiler cannot do is the answer
+                missing["compiled"] = clock.first_line(error)
+                del contestants["compiled"]
+        taken = clock.times(contestants, repeats, device, ahead=True, fewer=fewer)
     ms = {k: statistics.median(v) for k, v in taken.items()}
     quartiles = {k: [sorted(v)[len(v) // 4], sorted(v)[3 * len(v) // 4]] for k, v in taken.items()}
     ours = "lissom" if "lissom" in ms else "torch"
-    roofline = 1e3 * max(work.moved / bandwidth, work.operations / peak)
     others = {k: v for k, v in ms.items() if k != ours}
-    share, start = _GOALS[bound]
-    return {
-        "kernel": name, "provider": ours, "bound": bound, "size": size, "dtype": str(dtype)[6:],
-        "ms": ms, "quartiles_ms": quartiles, "missing": missing, "bytes": work.moved,
-        "operations": work.operations, "roofline_ms": roofline,
-        "share_of_roofline": roofline / ms[ours],
+    row = {
+        "provider": ours, "dtype": str(dtype)[6:], "ms": ms, "quartiles_ms": quartiles,
+        "missing": missing, "repeats": {k: len(v) for k, v in taken.items()},
+        **judged(name, size, work, ms[ours], bandwidth, peak),
         "fastest_alternative": min(others, key=others.__getitem__) if others else None,
-        "ratio": ms[ours] / min(others.values()) if others else None,
-        "goal": share if size >= start else None, "repeats": repeats}
+        "ratio": ms[ours] / min(others.values()) if others else None}
+    if work.rounds and others:
+        row["random_bits"] = "of the others: torch's own"
+    return row
+
+
+def _warm_up(names: Sequence[str], device: str, dtype: torch.dtype, deadline: clock.Deadline
+             ) -> None:
+    """Call each kernel once with each of its tiles: what Triton compiles it keeps on disk."""
+    for name in names:
+        bound, make = CASES[name]
+        for size in _sizes(device, bound)[:1 if bound == "memory" else None]:
+            if deadline.over():
+                print("no time left")
+                return
+            try:
+                make(size, device, dtype).run("triton" if device == "cuda" else "torch")
+            except Exception as error:  # its row will say so
+                print(f"{name}, {size}: {clock.first_line(error)}", flush=True)
 
 
 def _sizes(device: str, bound: str) -> tuple[int, ...]:
@@ -326,6 +412,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", help="bytes or n, separated by commas, for all kernels named")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--warm-up", action="store_true",
+                        help="call each kernel once, so that it is compiled, and time nothing")
     parser.add_argument("--no-compile", action="store_true",
                         help="leave torch.compile out (it is on CUDA alone)")
     parser.add_argument("--seconds", type=float, help="stop when these are over")
@@ -340,6 +428,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if cuda and (not torch.cuda.is_available() or _triton.triton is None):
         parser.error("--device cuda needs a CUDA device and Triton")
     dtype = torch.bfloat16 if cuda else torch.float32
+    if args.warm_up:
+        _warm_up(chosen, device, dtype, deadline)
+        return 0
     bandwidth, peak = clock.copy_bandwidth(device), clock.product_peak(device)
     common = {**clock.about("kernels", argv, device), "copy_GB_s": bandwidth / 1e9,
               "peak_TFLOP_s": peak / 1e12}
@@ -355,8 +446,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 row = row_of(name, size, device, dtype, bandwidth, peak, args.repeats,
                              cuda and not args.no_compile)
-            except torch.OutOfMemoryError as error:
-                row = {"kernel": name, "size": size, "failed": str(error).splitlines()[0]}
+            except Exception as error:  # more memory or registers than there are, say
+                row = {"kernel": name, "size": size, "failed": clock.first_line(error)}
+                print(f"{name:28} {size:>11} failed: {row['failed']}", flush=True)
             rows.append({**row, **common})
             clock.save(args.json, rows)
             if "ms" in row:

@@ -125,8 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if deadline.over():
                 rows.append({"shape": list(shape), "skipped": "no time left", **common})
                 continue
-            made = _sweep(shape, args.repeats) if args.sweep else [
-                _measure(shape, peak, args.repeats)]
+            try:
+                made = _sweep(shape, args.repeats) if args.sweep else [
+                    _measure(shape, peak, args.repeats)]
+            except Exception as error:  # of this shape alone: more memory than there is, say
+                made = [{"shape": list(shape), "failed": clock.first_line(error)}]
             for row in made:
                 rows.append({**row, **common})
                 print(json.dumps(row), flush=True)

@@ -389,8 +389,7 @@ def _alternating(chosen: dict[str, Contestant], bench: _Bench, steps: int,
 
 def _missing(name: str, found: Contestant, error: Exception) -> dict[str, Any]:
     key = "missing" if isinstance(error, ImportError) else "failed"
-    return _about(name, found) | {
-        key: (str(error).splitlines() or [type(error).__name__])[0][:300]}
+    return _about(name, found) | {key: clock.first_line(error, 300)}
 
 
 def _one_by_one(chosen: dict[str, Contestant], bench: _Bench, steps: int, deadline: clock.Deadline,

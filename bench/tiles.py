@@ -1,8 +1,8 @@
 """Which tiles a GPU works fastest with: where the constants of the kernels come from.
 
-Each kernel is timed with the tiles that it has and with others, by turns with torch, as
-:mod:`lissom.bench.kernels` does; the line of the present choice ends with a star. A choice is
-changed by hand, where it is written down.
+Each kernel is timed with the tiles that it has and with others, by turns, on the work of
+:mod:`lissom.bench.kernels`; the line of the present choice ends with a star. What does not compile,
+or not in time, is a row that says so. A choice is changed by hand, where it is written down.
 
     python -m lissom.bench.tiles --json bench/results/tiles.json
 """
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -67,6 +69,42 @@ CHOICES: Mapping[str, Choice] = {
 }
 
 
+def _called(choice: Choice, values: tuple[Any, ...], run: Callable[[str], Any]) -> None:
+    with choice.taken(values):
+        run("triton")
+
+
+def _rows(choice: Choice, kernel: str, size: int, bandwidth: float, peak: float, repeats: int,
+          deadline: clock.Deadline) -> list[dict[str, Any]]:
+    """A row for each of the values, which take turns; the present ones are compiled first."""
+    present = choice.present()
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {
+        values: {"values": [str(x) for x in values], "present": values == present, "kernel": kernel}
+        for values in sorted(choice.values, key=lambda x: x != present)}
+    calls: dict[str, Callable[[], None]] = {}
+    work: kernels.Work | None = None
+    for values, row in rows.items():
+        if deadline.over():
+            row["skipped"] = "no time left"
+            continue
+        try:
+            work = work or kernels.CASES[kernel][1](size, "cuda", torch.bfloat16)
+            call = functools.partial(_called, choice, values, work.run)
+            call()
+            torch.cuda.synchronize()
+            calls[str(values)] = call
+        except Exception as error:  # more memory or registers than there are, say
+            row["failed"] = clock.first_line(error)
+    if work is not None and calls:
+        taken = clock.times(calls, repeats, "cuda", ahead=True)
+        for values, row in rows.items():
+            if str(values) in taken:
+                ms = statistics.median(taken[str(values)])
+                row |= {"ms": ms, "repeats": repeats, "dtype": "bfloat16",
+                        **kernels.judged(kernel, size, work, ms, bandwidth, peak)}
+    return list(rows.values())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each choice and kernel, and write rows as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
@@ -90,27 +128,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     deadline = clock.Deadline(args.seconds)
     bandwidth, peak = clock.copy_bandwidth("cuda"), clock.product_peak("cuda")
+    left = sum(len(CHOICES[name].rows) for name in chosen)
     for name in chosen:
-        choice = CHOICES[name]
-        for values in choice.values:
-            for kernel, size in choice.rows:
-                row: dict[str, Any] = {"choice": name, "values": [str(x) for x in values],
-                                       "present": values == choice.present(), "kernel": kernel}
-                try:
-                    if deadline.over():
-                        row["skipped"] = "no time left"
-                    else:
-                        with choice.taken(values):
-                            row |= kernels.row_of(kernel, size, "cuda", torch.bfloat16, bandwidth,
-                                                  peak, args.repeats, compiled=False)
-                except Exception as error:  # more memory or registers than there are, say
-                    row["failed"] = str(error).splitlines()[0][:200]
-                rows.append({**row, **about})
-                clock.save(args.json, rows)
+        for kernel, size in CHOICES[name].rows:
+            # What is left is shared by those that are left.
+            share = None if args.seconds is None else deadline.left() / left
+            left -= 1
+            for row in _rows(CHOICES[name], kernel, size, bandwidth, peak, args.repeats,
+                             clock.Deadline(share)):
+                rows.append({"choice": name, "provider": "lissom", **row, **about})
                 said = (f"{row['share_of_roofline']:.1%} of the roofline"
                         if "share_of_roofline" in row else row.get("failed") or row["skipped"])
                 print(f"{kernel:18} {' '.join(row['values'])}: {said}"
                       + " *" * row["present"], flush=True)
+            clock.save(args.json, rows)
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib.metadata
 import json
 from dataclasses import replace
@@ -14,6 +16,7 @@ from lissom.bench import clock, fit, kernels, step
 from lissom.bench.names import state_bytes
 from lissom.bench.shapes import MODELS
 from lissom.bench.sources import from_name
+from lissom.kernels import philox
 from lissom.optim.base import PartialStepError
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -41,6 +44,83 @@ def test_every_kernel_has_a_row(tmp_path):
     assert of["adamw8, 32 bits"]["bytes"] == 8192 * (3 * 4 + 2 * 8)
     assert of["adamw8, 8 bits"]["bytes"] == 8192 * (3 * 4 + 2 * 2) + 2 * 2 * 4 * 32
     assert of["lift, residual"]["operations"] == 2 * 32 * 32 * 8
+
+
+@pytest.mark.parametrize("name", [name for name in kernels.CASES if "row_norms" not in name])
+def test_compilers_get_each_kernel_in_one_piece(name, monkeypatch):
+    """With torch's own random bits: ours are made piece by piece, which no compiler fuses."""
+    monkeypatch.setattr(philox, "_random_pieces", None)
+    bound, make = kernels.CASES[name]
+    work = make(16384 if bound == "memory" else 32, "cpu", torch.bfloat16)
+    torch.compiler.reset()
+    with kernels._fair("cpu"):
+        torch.compile(work.definition or (lambda: work.run("torch")), backend="eager",
+                      dynamic=False, fullgraph=True)()
+        if name != "stochastic_round":  # which on CUDA has its definition's
+            work.run("torch")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compilers_get_the_same_arithmetic(bits):
+    g = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
+    options = {"bits": bits, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "t": 2}
+    results = []
+    for context in (contextlib.nullcontext(), kernels._fair("cpu")):
+        with context:
+            state = kernels._moments(g, bits)
+            found = [kernels.adam8_ref(x, **state, **options) for x in (g, g * g)]
+        results.append([*found, *state.values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert results[0][2].unique().numel() > 8
+
+
+def test_torch_rounds_stochastically_too():
+    x = torch.full((1000, 100), 1 + 2**-9)  # a quarter of bf16's step at 1
+    x[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rounded = kernels._rounded(x)
+    assert rounded.dtype == torch.bfloat16
+    assert rounded[0, :4].tolist()[:2] == [torch.inf, -torch.inf]
+    assert rounded[0, 2].isnan()
+    assert rounded[0, 3] == torch.finfo(torch.bfloat16).max
+    assert rounded[1:].unique().tolist() == [1, 1 + 2**-7]
+    assert rounded[1:].float().mean() == pytest.approx(1 + 2**-9, abs=1e-4)
+
+
+def test_products_come_first():
+    bounds = [bound for bound, _ in kernels.CASES.values()]
+    assert bounds == sorted(bounds, reverse=True)
+
+
+def test_a_kernel_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
+    def make(*_):
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    monkeypatch.setitem(kernels.CASES, "syrk", ("product", make))
+    file = tmp_path / "rows.json"
+    options = ["--device", "cpu", "--sizes", "32", "--kernels", "syrk;symm_muladd"]
+    assert kernels.main([*options, "--repeats", "1", "--json", str(file)]) == 0
+    failed, done = json.loads(file.read_text())
+    assert failed["failed"] == "out of resource: shared memory"
+    assert done["ms"]["torch"] > 0
+    file.unlink()
+    assert kernels.main([*options, "--warm-up", "--json", str(file)]) == 0
+    assert "syrk, 256: out of resource" in capsys.readouterr().out
+    assert not file.exists()
+
+
+def test_slow_contestants_have_fewer_rounds():
+    calls = {"a": 0, "b": 0}
+
+    def call(name):
+        calls[name] += 1
+
+    taken = clock.times({k: functools.partial(call, k) for k in calls}, 5, "cpu", warm=2,
+                        fewer={"b": 1})
+    assert calls == {"a": 7, "b": 3}
+    assert [len(taken[k]) for k in "ab"] == [5, 1]
 
 
 def test_time_that_is_over_is_said(tmp_path):
@@ -242,6 +322,33 @@ def test_a_package_that_is_missing_leaves_nothing_behind(tmp_path, monkeypatch):
     assert {"provider", "version", "device", "torch", "triton", "commit", "command"} <= set(row)
     assert row["provider"] == "bitsandbytes"
     assert not _get_current_dispatch_mode_stack()
+
+
+def test_a_package_is_looked_for_before_a_model_is_built(tmp_path, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(fit, "importlib", SimpleNamespace(import_module=missing))
+    monkeypatch.setattr(fit, "from_name", None)
+    file = tmp_path / "rows.json"
+    fit.main(["--model", "tiny", "--device", "cpu", "--cap", "1GB", "--methods",
+              "bitsandbytes AdamW8bit", "--json", str(file)])
+    row, = json.loads(file.read_text())
+    assert row["missing"] == "No module named 'bitsandbytes'"
+
+
+def test_what_is_expected_is_counted_when_all_is_measured(tmp_path, monkeypatch):
+    done = []
+    step, expected = fit._Run.step, fit.expected
+    monkeypatch.setattr(fit._Run, "step", lambda *x: done.append("step") or step(*x))
+    monkeypatch.setattr(fit, "expected", lambda *x: done.append("expected") or expected(*x))
+    file = tmp_path / "rows.json"
+    fit.main(["--model", "tiny", "--length", "4", "--cap", "1GB", "--dtype", "fp32", "--limit",
+              "1", "--steps", "1", "--device", "cpu", "--rank", "8", "--methods",
+              "galore 8 bits, update;adamw 8 bits, update", "--json", str(file)])
+    assert done == ["step"] * 6 + ["expected"] * 2
+    for row in json.loads(file.read_text()):
+        assert row["peak_of_expected"] == row["peak_bytes"] / row["expected"]["total"]
 
 
 def test_a_cap_is_held_and_the_peak_is_as_expected(tmp_path):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from lissom.bench import clock, kernels
 from lissom.bench import tiles as bench
 from lissom.kernels import _triton, tiles
 from lissom.kernels.adam import adamw8, adamw8_ref
@@ -53,6 +54,43 @@ def test_any_tiles_step_alike(values):
         results.append(state)
     torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
     assert_same(*results)
+
+
+def test_choices_take_turns(monkeypatch):
+    """Lissom's kernel alone, the present tiles first; one that fails is a row."""
+    choice = bench.CHOICES["adam"]
+    present = choice.present()
+    broken = next(x for x in choice.values if x != present)
+    seen = []
+
+    def run(backend):
+        assert backend == "triton"
+        seen.append(choice.present())
+        if seen[-1] == broken:
+            raise RuntimeError("out of registers\nmore")
+
+    def times(calls, repeats, device, ahead):
+        seen.clear()
+        for call in list(calls.values()) * 2:
+            call()
+        return {k: [i, i, 9 + i] for i, k in enumerate(calls, 1)}
+
+    work = kernels.Work(run, 8e6)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(kernels, "CASES", {"adamw8, 8 bits": ("memory", lambda *_: work)})
+    monkeypatch.setattr(clock, "times", times)
+    rows = bench._rows(choice, "adamw8, 8 bits", 64, 1e9, 1e9, 3, clock.Deadline(None))
+    assert len(rows) == len(choice.values)
+    assert [row["present"] for row in rows] == [True] + [False] * (len(rows) - 1)
+    assert choice.present() == present
+    sound = [x for x in choice.values if x not in (present, broken)]
+    assert seen == [present, *sound] * 2
+    assert [row.get("failed") for row in rows].count("out of registers") == 1
+    assert [row["ms"] for row in rows if "ms" in row] == [*range(1, len(rows))]
+    assert rows[0]["share_of_roofline"] == 8.0  # 8 MB at 1 GB/s in a millisecond
+
+    rows = bench._rows(choice, "adamw8, 8 bits", 64, 1e9, 1e9, 3, clock.Deadline(0))
+    assert {row["skipped"] for row in rows} == {"no time left"}
 
 
 def test_without_a_gpu_a_row_says_so(tmp_path, capsys):

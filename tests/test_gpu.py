@@ -31,19 +31,22 @@ def options(case):
     return {k: x for k, x in given.items() if k in case.make.table()}
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.option("projection") != "random"],
-                         ids=lambda c: c.name)
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_a_gpu_trains_as_the_cpu(case, kind, monkeypatch):
-    """Random bits are the same; sums have another order, and codes at an edge another value.
-
-    Starts of range finders are drawn on the device: here on the CPU, so that both have the same.
-    """
+@pytest.fixture
+def draws_of_the_cpu(monkeypatch):
+    """Starts of range finders are drawn on the device: here on the CPU, the same for both."""
     def drawn(shape, key, stream, like):
         x = torch.randn(shape, generator=project.generator(key, stream))
         return x.to(like.device)
 
     monkeypatch.setattr(project, "gaussian", drawn)
+
+
+@pytest.mark.usefixtures("draws_of_the_cpu")
+@pytest.mark.parametrize("case", [c for c in CASES if c.option("projection") != "random"],
+                         ids=lambda c: c.name)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_gpu_trains_as_the_cpu(case, kind):
+    """Random bits are the same; sums have another order, and codes at an edge another value."""
     _, here = trained(case, "cpu", kind)
     _, there = trained(case, "cuda", kind)
     for a, b in zip(here, there, strict=True):
@@ -52,11 +55,15 @@ def test_a_gpu_trains_as_the_cpu(case, kind, monkeypatch):
         assert apart.mean() <= (1e-3 if kind == torch.float32 else 4e-3)
 
 
+@pytest.mark.usefixtures("draws_of_the_cpu")
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(512, 384), (384, 512), (2, 257, 129)])
 @pytest.mark.parametrize("projection", ["subspace", "randomized"])
 def test_a_gpu_finds_bases_as_good_as_a_cpus(projection, shape, kind):
-    """Orthonormal, and warm from the same start the same; with the products that bf16 has there."""
+    """Orthonormal, and warm from the same start the same; with the products that bf16 has there.
+
+    Other draws of a randomized start capture norms that are up to 6e-3 apart.
+    """
     u, v = (torch.linalg.qr(x).Q for x in tensors(
         [(*shape[:-2], n, min(shape[-2:])) for n in shape[-2:]], 2))
     g = (u * torch.logspace(0, -2, u.shape[-1]) @ v.mT).to(kind)

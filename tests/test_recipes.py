@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,7 +112,39 @@ def test_one_gpu(text, capsys):
     assert row["size"] == "tiny"
     assert torch.get_default_dtype() == torch.float32
     falls(row["losses"], 5.7)
-    assert f"state: {row['state_bytes']:,} bytes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"state: {row['state_bytes']:,} bytes" in said
+    for i, loss in enumerate(row["losses"], 1):
+        assert f"step {i}: loss {loss:.4f}\n" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would train LLaMA-7B")
+def test_one_gpu_is_fast_after_its_first_step(text, monkeypatch):
+    """Seconds of which the first step, which compiles, is no part."""
+    ends = iter([100.0, 101.0, 104.0])
+    monkeypatch.setattr(one_gpu_24gib, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
+    row = one_gpu_24gib.main(["--steps", "3", "--data", text, "--length", "8"])
+    assert row["tokens_per_s"] == 2 * 8 / 4
+    ends = iter([1.0])
+    row = one_gpu_24gib.main(["--steps", "1", "--data", text, "--length", "8"])
+    assert "tokens_per_s" not in row
+
+
+def test_one_gpu_has_24_gib_before_there_is_a_model(text, monkeypatch):
+    shares = []
+
+    def held(share):
+        shares.append(share)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", held)
+    for total in (80, 16):
+        monkeypatch.setattr(torch.cuda, "get_device_properties",
+                            lambda _, total=total: SimpleNamespace(total_memory=total * 2**30))
+        with pytest.raises(ZeroDivisionError):
+            one_gpu_24gib.main(["--data", text])
+    assert shares == [0.3, 1.0]
 
 
 def test_two_ranks_train_as_one(tmp_path):

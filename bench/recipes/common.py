@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import names
 from ..finetune import read
 
-__all__ = ["accuracy", "batches", "encoder", "finish", "parser", "schedule"]
+__all__ = ["accuracy", "batches", "capped", "encoder", "finish", "parser", "schedule"]
 
 
 def parser(description: str | None, steps: int) -> argparse.ArgumentParser:
@@ -25,6 +25,12 @@ def parser(description: str | None, steps: int) -> argparse.ArgumentParser:
     out.add_argument("--steps", type=int, default=steps, help=f"default {steps}")
     out.add_argument("--json", metavar="FILE", help="add the result to a list in this file")
     return out
+
+
+def capped(size: int) -> None:
+    """CUDA's allocator refuses what is beyond ``size`` bytes, as a GPU that has no more does."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total))
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
