@@ -254,10 +254,12 @@ class LowRankOptimizer(Batched, Ranked):
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
                  rows: Rows | None) -> tuple[int, Hashable]:
         """R and decoded bases, and where all choose new cosine columns the whole transform."""
+        if p.ndim != 2:
+            return 0, False
         r, side = self.rank_and_side(p, o)
         residual = self.residual(o)
         able = (self.apart and residual.apart
-                and p.ndim == 2 and p.dtype in (torch.bfloat16, torch.float32) and side != "full"
+                and p.dtype in (torch.bfloat16, torch.float32) and side != "full"
                 and o["inner"] == "adamw" and not o["amsgrad"] and not o["maximize"]
                 # Of rows the others take sums over all ranks, of one matrix at a time.
                 and (rows is None or (side == "right" and not residual.needs_gradient)))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .sharding import Rows
+from .sharding import Rows, bytes_of
 
 __all__ = ["by_owner", "exchanged"]
 
@@ -108,7 +108,7 @@ class _Round:
         self.others = [[rows[i].counts[j] * parts[i].shape[1] * parts[i].element_size()
                         for i in self.numbers] for j in ranks]
         self.rows = torch.cat([torch.empty(0, dtype=torch.uint8, device=device),
-                               *(_bytes(parts[i]) for each in owned for i in each)])
+                               *(bytes_of(parts[i]) for each in owned for i in each)])
         self.all = torch.empty(sum(map(sum, self.others)), dtype=torch.uint8, device=device)
         self._send(self.rows, self.sizes, self.all, self.others)
 
@@ -133,7 +133,7 @@ class _Round:
             x = x.to(self.parts[i].dtype)
             for part, piece in zip(x.split([len(_typed(piece, self.parts[i])) for piece in pieces]),
                                    pieces, strict=True):
-                piece.copy_(_bytes(part))
+                piece.copy_(bytes_of(part))
 
     def give_back(self) -> None:
         """Begin to send everyone their rows of what is in those places."""
@@ -151,10 +151,6 @@ class _Round:
         flat = self.all.split([size for each in self.others for size in each])
         count = len(self.numbers)
         return [flat[k::count] for k in range(count)]
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1).view(torch.uint8)
 
 
 def _typed(piece: Tensor, x: Tensor) -> Tensor:

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
     from .codec import Slot
 
-__all__ = ["Rows", "agreed", "check_placements", "gathered", "is_sharded", "keep", "like", "local",
-           "new", "put", "rows_of", "share", "summed", "whole"]
+__all__ = ["Rows", "agreed", "bytes_of", "check_placements", "gathered", "is_sharded", "keep",
+           "like", "local", "new", "put", "rows_of", "share", "summed", "whole"]
 
-# Bytes of a rank's part above which it is gathered alone, without copies of it.
+# Bytes above which something is gathered alone, without copies of it.
 _SMALL = 1 << 20
 
 
@@ -95,9 +95,22 @@ def local(x: Tensor) -> Tensor:
 
 def whole(x: Tensor) -> Tensor:
     """All of x, gathered if it is sharded; a collective operation."""
+    if not is_sharded(x):
+        return x
+    d = _dtensor(x)
+    if x.dtype == torch.int16:  # which neither gloo nor NCCL sends; as bits of another type
+        d = _dtensor(like(x, d.to_local().view(torch.bfloat16)))
     # Of columns that are cut unevenly torch 2.9 returns a view that skips the padding, and codes
     # must be contiguous.
-    return _dtensor(x).full_tensor().contiguous() if is_sharded(x) else x
+    return d.full_tensor().contiguous().view(x.dtype)
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    """Its bytes, in one dimension: x itself, or a copy where its elements do not lie in order."""
+    x = x.reshape(-1)
+    if x.stride(0) != 1:  # as a row of one may be said to lie
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(torch.uint8)
 
 
 def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -108,17 +121,17 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
         rows, part = rows_of(x), local(x)
         # bytes of the rows of the first rank, which has the most
         size = 0 if rows is None else rows.counts[0] * math.prod(x.shape[1:]) * x.element_size()
-        if rows is None or size > _SMALL:
+        if rows is None or size * len(rows.counts) > _SMALL:
             out[i] = whole(x)
         else:
-            together.setdefault(rows.group, []).append((i, part.contiguous(), size))
+            together.setdefault(rows.group, []).append((i, part, size))
     for group, members in together.items():
         # Each begins at an aligned address.
         starts = [*itertools.accumulate((-(-size // 16) * 16 for *_, size in members), initial=0)]
         device = members[0][1].device
         sent = torch.zeros(starts[-1], dtype=torch.uint8, device=device)
         for (_, part, _), start in zip(members, starts, strict=False):
-            sent[start:start + part.nbytes] = part.view(-1).view(torch.uint8)
+            sent[start:start + part.nbytes] = bytes_of(part)
         ranks = torch.distributed.get_world_size(group)
         found = torch.empty((ranks, len(sent)), dtype=torch.uint8, device=device)
         if len(sent):

@@ -67,15 +67,19 @@ def placed(x: Tensor, mesh: DeviceMesh | None, places: list[Placement] | None = 
 
 
 def plain(x: Tensor) -> Tensor:
+    if x.dtype == torch.int16:  # which full_tensor does not gather
+        x = sharding.whole(x)
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
 def trained(mesh: DeviceMesh | None, name: str, steps: int = 20, dtype: torch.dtype = torch.float32,
             shapes: Any = SHAPES, places: list[Placement] | None = None, spread: int = 1,
-            **more: Any) -> dict[str, Any]:
+            small: int | None = None, **more: Any) -> dict[str, Any]:
     """Weights and state after some steps with the same gradients on any number of ranks."""
     if mesh is not None:
         quantize_small(spread)
+        if small is not None:
+            sharding._SMALL = small
     case = case_of(name)
     ps = [torch.nn.Parameter(placed(p.detach(), mesh, places), requires_grad=p.requires_grad)
           for p in case.parameters(shapes, dtype=dtype)]

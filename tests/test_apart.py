@@ -261,7 +261,7 @@ def test_a_stack_that_is_none():
 
 # ------------------------------------------------------------------------ optimizers
 
-SHAPES = [(12, 8), (8, 12), (12, 8), (6,), (8, 12), (12, 8), (6,)]
+SHAPES = [(12, 8), (8, 12), (12, 8), (6,), (8, 12), (12, 8), (6,), (4, 3, 2, 2), (4, 3, 2, 2)]
 #: Rules whose matrices are worked on together, where they have no refresh.
 TOGETHER = ("GaLoreAdamW", "GaLoreAdamW8bit", "DCTAdamW", "FiraAdamW", "APOLLO",
             "GradNormLoRPAdamW")

@@ -128,6 +128,31 @@ def test_whole_shards_are_exact(pool, name):
     assert_close(one, pool.run(jobs.trained, 3, name=name, shards="whole"), True)
 
 
+@pytest.mark.parametrize(("name", "shapes", "ranks", "more"), [
+    ("galoreadamw", [(2, 64)], 2, {"basis_bits": 4}),  # whose codes are one byte on each rank
+    ("galoreadamw", [(3, 64)], 3, {"basis_bits": 8, "rank": 1}),
+    ("trion", [(5, 1), (1, 5), (1, 1)], 3, {}), ("muon", [(5, 1), (1, 5), (1, 1)], 3, {}),
+    ("polargrad", [(5, 1), (1, 5), (1, 1)], 4, {})], ids=str)
+def test_ranks_with_a_byte_or_a_number(pool, name, shapes, ranks, more):
+    given = {"name": name, "shapes": shapes, "steps": 6, **more}
+    outs = pool.run(jobs.trained, ranks, **given)
+    assert_close(jobs.trained(None, **given), outs, False)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20])
+@pytest.mark.parametrize(("ranks", "places"), [
+    (3, None), ((2, 2), [Shard(0), Shard(1)]), ((2, 2), [Replicate(), Shard(0)])], ids=str)
+def test_what_is_gathered_is_the_same_in_one_piece_or_with_others(pool, ranks, places, small):
+    """Split weights too, whose lower halves are of a type that nothing sends."""
+    given = {"name": "galoreadamw", "steps": 5, "dtype": torch.bfloat16, "shards": "whole",
+             "master_bits": 16, "state_bits": 8, "basis_bits": 8}
+    outs = pool.run(jobs.trained, ranks, **given, places=places, small=small)
+    one = jobs.trained(None, **given)
+    assert_close(one, outs, True)
+    for out in outs:
+        assert_same(one["state"], out["state"])
+
+
 @pytest.mark.parametrize("name", [*FEW, "galoreadamw-16bit"])
 def test_stochastic_rounding_does_not_see_shards(pool, name):
     """Neither that of a weight nor that of a moment."""
