@@ -131,7 +131,7 @@ def test_whole_shards_are_exact(pool, name):
 @pytest.mark.parametrize(("name", "shapes", "ranks", "more"), [
     ("galoreadamw", [(2, 64)], 2, {"basis_bits": 4}),  # whose codes are one byte on each rank
     ("galoreadamw", [(3, 64)], 3, {"basis_bits": 8, "rank": 1}),
-    ("trion", [(5, 1), (1, 5), (1, 1)], 3, {}), ("muon", [(5, 1), (1, 5), (1, 1)], 3, {}),
+    ("trion-bfloat16", [(5, 1), (1, 5), (1, 1)], 3, {}), ("muon", [(5, 1), (1, 5), (1, 1)], 3, {}),
     ("polargrad", [(5, 1), (1, 5), (1, 1)], 4, {})], ids=str)
 def test_ranks_with_a_byte_or_a_number(pool, name, shapes, ranks, more):
     given = {"name": name, "shapes": shapes, "steps": 6, **more}
