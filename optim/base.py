@@ -381,10 +381,11 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             step_adamw(x, g, stored, self._layouts[p], o, t, rows)
         else:
             yield from self._step_matrix(p, x, g, stored, o, t, rows)
-        for name in spread if rows is not None or not sharding.is_sharded(p) else stored:
-            sharding.keep(state[name], stored[name])
-        if rows is None and sharding.is_sharded(p):
-            sharding.keep(p, x)
+        if sharding.is_sharded(p):
+            for name in stored if rows is None else spread:
+                sharding.keep(state[name], stored[name])
+            if rows is None:
+                sharding.keep(p, x)
         if len(batch) > 1:
             torch._foreach_add_([self.state[w.p]["step"] for w in batch], 1)
         else:
