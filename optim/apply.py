@@ -13,7 +13,7 @@ from ..kernels.apart import Apart, Matrices, parts_of
 from ..kernels.lift import lift
 from . import codec
 from .keys import keys_of
-from .weights import random_rounding, read_weight, write_weight
+from .weights import MASTERS, random_rounding, read_weight, write_weight
 
 __all__ = ["Update", "apply", "block_of", "negated"]
 
@@ -88,9 +88,9 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
             apply(p_, u_, kept_, o, t, start)
     elif p.ndim == 3 and random_rounding(p, o):
         # One matrix after the other, whose elements have consecutive numbers.
-        master = kept["master"].view(p.shape) if "master" in kept else None
+        masters = _masters(p, kept)
         for i, (p_, u_) in enumerate(zip(p, _each(u, p), strict=True)):
-            kept_ = kept if master is None else {**kept, "master": master[i]}
+            kept_ = {**kept, **{k: x[i] for k, x in masters.items()}} if masters else kept
             apply(p_, u_, kept_, o, t, start + i * p_.numel())
     else:
         _by_blocks(p, u, keep, kept, o, t, start)
@@ -119,6 +119,11 @@ def _each(u: Update, p: Matrices) -> list[Update]:
                                                            strict=True)]
 
 
+def _masters(p: Tensor, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the state keeps of a weight, as the update sees that."""
+    return {k: kept[k].view(p.shape) for k in MASTERS if k in kept}
+
+
 def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Tensor],
                o: Mapping[str, Any], t: int | Tensor, start: int) -> None:
     """By torch, on blocks of rows where there is something to be held for them."""
@@ -127,12 +132,12 @@ def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Te
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.
         rows = max(1, block_of(p) // max(1, p[..., :1, :].numel()))
     parts = torch.split(p, rows, -2)
-    master = kept["master"].view(p.shape) if "master" in kept else None
+    masters = _masters(p, kept)
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
     cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else [x] * len(parts)
-           for x in (u.left, u.dense, gain, keep, master)]
-    for p_, left, dense, gain_, keep_, master_ in zip(parts, *cut, strict=True):
-        kept_ = kept if master_ is None else {**kept, "master": master_}
+           for x in (u.left, u.dense, gain, keep, *masters.values())]
+    for p_, left, dense, gain_, keep_, *masters_ in zip(parts, *cut, strict=True):
+        kept_ = {**kept, **dict(zip(masters, masters_, strict=True))} if masters else kept
         x = read_weight(p_, kept_)
         if isinstance(keep_, Tensor):
             x.mul_(keep_)

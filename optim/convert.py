@@ -15,7 +15,7 @@ randomized; ``proj_type`` with the same side
 smaller ``rank`` of these projections          leading columns of the basis and of the moments
 ``residual``, ``limiter``, GaLore, Fira and    kept; limiter and error feedback begin at zero
 DCT-AdamW with one projection, ``amsgrad``     where they are new, the maximum at V
-``master_bits``                                kept; the weight's missing bits begin at zero
+``master_bits``                                kept; of the weight's bits those that both have
 larger ``rank``, another side, from or to dct  state begins anew, ``step`` included
 and random, another ``dct_basis``, random
 bases of another class or seed, ``inner``,
@@ -51,13 +51,14 @@ from .loading import saved_groups
 from .lowrank import LowRankOptimizer
 from .plan import aligned
 from .project import side_of
+from .weights import MASTERS
 
 __all__ = ["Converted", "convert_state"]
 
 _LOG = logging.getLogger(__name__)
 # Slots that begin at zero where options add them: an energy of zero asks for a refresh.
-_AT_ZERO = ("limiter", "error", "basis_energy", "master", "projected", "projected_count",
-            "projected_slope")
+_AT_ZERO = ("limiter", "error", "basis_energy", "projected", "projected_count",
+            "projected_slope", *MASTERS)
 # Options that decide what a slot means.
 _MEANING = ("polar_first", "axis")
 # Slots that every rule has.
@@ -232,7 +233,7 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
     rule = str(group.get("algorithm", ""))
     own = optimizer.algorithm
     options: dict[str, Any] = {"algorithm": rule} if rule in (own, "adamw") else {}
-    slots_ = {k.removesuffix(".scale") for k in values} - {*_NUMBERS, "max_exp_avg_sq", "master"}
+    slots_ = {k.removesuffix(".scale") for k in values} - {*_NUMBERS, "max_exp_avg_sq", *MASTERS}
     if slots_ == {"exp_avg", "exp_avg_sq"}:  # a vector's, say, in a group of another rule, whose
         # options of the same names need not be this one's
         table, options["algorithm"] = COMMON, "adamw"
@@ -353,8 +354,6 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
              for name, x in optimizer.stored_slots(p, o).items()}
     for name, slot in slots.items():
         value = values.get(name)
-        if name == "master" and value is not None and value.dtype != slot.dtype:
-            value = None
         if value is None:
             if name not in _AT_ZERO and name not in _NUMBERS:
                 return None, f"no {name} was saved"

@@ -19,7 +19,7 @@ from . import codec
 from .apply import block_of, negated
 from .codec import Slot
 from .sharding import Rows
-from .weights import random_rounding, read_weight, write_weight
+from .weights import MASTERS, random_rounding, read_weight, write_weight
 
 __all__ = ["Quotient", "adam", "adam_slots", "averages", "representable", "step_adamw"]
 
@@ -47,7 +47,7 @@ def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mappin
     lr = o["lr"].double() if isinstance(o["lr"], Tensor) else o["lr"]
     keep = 1 - lr * o["weight_decay"]
     names = [k for k in stored
-             if k == "master" or slots[k.partition(".")[0]].stream is not None]
+             if k in MASTERS or slots[k.partition(".")[0]].stream is not None]
     start = 0
     for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
         block = {**stored, **dict(zip(names, moments, strict=True))}

@@ -213,7 +213,7 @@ def _followed(optimizer: MatrixOptimizer, p: Tensor, state: dict[str, Tensor],
     """The state of a parameter that may have changed under it."""
     slots = stored_slots(optimizer, p, o)
     if "master" in state and p.dtype != torch.bfloat16:  # nothing is lacking any more
-        state = {k: x for k, x in state.items() if k != "master"}
+        state = {k: x for k, x in state.items() if k not in weights.MASTERS}
     if state.keys() == slots.keys() and all(
             (*state[k].shape, state[k].dtype, state[k].device) == (*x.shape, x.dtype, x.device)
             for k, x in slots.items()):

@@ -12,6 +12,7 @@ from . import sharding
 from .common import BOOKKEEPING, COMMON, LAYOUT
 from .door import checked_group
 from .keys import names_of, plain_name
+from .weights import MASTERS
 
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
@@ -232,7 +233,7 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
     """
     slots = optimizer.stored_slots(p, o)
     if "master" in slots and "master" not in entry:  # a bf16 weight that was trained without it
-        entry = {**entry, "master": sharding.new(slots["master"], p)}
+        entry = {**entry, **{k: sharding.new(slots[k], p) for k in MASTERS if k in slots}}
     count = entry.get("projected_count", 0)
     if isinstance(count, Tensor) and count.numel() == 1:
         count = count.item()

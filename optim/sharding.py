@@ -95,14 +95,9 @@ def local(x: Tensor) -> Tensor:
 
 def whole(x: Tensor) -> Tensor:
     """All of x, gathered if it is sharded; a collective operation."""
-    if not is_sharded(x):
-        return x
-    d = _dtensor(x)
-    if x.dtype == torch.int16:  # which neither gloo nor NCCL sends; as bits of another type
-        d = _dtensor(like(x, d.to_local().view(torch.bfloat16)))
     # Of columns that are cut unevenly torch 2.9 returns a view that skips the padding, and codes
     # must be contiguous.
-    return d.full_tensor().contiguous().view(x.dtype)
+    return _dtensor(x).full_tensor().contiguous() if is_sharded(x) else x
 
 
 def bytes_of(x: Tensor) -> Tensor:

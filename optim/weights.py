@@ -13,31 +13,36 @@ from ..kernels.philox import WEIGHT_STREAM, random_bits16_ref, stochastic_round
 from .codec import Slot, wide
 from .keys import key_of
 
-__all__ = ["master_slots", "random_rounding", "read_weight", "write_weight"]
+__all__ = ["MASTERS", "master_slots", "random_rounding", "read_weight", "write_weight"]
+
+#: What a bf16 weight lacks of fp32, a signed byte and the byte below it. Not one tensor of 16 bits:
+#: gloo and NCCL send none, and sharded state is gathered where it is saved whole.
+MASTERS = {"master": torch.int8, "master_low": torch.uint8}
 
 
 def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
     """What a bf16 weight lacks of fp32: 8 or 16 bits per element, as ``master_bits`` says."""
     if o["master_bits"] is None or p.dtype != torch.bfloat16:
         return {}
-    kind = torch.int16 if o["master_bits"] == 16 else torch.int8
-    return {"master": Slot(tuple(p.shape), kind, p.device, rows=p.ndim > 0)}
+    return {name: Slot(tuple(p.shape), kind, p.device, rows=p.ndim > 0)
+            for name, kind in [*MASTERS.items()][:o["master_bits"] // 8]}
 
 
 def read_weight(p: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
     """The weight in the precision of the arithmetic, with the bits that the state keeps of it.
 
-    bits(fp32) = bits(bf16) 2^16 + master, or master 2^8 where that has 8 bits.
+    bits(fp32) = bits(bf16) 2^16 + master 2^8 + master_low.
     """
-    master = kept.get("master")
-    if master is None:
+    if "master" not in kept:
         return wide(p)
-    low = master.int() if master.dtype == torch.int16 else master.int() << 8
-    return torch.add((p.contiguous().view(torch.int16).int() << 16), low).view(torch.float32)
+    bits = (p.contiguous().view(torch.int16).int() << 16) + (kept["master"].int() << 8)
+    if "master_low" in kept:
+        bits += kept["master_low"]
+    return bits.view(torch.float32)
 
 
-def _split_weight(p: Tensor, x: Tensor, master: Tensor, random: Tensor | None) -> None:
-    """Write the nearest bf16 number to p and what it lacks to master; ties away from zero.
+def _split_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], random: Tensor | None) -> None:
+    """Write the nearest bf16 number to p and what it lacks to its masters; ties away from zero.
 
     Source: the split of master weights as in FlashOptim (databricks/flashoptim).
     """
@@ -45,14 +50,16 @@ def _split_weight(p: Tensor, x: Tensor, master: Tensor, random: Tensor | None) -
     top = torch.full((), 0x7F7F7E00, dtype=torch.int32, device=x.device).view(torch.float32)
     bits = torch.where(x.isfinite(), torch.minimum(torch.maximum(x, -top), top), x
                        ).contiguous().view(torch.int32)
-    eight = master.dtype == torch.int8
-    if eight:  # 24 bits of fp32 stay
+    if "master_low" not in kept:  # 24 bits of fp32 stay
         bits = (bits + (128 if random is None else random >> 8)) & -256
     upper = (bits + 0x8000) >> 16
     low = bits - (upper << 16)
     finite = x.isfinite()
     p.copy_(torch.where(finite, upper.to(torch.int16).view(torch.bfloat16), x.bfloat16()))
-    master.copy_(torch.where(finite, low >> 8 if eight else low, 0))
+    low = torch.where(finite, low, 0)
+    kept["master"].copy_(low >> 8)
+    if "master_low" in kept:
+        kept["master_low"].copy_(low & 255)
 
 
 def random_rounding(p: Matrices, o: Mapping[str, Any]) -> bool:
@@ -84,7 +91,7 @@ def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[st
         if random_rounding(p, o):
             random = random_bits16_ref(start, x.numel(), key_of(kept, o), (step, WEIGHT_STREAM),
                                        x.device).view(x.shape)
-        _split_weight(p, x, kept["master"], random)
+        _split_weight(p, x, kept, random)
         return
     if random_rounding(p, o):
         x = stochastic_round(x, p.dtype, start, key_of(kept, o), (step, WEIGHT_STREAM))

@@ -67,8 +67,6 @@ def placed(x: Tensor, mesh: DeviceMesh | None, places: list[Placement] | None = 
 
 
 def plain(x: Tensor) -> Tensor:
-    if x.dtype == torch.int16:  # which full_tensor does not gather
-        x = sharding.whole(x)
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
@@ -450,3 +448,24 @@ def saved(mesh: DeviceMesh, name: str, folder: str, steps: range, resume: bool, 
                 torch.save(state, f"{folder}/full.pt")
             torch.distributed.barrier(group=group)
     return {**outcome(optimizer, list(model.parameters())), "losses": losses}
+
+
+def masters_in_a_whole_state(mesh: DeviceMesh) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights in full precision after four steps, without and with a whole state in between."""
+    results = []
+    for resumed in (False, True):
+        model = fully_shard(network(torch.bfloat16), mesh=mesh)
+        optimizer = optimizer_of(model, "galoreadamw", master_bits=16)
+        for i in range(4):
+            if resumed and i == 2:
+                whole = StateDictOptions(full_state_dict=True)
+                saved = (get_model_state_dict(model, options=whole),
+                         get_optimizer_state_dict(model, optimizer, options=whole))
+                model = fully_shard(network(torch.bfloat16), mesh=mesh)
+                optimizer = optimizer_of(model, "galoreadamw", master_bits=16)
+                set_model_state_dict(model, saved[0], options=whole)
+                set_optimizer_state_dict(model, optimizer, saved[1], options=whole)
+            give(list(model.parameters()), i, mesh)
+            optimizer.step()
+        results.append([plain(optimizer.full_precision(p)) for p in model.parameters()])
+    return results[0], results[1]

@@ -143,7 +143,7 @@ def test_ranks_with_a_byte_or_a_number(pool, name, shapes, ranks, more):
 @pytest.mark.parametrize(("ranks", "places"), [
     (3, None), ((2, 2), [Shard(0), Shard(1)]), ((2, 2), [Replicate(), Shard(0)])], ids=str)
 def test_what_is_gathered_is_the_same_in_one_piece_or_with_others(pool, ranks, places, small):
-    """Split weights too, whose lower halves are of a type that nothing sends."""
+    """What split weights lack too."""
     given = {"name": "galoreadamw", "steps": 5, "dtype": torch.bfloat16, "shards": "whole",
              "master_bits": 16, "state_bits": 8, "basis_bits": 8}
     outs = pool.run(jobs.trained, ranks, **given, places=places, small=small)
@@ -356,6 +356,12 @@ def test_saved_on_three_ranks_continues_on_two(pool, straight, name, way, tmp_pa
     again, same = straight(name, 3), pool.run(jobs.saved, 3, **given, folder=str(second))
     assert_same([x["weights"] for x in again], [x["weights"] for x in same])
     assert_same([x["state"] for x in again], [x["state"] for x in same])
+
+
+def test_what_split_weights_lack_is_in_a_whole_state(pool):
+    for straight, resumed in pool.run(jobs.masters_in_a_whole_state, 2):
+        assert_same(straight, resumed)
+        assert any((x != x.bfloat16()).any() for x in straight)
 
 
 def test_a_damaged_shard_is_refused_on_every_rank(pool):
