@@ -147,13 +147,15 @@ def project(x: Matrices, r: int, *, kind: int, dim: int, norm: int, similarity: 
             choice minimizes what is left of x.
         similarity: ``"matmul"``, ``"fft"`` or ``"auto"``, how x Q is computed.
         old: the last choice, which stays where x is zero or not finite.
-        cut: which rows of a matrix x has, if not all, with ``dim=-1``; norms are summed over all.
+        cut: which rows of a matrix x has, if not all, or with ``dim=-2`` which ranks have some of
+            its columns each; norms are summed over all.
 
     Returns:
         Indices (..., r), int32, in ascending order, and R = x Q or Q^T x on them.
     """
     n, other = x.shape[dim], -1 if dim == -2 else -2
-    fast = by_fft(n, x, similarity)
+    # MKL refuses to transform nothing, which a rank without rows may have.
+    fast = by_fft(n, x, similarity) and x.numel() > 0
     if not fast and x.element_size() == 2 and use_triton(None, x.device):
         return _in_one_pass(x, r, kind, dim, norm, old, cut)
     x = codec.wide(stack(x))
@@ -172,9 +174,10 @@ def project(x: Matrices, r: int, *, kind: int, dim: int, norm: int, similarity: 
         scores = scores + sizes.sum(other - 1).flatten(-2)
         kept.append(full)
     assert isinstance(scores, Tensor)
+    scores = scores if place is None else scores[..., place]
     if cut is not None:
         scores = cut.sum(scores.double()).to(x.dtype)
-    index = _best(scores if place is None else scores[..., place], r, old)
+    index = _best(scores, r, old)
     at = index if place is None else place[index]
     low = torch.cat([_take(full, at, dim) for full in kept], other)
     if sign is not None:

@@ -237,7 +237,7 @@ class LowRankOptimizer(Batched, Ranked):
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         """R = G Q is a product of rows, R = P^T G a sum over them. New bases are of all rows,
-        unless they are drawn, or those of the right side are chosen by sums over rows.
+        unless they are drawn, or chosen by sums over rows or columns.
         """
         r, side = self.rank_and_side(p, o)
         shape = self.matrix_shape(p, o)
@@ -248,7 +248,8 @@ class LowRankOptimizer(Batched, Ranked):
             local = o["projection"] in ("dct", "random")
         else:  # R is whole on every rank, unless its moments have as many rows as p
             able = r < shape[0]
-            local = o["projection"] == "random" and o["moments"] != "rotate"
+            local = o["projection"] == "dct" or (
+                o["projection"] == "random" and o["moments"] != "rotate")
         return able and ((local and o["keep_energy"] is None) or not self.due(s, o, t))
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
@@ -395,8 +396,8 @@ class LowRankOptimizer(Batched, Ranked):
                     narrow = g.dtype if g.element_size() == 2 else torch.float32
                     basis = codec.read(s, f"basis_{name}", narrow)
                     basis = basis if basis.dtype == g.dtype else basis.to(g.dtype)
-                if rows is not None and name == "left" and len(basis) == m:
-                    basis = basis[rows.start:rows.start + g.shape[-2]]  # made whole
+                if rows is not None and name == "left" and len(basis) == m:  # made whole
+                    basis = rows.own(basis)
             bases.append(basis)
         return Bases(bases[0], bases[1], rows)
 
@@ -459,23 +460,29 @@ class LowRankOptimizer(Batched, Ranked):
         turns: list[Turn | None] = [None, None]
         writes: dict[str, Tensor] = {}
         low = None
-        r = min(o["rank"], *codec.whole_shape(g, s)[-2:])
+        rows, lengths = codec.rows_of(s), codec.whole_shape(g, s)[-2:]
+        r = min(o["rank"], *lengths)
         for number, side in enumerate(_SIDES):
             left, name = side == "left", f"columns_{side}"
             if name not in s:
                 continue
             old = stack(s[name])
-            index, part = dct.project(g, r, kind=o["dct_basis"], dim=-2 if left else -1,
+            # Who has some rows transforms all of some columns.
+            across = rows if left else None
+            index, part = dct.project(g if across is None else across.columns(g), r,
+                                      kind=o["dct_basis"], dim=-2 if left else -1,
                                       norm=o["column_norm"], similarity=o["similarity"],
-                                      old=old if born else None, cut=codec.rows_of(s))
+                                      old=old if born else None, cut=rows)
+            part = part if across is None else across.joined(part, g.shape[-1])
             if o["moments"] == "rotate" and born:
                 turns[number] = project.shift(old, index, left)
             if not born and not _learnt(part, s):
                 return None
-            new[number] = dct.columns(index, g.shape[-2 if left else -1], o["dct_basis"], g)
+            basis = dct.columns(index, lengths[number], o["dct_basis"], g)
+            new[number] = basis if across is None else across.own(basis)
             writes[name] = index
             low = part if low is None else low
-        bases = Bases(new[0], new[1], codec.rows_of(s))
+        bases = Bases(new[0], new[1], rows)
         assert low is not None
         if bases.left is not None and bases.right is not None:
             low = low @ bases.right.to(low.dtype)

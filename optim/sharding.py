@@ -64,6 +64,31 @@ class Rows(NamedTuple):
         torch.distributed.all_reduce(total, group=self.group)
         return total
 
+    def own(self, x: Tensor) -> Tensor:
+        """Of a whole matrix the rows of this rank."""
+        return x[self.start:self.start + self.counts[self.rank]]
+
+    def columns(self, x: Tensor) -> Tensor:
+        """All rows of this rank's share of the columns, of this rank's rows x (m_i, n): (m, c) with
+        c = ceil(n / W), zeros where there are no more columns.
+        """
+        ranks = len(self.counts)
+        each = math.ceil(x.shape[1] / ranks)
+        padded = torch.nn.functional.pad(x, (0, ranks * each - x.shape[1]))
+        sent = padded.unflatten(1, (ranks, each)).movedim(1, 0)
+        found = x.new_empty((self.total, each))
+        row = each * x.element_size()
+        come, gone = [row * count for count in self.counts], [row * len(x)] * ranks
+        torch.distributed.all_to_all_single(found.view(-1).view(torch.uint8), bytes_of(sent),
+                                            come, gone, group=self.group)
+        return found
+
+    def joined(self, x: Tensor, n: int) -> Tensor:
+        """n columns, of which each rank has such a share x, on every rank."""
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in self.counts]
+        torch.distributed.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, -1)[..., :n].contiguous()
+
     def max(self, x: Tensor) -> Tensor:
         """The largest x of all ranks, entry by entry."""
         most = x.clone(memory_format=torch.contiguous_format)
@@ -143,7 +168,7 @@ def keep(x: Tensor, value: Tensor) -> None:
     """Write a whole value to x: this rank's part of it if x is sharded. Sends nothing."""
     rows = rows_of(x)
     if rows is not None:
-        value = value[rows.start:rows.start + rows.counts[rows.rank]]
+        value = rows.own(value)
     elif is_sharded(x):
         from torch.distributed.tensor import distribute_tensor
 

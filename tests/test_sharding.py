@@ -131,6 +131,9 @@ def test_whole_shards_are_exact(pool, name):
 @pytest.mark.parametrize(("name", "shapes", "ranks", "more"), [
     ("galoreadamw", [(2, 64)], 2, {"basis_bits": 4}),  # whose codes are one byte on each rank
     ("galoreadamw", [(3, 64)], 3, {"basis_bits": 8, "rank": 1}),
+    ("dctadamw", [(6, 5)], 4, {"dct_basis": 3, "similarity": "fft"}),  # no rows on the last rank
+    # of whose columns some ranks transform none
+    ("dctadamw", [(9, 2), (9, 1), (12, 5)], 4, {"proj_type": "left", "update_proj_gap": 1}),
     ("trion-bfloat16", [(5, 1), (1, 5), (1, 1)], 3, {}), ("muon", [(5, 1), (1, 5), (1, 1)], 3, {}),
     ("polargrad", [(5, 1), (1, 5), (1, 1)], 4, {})], ids=str)
 def test_ranks_with_a_byte_or_a_number(pool, name, shapes, ranks, more):
@@ -196,6 +199,9 @@ def test_metrics_are_of_whole_matrices(pool, name, ranks, places):
     ("galoreadamw", {"proj_type": "left"}, [3 * 8] * 2, [3 * 8]),  # moments; P^T G
     ("galoreadamw", {"proj_type": "full"}, [3 * 3] * 2 + [8 * 3], [3 * 8]),
     ("dctadamw", {"proj_type": "right", "update_proj_gap": 200}, [], []),
+    ("dctadamw", {"proj_type": "left", "update_proj_gap": 200}, [3 * 8] * 2, [3 * 8]),
+    ("dctadamw", {"proj_type": "left", "update_proj_gap": 1}, [3 * 8] * 2, [11]),  # of each row
+    ("dctadamw", {"proj_type": "full", "update_proj_gap": 1}, [3 * 3] * 2, [11, 8]),
     ("firaadamw-svd", {"proj_type": "right"}, [8 * 3], [1, 1]),  # a mean, the residual's size
     ("firaadamw-svd", {"proj_type": "left"}, [3 * 8] * 2, [3 * 8, 8]),  # norms of G's columns
     ("frugal", {"proj_type": "left"}, [3 * 8] * 2, [3 * 8]),
