@@ -88,8 +88,8 @@ def trained(mesh: DeviceMesh | None, name: str, steps: int = 20, dtype: torch.dt
     return outcome(optimizer, ps)
 
 
-def by_kernels(mesh: DeviceMesh, name: str, dtype: torch.dtype, shapes: Any, together: bool
-               ) -> dict[str, Any]:
+def by_kernels(mesh: DeviceMesh, name: str, dtype: torch.dtype, shapes: Any, together: bool,
+               spread: int = 1 << 20) -> dict[str, Any]:
     """The same through kernels, as on GPUs, and how many parameters were updated at once."""
     case, found = case_of(name), []
     inner = case.make._step_batch
@@ -106,8 +106,8 @@ def by_kernels(mesh: DeviceMesh, name: str, dtype: torch.dtype, shapes: Any, tog
             patch.setattr(batches, "_by_address", lambda p, g: False)
         patch.setattr(case.make, "_step_batch", counted)
         more = {"update_proj_gap": 3} if case.option("update_proj_gap") else {}
-        # What is gathered would go alone.
-        out = trained(mesh, name, 4, dtype, shapes, spread=1 << 20, **more)
+        # What is gathered goes alone: by default nothing is.
+        out = trained(mesh, name, 4, dtype, shapes, spread=spread, **more)
     return {**out, "found": found}
 
 

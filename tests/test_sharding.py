@@ -82,7 +82,7 @@ def test_rows_of_several_go_together(pool, name, dtype):
 
     Seven rows are three, three and one; of one row all but one rank have nothing.
     """
-    shapes = [(7, 5), (5, 7), (7, 5), (6,), (7, 5), (6,), (1, 5), (1, 5)]
+    shapes = [(7, 5), (5, 7), (7, 5), (6,), (7, 5), (6,), (1, 5), (1, 5), (5, 7)]
     given = {"name": name, "dtype": dtype, "shapes": shapes}
     apart, together = (pool.run(jobs.by_kernels, 3, together=x, **given) for x in (False, True))
     for a, b in zip(apart, together, strict=True):
@@ -94,6 +94,17 @@ def test_rows_of_several_go_together(pool, name, dtype):
     case = jobs.case_of(name)
     rows = case.make.__name__ in ("GaLoreAdamW", "AdamW", "AdamW8bit")
     assert max(together[0]["found"]) >= (3 if rows else 2)
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="needs triton's interpreter")
+def test_what_is_gathered_goes_alone(pool):
+    """Ranks need not agree on who goes with whom, and all must gather."""
+    given = {"name": "galoreadamw-8bit", "dtype": torch.bfloat16, "shapes": [(7, 5)] * 3,
+             "spread": 1}
+    apart, together = (pool.run(jobs.by_kernels, 3, together=x, **given) for x in (False, True))
+    for a, b in zip(apart, together, strict=True):
+        assert max(b["found"]) == 1
+        assert_same([a["weights"], a["state"]], [b["weights"], b["state"]])
 
 
 def exact(name: str) -> bool:
@@ -131,12 +142,13 @@ def test_whole_shards_are_exact(pool, name):
 @pytest.mark.parametrize(("name", "shapes", "ranks", "more"), [
     ("galoreadamw", [(2, 64)], 2, {"basis_bits": 4}),  # whose codes are one byte on each rank
     ("galoreadamw", [(3, 64)], 3, {"basis_bits": 8, "rank": 1}),
+    ("galoreadamw", [(5, 9), (9, 5)], 3, {"projection": "random", "moments": "rotate"}),
     ("dctadamw", [(6, 5)], 4, {"dct_basis": 3, "similarity": "fft"}),  # no rows on the last rank
     # of whose columns some ranks transform none
     ("dctadamw", [(9, 2), (9, 1), (12, 5)], 4, {"proj_type": "left", "update_proj_gap": 1}),
     ("trion-bfloat16", [(5, 1), (1, 5), (1, 1)], 3, {}), ("muon", [(5, 1), (1, 5), (1, 1)], 3, {}),
     ("polargrad", [(5, 1), (1, 5), (1, 1)], 4, {})], ids=str)
-def test_ranks_with_a_byte_or_a_number(pool, name, shapes, ranks, more):
+def test_odd_cases_on_several_ranks(pool, name, shapes, ranks, more):
     given = {"name": name, "shapes": shapes, "steps": 6, **more}
     outs = pool.run(jobs.trained, ranks, **given)
     assert_close(jobs.trained(None, **given), outs, False)
