@@ -359,13 +359,6 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             apart = p.ndim > 1 or not any(slot.bits for slot in self._layouts[p].values())
         return rows if apart else None
 
-    def _spread(self, p: Tensor) -> list[str]:
-        """Names in the state of a sharded p of what ranks have parts of that are not its rows."""
-        if not sharding.is_sharded(p):
-            return []
-        return [name for key, slot in self._layouts[p].items() if slot.spread
-                for name in codec.stored(key, slot)]
-
     def _step_batch(self, batch: Sequence[Work]) -> Waiting[None]:
         """From gradient to parameter, for one parameter or several that are alike.
 
@@ -375,7 +368,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         state, rows = self.state[p], self._rows(p, o)
         # On the host, or where it is captured a tensor.
         t: Any = state["step"].long() + 1 if o["capturable"] else int(state["step"]) + 1
-        spread = self._spread(p)
+        spread = self._layouts.spread(p)
         x, g, stored = operands(batch, [self.state[w.p] for w in batch], spread, rows)
         if self._reason(p, o) is not None:
             step_adamw(x, g, stored, self._layouts[p], o, t, rows)

@@ -150,7 +150,7 @@ def _held(optimizer: MatrixOptimizer, w: Work, p: Tensor, g: Tensor, dense: bool
     rows = None
     if p is not w.p:
         rows = optimizer._rows(w.p, o)
-        if rows is None or optimizer._spread(w.p):  # gathered, one after the other
+        if rows is None or optimizer._layouts.spread(w.p):  # gathered, one after the other
             return 0, None
     common: Hashable = False
     if dense:  # whose updates hold next to nothing

@@ -78,6 +78,13 @@ class Layouts:
         """The slots of a parameter, a quantized moment as one."""
         return self._slots[p]
 
+    def spread(self, p: Tensor) -> list[str]:
+        """Names in the state of a sharded p of what ranks have parts of that are not its rows."""
+        if not sharding.is_sharded(p):
+            return []
+        return [name for key, slot in self._slots[p].items() if slot.spread
+                for name in codec.stored(key, slot)]
+
     def _structure(self, o: Mapping[str, Any]) -> tuple[Any, ...]:
         """All of a group's options that slots depend on."""
         return tuple([o[k] is None if number else o[k] for k, number in self._kinds])

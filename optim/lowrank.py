@@ -396,8 +396,8 @@ class LowRankOptimizer(Batched, Ranked):
                     narrow = g.dtype if g.element_size() == 2 else torch.float32
                     basis = codec.read(s, f"basis_{name}", narrow)
                     basis = basis if basis.dtype == g.dtype else basis.to(g.dtype)
-                if rows is not None and name == "left" and len(basis) == m:  # made whole
-                    basis = rows.own(basis)
+                if rows is not None and name == "left" and o["projection"] in ("dct", "random"):
+                    basis = rows.own(basis)  # of what is not stored
             bases.append(basis)
         return Bases(bases[0], bases[1], rows)
 
