@@ -28,7 +28,7 @@ from .livebytes import LiveBytes
 from .llama import Llama
 from .shapes import LLAMA, PAPER_RANK
 
-__all__ = ["main", "measure"]
+__all__ = ["held", "main", "measure"]
 
 #: Contestants: class, what works in the backward pass, micro-batches a step.
 CONTESTANTS: dict[str, tuple[str, int]] = {
@@ -49,7 +49,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [x for part in value for x in _tensors(part)] if isinstance(value, tuple) else []
 
 
-def _held(model: nn.Module, optimizer: MatrixOptimizer, handle: Any) -> int:
+def held(model: nn.Module, optimizer: MatrixOptimizer, handle: Any) -> int:
     """Bytes of gradients, of their buffers and of what waits for the step; storages once."""
     found = [p.grad for p in model.parameters() if p.grad is not None]
     for state in optimizer.state.values():
@@ -70,7 +70,7 @@ def measure(name: str, size: str, vocabulary: int, rank: int, steps: int = 3, ti
 
     def count(_: Tensor) -> None:
         nonlocal peak
-        peak = max(peak, _held(model, optimizer, handle))
+        peak = max(peak, held(model, optimizer, handle))
 
     for p in model.parameters():  # before the optimizer's own hooks
         p.register_post_accumulate_grad_hook(count)

@@ -1,6 +1,11 @@
-"""Bytes that a rank gives to reductions under DDP, with projected gradients and without.
+"""Bytes of data parallelism: what a rank gives to reductions, and what it keeps of gradients.
 
-python -m lissom.bench.comm --json bench/results/comm-60m-cpu.json
+DistributedDataParallel, its hook that sends projected gradients, and no DDP at all, where the
+backward pass averages gradients. What is kept is counted as each gradient is complete: every
+``p.grad``, which with ``gradient_as_bucket_view`` is a view of DDP's buckets, and buffers of
+projections.
+
+    python -m lissom.bench.comm --json bench/results/comm-60m-cpu.json
 """
 
 from __future__ import annotations
@@ -17,46 +22,69 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optim import GaLoreAdamW, param_groups
+from ..optim import GaLoreAdamW, param_groups, project_in_backward, update_in_backward
 from ..optim.ddp import projected_allreduce
 from . import names
+from .backward import held
 from .llama import Llama
 from .shapes import LLAMA, PAPER_RANK
 
-__all__ = ["main"]
+__all__ = ["WAYS", "main"]
+
+#: Who averages gradients.
+WAYS = ("ddp", "projected_allreduce", "project_in_backward", "update_in_backward")
 
 
 def _train(rank: int, ranks: int, folder: str, size: str, vocabulary: int, r: int, steps: int,
-           projected: bool) -> None:
+           way: str) -> None:
     """One rank; rank 0 leaves a row per step in the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                             world_size=ranks)
     model = Llama(replace(LLAMA[size], vocabulary=vocabulary))
     model.initialize(torch.Generator().manual_seed(0))
-    wrapped = DistributedDataParallel(model)
     # Where a gradient has no part Adam divides rounding by its own size; eps holds that down, so
-    # that the weights of the two paths can be compared.
+    # that the weights of the ways can be compared.
     optimizer = GaLoreAdamW(param_groups(model, r), lr=1e-2, eps=1e-4)
-    counts = projected_allreduce(optimizer, wrapped) if projected else None
+    whole = sum(p.nbytes for p in model.parameters())
+    peak = 0
+    called: nn.Module = model
+
+    def count(_: Tensor) -> None:
+        nonlocal peak
+        peak = max(peak, held(model, optimizer, handle))
+
+    for p in model.parameters():  # before the optimizer's own hooks
+        p.register_post_accumulate_grad_hook(count)
+    handle: Any = None
+    counts: Any = None
+    if way == "project_in_backward":
+        handle = counts = project_in_backward(optimizer, process_group=dist.group.WORLD)
+    elif way == "update_in_backward":
+        handle = counts = update_in_backward(optimizer, process_group=dist.group.WORLD)
+    else:
+        # Else there are buckets beside the gradients.
+        called = wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if way == "projected_allreduce":
+            counts = projected_allreduce(optimizer, wrapped)
     generator = torch.Generator().manual_seed(1 + rank)
     rows = []
     for step in range(steps):
-        before = (counts.bytes_sent, counts.bytes_plain) if counts else (0, 0)
+        before, peak = (counts.bytes_sent if counts else 0), 0
         tokens = torch.randint(vocabulary, (2, 129), generator=generator)
-        logits = wrapped(tokens[:, :-1])
+        logits = called(tokens[:, :-1])
         nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if counts:
-            rows.append({"step": step, "bytes_sent": counts.bytes_sent - before[0],
-                         "bytes_plain": counts.bytes_plain - before[1]})
+        sent = counts.bytes_sent - before if counts else whole
+        rows.append({"step": step, "bytes_sent": sent, "bytes_plain": whole,
+                     "gradient_bytes": peak})
     if rank == 0:
-        Path(folder, f"{projected}.json").write_text(json.dumps(rows))
-        torch.save([p.detach() for p in model.parameters()], Path(folder, f"{projected}.pt"))
+        Path(folder, "rows.json").write_text(json.dumps(rows))
+        torch.save([p.detach() for p in model.parameters()], Path(folder, "weights.pt"))
     dist.destroy_process_group()
 
 
@@ -74,25 +102,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     r = args.rank or PAPER_RANK[args.size]
     out: list[dict[str, Any]] = []
     for vocabulary in args.vocabulary:
-        weights = []
-        for projected in (False, True):
+        plain: list[Tensor] = []
+        for way in WAYS:
             with tempfile.TemporaryDirectory() as folder:
                 mp.start_processes(  # type: ignore[attr-defined, no-untyped-call]
-                    _train, (args.ranks, folder, args.size, vocabulary, r, args.steps, projected),
+                    _train, (args.ranks, folder, args.size, vocabulary, r, args.steps, way),
                     nprocs=args.ranks)
-                weights.append(torch.load(Path(folder, f"{projected}.pt"), weights_only=True))
-                rows = json.loads(Path(folder, f"{projected}.json").read_text())
-        off = max(float((a - b).norm() / a.norm()) for a, b in zip(*weights, strict=True))
-        for row in rows:
-            row |= {"model": args.size, "vocabulary": vocabulary, "rank": r, "gap": 200,
-                    "ranks": args.ranks, "share": row["bytes_sent"] / row["bytes_plain"],
-                    "weights_off": off, "command": names.command("comm", argv),
-                    "provider": "lissom", "device": "cpu", "machine": platform.machine(),
-                    "torch": torch.__version__, "commit": names.commit()}
-            print(f"{vocabulary} tokens, step {row['step']}: {row['bytes_sent'] / 1e6:.2f} MB of "
-                  f"{row['bytes_plain'] / 1e6:.2f} ({100 * row['share']:.1f} %)", flush=True)
-        print(f"  weights after {args.steps} steps: off by at most {off:.1e} of a tensor's norm")
-        out += rows
+                weights = torch.load(Path(folder, "weights.pt"), weights_only=True)
+                rows = json.loads(Path(folder, "rows.json").read_text())
+            plain = plain or weights
+            off = max(float((a - b).norm() / a.norm()) for a, b in zip(plain, weights, strict=True))
+            for row in rows:
+                row |= {"way": way, "model": args.size, "vocabulary": vocabulary, "rank": r,
+                        "gap": 200, "ranks": args.ranks,
+                        "share": row["bytes_sent"] / row["bytes_plain"], "weights_off": off,
+                        "command": names.command("comm", argv), "provider": "lissom",
+                        "device": "cpu", "machine": platform.machine(), "torch": torch.__version__,
+                        "commit": names.commit()}
+                print(f"{way}, {vocabulary} tokens, step {row['step']}: "
+                      f"{row['bytes_sent'] / 1e6:.2f} MB of {row['bytes_plain'] / 1e6:.2f} "
+                      f"({100 * row['share']:.1f} %) sent, "
+                      f"{row['gradient_bytes'] / 1e6:.2f} MB of gradients kept", flush=True)
+            print(f"  weights after {args.steps} steps: at most {off:.1e} of a tensor's norm off")
+            out += rows
     if args.json:
         Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
     return 0

@@ -1,12 +1,7 @@
-"""Work in the backward pass, so that gradients never pile up.
-
-:func:`project_in_backward` projects each gradient as soon as it is ready; the step works from the
-projections. :func:`update_in_backward` applies the whole update there.
-"""
+"""Gradients that are projected as soon as they are ready; the step works from the projections."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +10,7 @@ from torch import Tensor
 
 from . import codec, sharding
 from .apply import Update, negated
-from .base import MatrixOptimizer, numbers, spoilt
+from .base import MatrixOptimizer
 from .batches import Work
 from .checks import check_gradient
 from .codec import Slot, State
@@ -23,14 +18,12 @@ from .hooks import NORM, InBackward, checked_optimizer, clip, forget_scaler
 from .lowrank import LowRankOptimizer, Projected
 from .options import boolean, integer, optional
 from .project import Bases
+from .replicas import Replicas, Sent, replicas_of
 
-__all__ = ["ProjectInBackward", "UpdateInBackward", "project_in_backward", "update_in_backward"]
+__all__ = ["ProjectInBackward", "project_in_backward"]
 
 # Of what a refresh writes: not read before the step that counts it, if there was no basis yet.
 _BASES = ("basis_left", "basis_right", "columns_")
-
-
-# -------------------------------------------------------------------- projected gradients
 
 
 class ProjectInBackward(InBackward):
@@ -40,8 +33,8 @@ class ProjectInBackward(InBackward):
     optimizer: LowRankOptimizer
 
     def __init__(self, optimizer: LowRankOptimizer, accumulation: int, limit: float | None,
-                 exact: bool, scaler: Any) -> None:
-        super().__init__(optimizer)
+                 exact: bool, scaler: Any, replicas: Replicas | None) -> None:
+        super().__init__(optimizer, replicas)
         self.accumulation, self.limit, self.exact, self.scaler = accumulation, limit, exact, scaler
         # Refreshes that were computed in a hook; the step writes them.
         self._pending: dict[Tensor, Projected] = {}
@@ -49,6 +42,11 @@ class ProjectInBackward(InBackward):
         self._kept: dict[Tensor, int] = {}
         # With ``exact``: norms of the full gradients.
         self._norms: dict[Tensor, Tensor] = {}
+        # With replicas: micro-batches of parameters that get AdamW; whose gradients are means over
+        # ranks, or will be when what is on its way has arrived.
+        self._dense: dict[Tensor, int] = {}
+        self._averaged: set[Tensor] = set()
+        self._sent: list[Sent] = []
         self._unscaled = False
         # GradScaler keeps its records by optimizer: this stands for one that has the buffers.
         self._stand_in = _StandIn()
@@ -93,27 +91,32 @@ class ProjectInBackward(InBackward):
     def ready(self, p: Tensor) -> None:
         optimizer, g = self.optimizer, p.grad
         name, o = self.place(p)
-        if g is None or optimizer._reason(p, o) is not None:
+        dense = optimizer._reason(p, o) is not None
+        if g is None or (dense and self.replicas is None):
             return
         check_gradient(p, g, name)
         stored = optimizer.state[p]
-        count, t = int(stored["projected_count"]), int(stored["step"]) + 1
-        if self._unscaled:
-            raise RuntimeError(f"{self.name}: {name!r} got a gradient after unscale_(); take the "
-                               "step with grad_scaler.step(optimizer) before")
-        if count + self._kept.get(p, 0) >= self.accumulation:
-            raise RuntimeError(
-                f"{self.name}: {name!r} got a gradient from micro-batch {self.accumulation + 1}, "
-                f"but accumulation={self.accumulation}; call step() or zero_grad() of the "
-                "optimizer before, or give a larger accumulation")
-        if self.accumulation > 1 and optimizer.due(stored, o, t):
+        count = 0 if dense else int(stored["projected_count"])
+        number = 1 + count + self._kept.get(p, 0) + self._dense.get(p, 0)
+        self._check_number(p, name, number)
+        if dense:
+            self._dense[p] = number
+            self._keep(p, g, number)
+            return
+        t = int(stored["step"]) + 1
+        due = optimizer.due(stored, o, t)
+        if self.accumulation > 1 and due:
             if count:
                 raise RuntimeError(
                     f"{self.name}: {name!r} would get a new basis in the middle of an "
                     "accumulation, as update_proj_gap or refresh has changed; change them after "
                     "step()")
-            self._kept[p] = self._kept.get(p, 0) + 1
+            self._kept[p] = number
+            self._keep(p, g, number)
             return
+        if due and self.replicas is not None:  # all ranks find the same basis
+            self.replicas.send(g).arrive()
+            self._averaged.add(p)
         shape = optimizer.matrix_shape(p, o)
         s = codec.Decoded(stored, optimizer._layouts[p], p)
         s["weight"] = p.reshape(shape)
@@ -126,6 +129,51 @@ class ProjectInBackward(InBackward):
             stored[slot].add_(x) if count else stored[slot].copy_(x)
         stored["projected_count"] += 1
         p.grad = None
+        if number == self.accumulation:
+            self._send(p, self._waiting(p))
+
+    def _check_number(self, p: Tensor, name: str, number: int) -> None:
+        """Refuse a gradient that comes after its step's last; raises RuntimeError."""
+        if self._unscaled:
+            raise RuntimeError(f"{self.name}: {name!r} got a gradient after unscale_(); take the "
+                               "step with grad_scaler.step(optimizer) before")
+        if number > self.accumulation:
+            raise RuntimeError(
+                f"{self.name}: {name!r} got a gradient from micro-batch {self.accumulation + 1}, "
+                f"but accumulation={self.accumulation}; call step() or zero_grad() of the "
+                "optimizer before, or give a larger accumulation")
+        if p in self._averaged:
+            raise RuntimeError(f"{self.name}: {name!r} got a gradient after the mean over ranks "
+                               "had been taken; call step() or zero_grad() of the optimizer before")
+
+    # ---------------------------------------------------------------- ranks
+
+    def _keep(self, p: Tensor, g: Tensor, number: int) -> None:
+        """Send a gradient that stays in ``p.grad`` if it is complete."""
+        # GradScaler writes to p.grad before step() is called.
+        if number == self.accumulation and self.scaler is None:
+            self._send(p, [g])
+
+    def _send(self, p: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Begin to average what there is of p's gradient, once."""
+        if self.replicas is not None and p not in self._averaged:
+            self._averaged.add(p)
+            self._sent += map(self.replicas.send, tensors)
+
+    def _arrive(self) -> None:
+        """Wait for what is on its way."""
+        for sent in self._sent:
+            sent.arrive()
+        self._sent.clear()
+
+    def _average(self) -> None:
+        """Make all gradients means over ranks, those of a step that comes early too."""
+        if self.replicas is None:
+            return
+        for _, p, _ in self.optimizer._named():
+            if waiting := self._waiting(p) or ([] if p.grad is None else [p.grad]):
+                self._send(p, waiting)
+        self._arrive()
 
     @staticmethod
     def _early(space: Projected, s: State) -> Projected:
@@ -146,22 +194,29 @@ class ProjectInBackward(InBackward):
         return space._replace(bases=Bases(None, None), turns=None, writes=writes)
 
     def gradient(self, p: Tensor) -> Tensor | None:
-        stored = self.optimizer.state.get(p, {})
-        if "projected_count" not in stored or not int(stored["projected_count"]):
+        waiting = self._waiting(p)
+        if not waiting:
             return p.grad
         if p.grad is not None:
             raise RuntimeError(f"{self.name}: {self.place(p)[0]!r} has a gradient beside what is "
                                "in its buffer; set p.grad only before backward")
-        buffer: Tensor = stored["projected"]
+        buffer: Tensor = self.optimizer._held[p]["projected"]
         return buffer
+
+    def _waiting(self, p: Tensor) -> list[Tensor]:
+        """The buffers in which p's gradient waits, if it does."""
+        stored = self.optimizer._held.get(p, {})
+        if "projected_count" not in stored or not int(stored["projected_count"]):
+            return []
+        return [x for k, x in stored.items()
+                if k.startswith("projected") and k != "projected_count"]
 
     def _buffers(self) -> list[Tensor]:
         """Everything in which gradients wait, and the norms that stand for them."""
         found: list[Tensor] = []
-        for p, stored in self.optimizer._held.items():
-            if "projected_count" in stored and int(stored["projected_count"]):
-                found += [x for k, x in stored.items()
-                          if k.startswith("projected") and k != "projected_count"]
+        for p in self.optimizer._held:
+            if waiting := self._waiting(p):
+                found += waiting
                 found += [self._norms[p]] if p in self._norms else []
         return found
 
@@ -204,6 +259,7 @@ class ProjectInBackward(InBackward):
 
     @torch.no_grad()
     def _clip(self, limit: float) -> Tensor:
+        self._average()
         parts: list[Tensor] = []
         buffers = self._buffers()
         dense: list[Tensor] = []
@@ -226,6 +282,7 @@ class ProjectInBackward(InBackward):
         if self.scaler is None:
             raise RuntimeError("unscale_: project_in_backward(...) was not given grad_scaler=")
         if self.scaler.is_enabled():
+            self._average()
             self.scaler.unscale_(self.optimizer)
             self._unscale_buffers()
 
@@ -241,17 +298,27 @@ class ProjectInBackward(InBackward):
         if not called and scaler is not None and scaler.is_enabled():
             raise RuntimeError(f"{self.name}: with grad_scaler= the step is taken by "
                                "grad_scaler.step(optimizer)")
-        if not called:
-            return True
-        if scaler is None:
+        if called and scaler is None:
             forget_scaler(optimizer)
             raise RuntimeError(f"{self.name}: a GradScaler takes this step, but it cannot reach "
                                "the buffers; give project_in_backward(..., grad_scaler=scaler)")
+        if called and self.replicas is not None and not self._unscaled and (
+                optimizer.__dict__["grad_scale"] is None):
+            forget_scaler(optimizer)
+            raise RuntimeError(f"{self.name}: gradients were unscaled before their mean over ranks "
+                               "was taken, so that what the scaler found is this rank's alone; "
+                               "call unscale_() of this handle instead of the scaler's")
+        self._average()
+        if not called:
+            return True
         if optimizer.__dict__["grad_scale"] is not None:  # unscale_() was not called
             scaler.unscale_(optimizer)
         if not self._unscaled:
             self._unscale_buffers()
-        if not float(optimizer.__dict__["found_inf"]) and _finite(self._buffers()):
+        found = self._buffers()
+        if self.replicas is not None:  # what the scaler has seen may be this rank's alone
+            found += [p.grad for _, p, _ in optimizer._named() if p.grad is not None]
+        if not float(optimizer.__dict__["found_inf"]) and _finite(found):
             return True
         self.clear()
         return False
@@ -268,6 +335,8 @@ class ProjectInBackward(InBackward):
             stored["projected_count"].zero_()
         self._pending.pop(p, None)
         self._norms.pop(p, None)
+        self._dense.pop(p, None)
+        self._averaged.discard(p)
         if self._kept.pop(p, 0):
             p.grad = None
 
@@ -275,6 +344,7 @@ class ProjectInBackward(InBackward):
         self._unscaled = False
 
     def clear(self) -> None:
+        self._arrive()
         for p in list(self.optimizer._held):
             self.consumed(p)
         self._unscaled = False
@@ -285,11 +355,17 @@ class ProjectInBackward(InBackward):
                 f"{self.name}: {self.place(next(iter(self._pending)))[0]!r} has a new basis, which "
                 "is written by step(), so the state cannot be saved between backward and step(); "
                 "save it after step(), or after zero_grad() of the optimizer")
+        waits = self._buffers() or self._averaged or self._kept or self._dense
+        if self.replicas is not None and waits:
+            raise RuntimeError(
+                f"{self.name}: gradients wait, of which each rank has its own part or which are on "
+                "their way, so the state cannot be saved between backward and step() with a "
+                "process_group; save it after step(), or after zero_grad() of the optimizer")
 
     def loaded(self) -> None:
-        self._pending.clear()
-        self._kept.clear()
-        self._norms.clear()
+        self._arrive()
+        for kept in (self._pending, self._kept, self._norms, self._dense, self._averaged):
+            kept.clear()
         self._unscaled = False
 
 
@@ -316,7 +392,7 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
 
 def project_in_backward(
     optimizer: MatrixOptimizer, accumulation: int = 1, *, max_grad_norm: float | None = None,
-    exact_norm: bool = False, grad_scaler: Any = None,
+    exact_norm: bool = False, grad_scaler: Any = None, process_group: Any = None,
 ) -> ProjectInBackward:
     """Project each gradient of a low-rank matrix as soon as it is ready, and free it.
 
@@ -340,20 +416,27 @@ def project_in_backward(
             for one micro-batch. Default False: by the norm of what is left of them.
         grad_scaler: the ``torch.amp.GradScaler`` that takes the steps; with it, call
             ``handle.unscale_()`` where you would call ``grad_scaler.unscale_(optimizer)``.
+        process_group: ranks that each have the whole model, not wrapped in anything, and their own
+            part of the batch: the step is that of the mean of their gradients, as under DDP, and
+            the same on all. Of a matrix the mean of R is taken, of one that is refreshed, and of
+            what gets AdamW, that of G: with the last micro-batch, while the backward pass goes on.
+            Each rank must run the same graph. Default None: one process.
 
     Returns:
-        A handle with ``remove()``, ``clip_grad_norm_(max_norm)`` and ``unscale_()``; as a context
-        manager it removes itself.
+        A handle with ``remove()``, ``clip_grad_norm_(max_norm)``, ``unscale_()`` and
+        ``bytes_sent``; as a context manager it removes itself.
 
     Raises:
         TypeError, ValueError: an argument, or a parameter with whose options this cannot work:
             ``residual``, ``error_feedback_bits``, rules of whole matrices; with accumulation
             ``update_proj_gap`` not above it and ``refresh="synchronous"``; sharded parameters, and
-            any others where there are several processes, as under DDP.
+            any others where there are several processes, as under DDP, without ``process_group``;
+            with it weights that differ between ranks, and ``exact_norm``.
         RuntimeError: the optimizer has such a handle already. Later: more micro-batches than
             ``accumulation``, a gap that is changed between two of one step so that this one
             refreshes the basis, a closure, a GradScaler that was not given here, a state that is
-            saved between the backward pass and the step of a refresh.
+            saved between the backward pass and the step of a refresh, or with ``process_group`` of
+            any.
 
     A step uses the buffers up, taken or skipped; ``zero_grad()`` of the optimizer empties them,
     that of a module does not know of them. A saved state has the buffers but not ``p.grad``: in
@@ -368,6 +451,10 @@ def project_in_backward(
         raise ValueError(f"{where}: exact_norm=True, but it must be False with "
                          f"accumulation={accumulation}: the norm of a sum of gradients does not "
                          "follow from theirs, and the sum is kept in its projection alone")
+    replicas = replicas_of(process_group, where)
+    if exact_norm and replicas is not None:
+        raise ValueError(f"{where}: exact_norm=True, but it must be False with a process_group: "
+                         "the norm of a mean of gradients does not follow from theirs")
     if not callable(getattr(grad_scaler, "unscale_", None)) and grad_scaler is not None:
         raise TypeError(f"{where}: grad_scaler is a {type(grad_scaler).__name__}, but it must be a "
                         "torch.amp.GradScaler")
@@ -382,114 +469,5 @@ def project_in_backward(
         raise ValueError(f"{where}: {type(optimizer).__name__} has no low-rank matrix here, so "
                          "there is nothing to project; give rank= to a low-rank class, or use "
                          "update_in_backward(optimizer)")
-    return ProjectInBackward(optimizer, accumulation, limit, exact_norm, grad_scaler).attach()
-
-
-# -------------------------------------------------------------------- updates
-
-
-class UpdateInBackward(InBackward):
-    """Handle of :func:`update_in_backward`."""
-
-    name = "update_in_backward"
-
-    def __init__(self, optimizer: MatrixOptimizer, limit: float | None) -> None:
-        super().__init__(optimizer)
-        self.limit = limit
-        self._done: set[Tensor] = set()
-        self._warned = False
-
-    def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
-        if o["nonfinite"] == "skip":
-            raise ValueError(
-                f"{self.name}: {name!r} has nonfinite='skip', but it must be 'propagate' or "
-                "'raise': parameters before it have moved when a NaN is seen, so no whole step "
-                "can be skipped; 'raise' stops before that parameter is written")
-
-    def ready(self, p: Tensor) -> None:
-        optimizer, g = self.optimizer, p.grad
-        name, o = self.place(p)
-        if g is None:
-            return
-        if p in self._done:
-            how = ("call model.set_requires_gradient_sync(False) before all micro-batches but the "
-                   "last, and (True) before that" if sharding.is_sharded(p) else
-                   "use project_in_backward(optimizer, accumulation), or ordinary steps where it "
-                   "is refused")
-            raise RuntimeError(
-                f"{self.name}: {name!r} got a second gradient before step(), but it was updated "
-                "with the first: call step() after each backward pass; to accumulate gradients "
-                f"{how}")
-        check_gradient(p, g, name)
-        work = Work(name, p, g, numbers(o))
-        spoilt([work])
-        if self.limit is not None:
-            clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
-        moved: list[str] = []
-        try:
-            optimizer._run([[work]], moved)
-        finally:
-            if moved:  # a failure later than that, in a measurement, does not bring it back
-                self._done.add(p)
-                p.grad = None
-
-    def begin(self, closure: Any) -> bool:
-        super().begin(closure)
-        if "found_inf" in self.optimizer.__dict__:
-            forget_scaler(self.optimizer)
-            raise RuntimeError(
-                f"{self.name}: a GradScaler takes this step, but the parameters have moved already,"
-                " by scaled gradients; use bf16, which needs no scaler, or "
-                "project_in_backward(optimizer, grad_scaler=scaler)")
-        return True
-
-    def before(self, work: Sequence[Work]) -> None:
-        if work and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self.name}: step() found gradients that no backward pass had put there, of "
-                f"{', '.join(repr(w.name) for w in work[:3])}; it applies them as always",
-                stacklevel=5)
-
-    def end(self) -> None:
-        self._done.clear()
-
-    def loaded(self) -> None:
-        self._done.clear()
-
-
-def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | None = None
-                       ) -> UpdateInBackward:
-    """Update each parameter as soon as its gradient is ready, and free that.
-
-    One gradient exists at a time. ``step()`` must follow each backward pass: it counts the step
-    for schedulers, and does nothing else. Options are read when the hook runs, so schedules hold;
-    state is the ordinary one, and a run may go on with or without this. Under FSDP2 micro-batches
-    before which ``set_requires_gradient_sync(False)`` was called are summed by FSDP2, unsharded,
-    and the hook runs once, with their sum.
-
-    Args:
-        optimizer: any class of this package but those that move parameters together
-            (SwitchLoRA).
-        max_grad_norm: clip each parameter's gradient to this norm, > 0. There is no joint norm:
-            the first parameters have moved before the last gradients are known. Default None.
-
-    Returns:
-        A handle with ``remove()``; as a context manager it removes itself.
-
-    Raises:
-        TypeError, ValueError: an argument; ``nonfinite="skip"``; parameters that act together;
-            parameters that are not sharded where there are several processes, as under DDP.
-        RuntimeError: the optimizer has such a handle already. Later: a second gradient before
-            ``step()``, a closure, a GradScaler. ``FloatingPointError`` from ``backward()``: a
-            NaN or Inf with ``nonfinite="raise"``; that parameter is not written, those whose
-            gradients came before it are.
-    """
-    where = "update_in_backward"
-    optimizer = checked_optimizer(optimizer, where)
-    limit = optional(NORM).check("max_grad_norm", max_grad_norm, where)
-    if type(optimizer).before_updates is not MatrixOptimizer.before_updates:
-        raise ValueError(f"{where}: {type(optimizer).__name__} exchanges vectors between "
-                         "parameters, which needs the gradients of all of them at once; call "
-                         "step() after backward as usual (its factors' gradients are small)")
-    return UpdateInBackward(optimizer, limit).attach()
+    return ProjectInBackward(optimizer, accumulation, limit, exact_norm, grad_scaler,
+                             replicas).attach()

@@ -278,9 +278,9 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients as in torch, those in buffers of :mod:`lissom.optim.backward` too."""
-        super().zero_grad(set_to_none)
-        if self._backward is not None:
+        if self._backward is not None:  # which may still be writing to gradients
             self._backward.clear()
+        super().zero_grad(set_to_none)
 
     def _run(self, batches: Sequence[Sequence[Work]], moved: list[str],
              before: Sequence[str] = ()) -> None:

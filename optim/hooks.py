@@ -22,6 +22,7 @@ from .batches import Work
 from .checks import without_autocast
 from .codec import Slot, State
 from .options import real
+from .replicas import Replicas
 
 __all__ = ["NORM", "InBackward", "checked_optimizer", "clip", "forget_scaler"]
 
@@ -37,8 +38,8 @@ class InBackward:
     #: The function that makes it, for messages.
     name = ""
 
-    def __init__(self, optimizer: MatrixOptimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: MatrixOptimizer, replicas: Replicas | None = None) -> None:
+        self.optimizer, self.replicas = optimizer, replicas
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._places: dict[Tensor, tuple[str, dict[str, Any]]] = {}
         # The list of groups that _places is of, and its length: loading makes a new one.
@@ -53,6 +54,8 @@ class InBackward:
         for name, p, o in optimizer._named():
             self._check_setting(name, p, o)
             self.check(name, p, o)
+        if self.replicas is not None:
+            self.replicas.check(optimizer, self.name)
         optimizer._backward = self
         try:
             self._changed()
@@ -62,6 +65,11 @@ class InBackward:
         # GradScaler then calls step() in any case, and tells it.
         setattr(optimizer, "_step_supports_amp_scaling", True)  # noqa: B010
         return self
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of gradients that this rank has given to reductions of ``process_group``."""
+        return 0 if self.replicas is None else self.replicas.bytes_sent
 
     def remove(self) -> None:
         """Restore the ordinary behaviour; gradients that wait in buffers are dropped."""
@@ -121,17 +129,22 @@ class InBackward:
         return name, o
 
     def _check_setting(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
-        """Refuse CUDA graphs, and gradients that are not yet the mean over ranks in the hook."""
+        """Refuse CUDA graphs, and gradients that nobody averages over ranks, or too late."""
         if o["capturable"]:
             raise ValueError(f"{self.name}: {name!r} has capturable=True, but it must be False: "
                              "hooks count micro-batches on the host")
-        dist = torch.distributed
+        dist, sharded = torch.distributed, sharding.is_sharded(p)
+        if self.replicas is not None and sharded:
+            raise ValueError(
+                f"{self.name}: {name!r} is sharded (DTensor), but with a process_group each rank "
+                "must have all of it; FSDP2 averages gradients by itself: leave process_group out")
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several and not sharding.is_sharded(p):
+        if several and not sharded and self.replicas is None:
             raise ValueError(
                 f"{self.name}: {name!r} is no DTensor, but there are {dist.get_world_size()} "
-                "processes: DDP averages gradients only after the hook has seen them; use FSDP2, "
-                "or lissom.optim.ddp.projected_allreduce(optimizer, model)")
+                "processes: DDP averages gradients only after the hook has seen them; leave the "
+                "model unwrapped and give process_group=torch.distributed.group.WORLD, or use "
+                "FSDP2, or lissom.optim.ddp.projected_allreduce(optimizer, model)")
 
     def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
         """Refuse a parameter with which this cannot work; raises ValueError."""

@@ -237,7 +237,8 @@ def take(model: torch.nn.Module, optimizer: Any, steps: range, rank: int = 0, ra
         losses.append(0.0)
         for j in range(micro):
             here = range(*part.indices(12))[j::micro]
-            with (model.no_sync() if j < micro - 1 else contextlib.nullcontext(),
+            waits = j < micro - 1 and hasattr(model, "no_sync")
+            with (model.no_sync() if waits else contextlib.nullcontext(),
                   torch.autocast("cpu", torch.bfloat16, enabled=autocast)):
                 loss = (model(x[here]).float() - y[here]).square().mean() / micro
                 loss.backward()
@@ -344,6 +345,145 @@ def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, mi
     if counts is not None:
         result |= {"sent": counts.bytes_sent, "plain": counts.bytes_plain}
     return result
+
+
+def replicas(mesh: DeviceMesh, name: str, steps: int = 8, way: str = "project", micro: int = 1,
+             given: dict[str, Any] | None = None, cut: int = 0, **more: Any) -> dict[str, Any]:
+    """The same with no DDP: each rank has the model, and the backward pass averages gradients.
+
+    Args:
+        mesh: the ranks.
+        name: of the case.
+        steps: how many.
+        way: what works in the backward pass.
+        micro: micro-batches of a step.
+        given: to the handle.
+        cut: micro-batches that the last step has less.
+        more: options.
+    """
+    quantize_small()
+    model = network()
+    optimizer = optimizer_of(model, name, **more)
+    given = {"process_group": mesh.get_group(), **(given or {})}
+    handle = (update_in_backward(optimizer, **given) if way == "update" else
+              project_in_backward(optimizer, micro + cut, **given))
+    at_once = 0
+
+    def count(_: Tensor) -> None:
+        nonlocal at_once
+        at_once = max(at_once, sum(p.grad is not None for p in model.parameters()))
+
+    for p in model.parameters():  # after the optimizer's own hooks
+        p.register_post_accumulate_grad_hook(count)
+    take(model, optimizer, range(steps), mesh.get_rank(), mesh.size(), micro)
+    handle.remove()  # and its buffers
+    return outcome(optimizer, list(model.parameters())) | {"sent": handle.bytes_sent,
+                                                           "at_once": at_once}
+
+
+def replicas_scaled(mesh: DeviceMesh, explicit: bool) -> dict[str, Any]:
+    """Steps that a GradScaler takes, an overflow on the last rank before the third."""
+    quantize_small()
+    model = network()
+    optimizer = optimizer_of(model, "galoreadamw")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    handle = project_in_backward(optimizer, grad_scaler=scaler, process_group=mesh.get_group())
+    scales, skipped = [], []
+    for i in range(8):
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(9 * i + mesh.get_rank()))
+        loss = model(x).square().mean()
+        if i == 3 and mesh.get_rank() == mesh.size() - 1:  # of a dense parameter alone
+            loss = loss + 1e38 * model[4].bias.sum()
+        before = [plain(p) for p in model.parameters()]
+        scaler.scale(loss).backward()
+        if explicit:
+            handle.unscale_()
+            handle.clip_grad_norm_(0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        skipped.append(all(map(torch.equal, before, map(plain, model.parameters()))))
+    handle.remove()
+    return outcome(optimizer, list(model.parameters())) | {"scales": scales, "skipped": skipped}
+
+
+def replicas_spoilt(mesh: DeviceMesh, nonfinite: str) -> dict[str, Any]:
+    """A NaN in what one rank computes."""
+    model = network()
+    optimizer = optimizer_of(model, "galoreadamw", nonfinite=nonfinite)
+    project_in_backward(optimizer, process_group=mesh.get_group())
+    take(model, optimizer, range(2), mesh.get_rank(), mesh.size())
+    before = [plain(p) for p in model.parameters()]
+    x = torch.ones(2, 12)
+    x[0, 0] = torch.nan if mesh.get_rank() == 1 else 1.0
+    model(x).square().mean().backward()
+    error = ""
+    try:
+        optimizer.step()
+    except FloatingPointError as found:
+        error = str(found)
+    optimizer.zero_grad()
+    after = [plain(p) for p in model.parameters()]
+    take(model, optimizer, range(2, 4), mesh.get_rank(), mesh.size())
+    return {"before": before, "after": after, "error": error, "skipped": optimizer.skipped_steps,
+            **outcome(optimizer, list(model.parameters()))}
+
+
+def replicas_refusals(mesh: DeviceMesh) -> list[str]:
+    """What both handles say of what ranks cannot do together, and that training goes on."""
+    group, messages = mesh.get_group(), []
+
+    def said(call: Any) -> None:
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
+            call()
+        messages.append(str(error.value))
+
+    def loss(model: torch.nn.Module) -> Tensor:
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(mesh.get_rank()))
+        return model(x).square().mean()
+
+    other = network()
+    with torch.no_grad():
+        other[2].weight[0, 0] += mesh.get_rank()
+    said(lambda: project_in_backward(optimizer_of(other, "galoreadamw"), process_group=group))
+    said(lambda: update_in_backward(optimizer_of(other, "galoreadamw"), process_group=group))
+    fewer = list(network().parameters())[:4 - mesh.get_rank()]
+    said(lambda: update_in_backward(case_of("adamw")(fewer), process_group=group))
+    said(lambda: update_in_backward(optimizer_of(sharded(mesh), "adamw"), process_group=group))
+    model = network()
+    optimizer = optimizer_of(model, "galoreadamw")
+    said(lambda: project_in_backward(optimizer, process_group=mesh))
+    said(lambda: project_in_backward(optimizer, exact_norm=True, process_group=group))
+    scaler = torch.amp.GradScaler("cpu")
+    with project_in_backward(optimizer, 2, process_group=group) as handle:
+        loss(model).backward()
+        said(optimizer.state_dict)
+        handle.clip_grad_norm_(1.0)
+        said(loss(model).backward)
+        optimizer.zero_grad()
+        loss(model).backward()
+        loss(model).backward()
+        said(loss(model).backward)
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+        optimizer.state_dict()
+    with project_in_backward(optimizer, grad_scaler=scaler, process_group=group):
+        scaler.scale(loss(model)).backward()
+        scaler.unscale_(optimizer)
+        said(lambda: scaler.step(optimizer))
+        optimizer.zero_grad()
+    with update_in_backward(optimizer, process_group=group):
+        loss(model).backward()
+        said(optimizer.state_dict)
+        optimizer.step()
+        optimizer.state_dict()
+        loss(model).backward()
+        said(loss(model).backward)
+        optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    return messages
 
 
 def damaged(mesh: DeviceMesh, name: str) -> tuple[str, bool]:

@@ -331,6 +331,82 @@ def test_work_in_the_backward_pass_is_refused_where_gradients_are_not_complete(p
         assert "update_in_backward: '0.weight' is no DTensor, but there are 4" in messages[2]
 
 
+@pytest.mark.parametrize(("name", "ranks"), [
+    ("galoreadamw", 3), *((name, 2) for name in (
+        "galoreadamw-8bit", "galoreadamw-right-svd", "galoreadamw-full-svd", "galoreadamw-random",
+        "dctadamw"))])
+def test_projected_gradients_are_averaged_in_the_backward_pass(pool, name, ranks):
+    """Without DDP: the same step on all ranks, and that of DDP."""
+    plain = pool.run(jobs.ddp, ranks, name=name, steps=10)
+    outs = pool.run(jobs.replicas, ranks, name=name, steps=10)
+    assert_close(plain[0], outs, False, 1e-4)
+    for out in outs[1:]:
+        assert_same(outs[0]["state"], out["state"])
+    # Of six gradients those of three biases; 10 steps of 383 numbers in fp32.
+    assert outs[0]["at_once"] == 3
+    assert outs[0]["sent"] < 0.6 * 10 * 383 * 4
+
+
+@pytest.mark.parametrize("name", ["galoreadamw", "galoreadamw-8bit", "dctadamw"])
+def test_micro_batches_are_averaged_once(pool, name):
+    """With the last one, or where a step comes early by the step."""
+    given = {"name": name, "steps": 10, "micro": 2, "update_proj_gap": 5}
+    plain = pool.run(jobs.ddp, 2, **given)
+    outs, early = (pool.run(jobs.replicas, 2, **given, cut=cut) for cut in (0, 1))
+    assert_close(plain[0], outs, False, 1e-4)
+    for a, b in zip(outs, early, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "galoreadamw", "firaadamw-svd", "muon",
+                                  "gradnormlorpadamw-svd"])
+def test_updates_by_means_that_are_taken_in_the_backward_pass(pool, name):
+    given = {"name": name, "steps": 10}
+    outs = pool.run(jobs.replicas, 2, **given, way="update")
+    assert_close(pool.run(jobs.ddp, 2, **given)[0], outs, True)
+    assert outs[0]["at_once"] == 1  # and the next, for a moment
+    assert outs[0]["sent"] == 10 * 383 * 4
+
+
+@pytest.mark.parametrize("way", ["project", "update"])
+def test_means_over_ranks_are_clipped_as_one_gradient(pool, way):
+    limit = {"max_grad_norm": 0.02}
+    free, *others = (pool.run(jobs.replicas, ranks, name="galoreadamw", way=way, given=given)
+                     for ranks, given in ((2, {}), (1, limit), (2, limit)))
+    assert_close(others[0][0], others[1], False, 1e-4)
+    assert any((a - b).abs().max() > 1e-3
+               for a, b in zip(free[0]["weights"], others[1][0]["weights"], strict=True))
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_an_overflow_on_one_rank_is_one_on_all(pool, explicit):
+    outs = pool.run(jobs.replicas_scaled, 2, explicit=explicit)
+    assert_same(outs[0], outs[1])
+    assert outs[0]["skipped"] == [i == 3 for i in range(8)]
+    assert outs[0]["scales"] == [1024.0, 1024.0, 2048.0, 1024.0, 1024.0, 1024.0, 2048.0, 2048.0]
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_nan_on_one_rank_is_one_on_all(pool, nonfinite):
+    outs = pool.run(jobs.replicas_spoilt, 2, nonfinite=nonfinite)
+    assert_same(outs[0], outs[1])
+    assert_same(outs[0]["before"], outs[0]["after"])
+    assert outs[0]["skipped"] == (nonfinite == "skip")
+    assert ("has a NaN" in outs[0]["error"]) == (nonfinite == "raise")
+
+
+def test_what_ranks_cannot_average_is_refused(pool):
+    words = ["project_in_backward: '2.weight' differs between ranks",
+             "update_in_backward: '2.weight' differs between ranks", "from 3 to 4 parameters",
+             "is sharded (DTensor), but with a process_group", "process_group is a DeviceMesh",
+             "exact_norm=True", "cannot be saved between", "after the mean over ranks",
+             "micro-batch 3", "call unscale_() of this handle", "is on its way", "second gradient"]
+    for messages in pool.run(jobs.replicas_refusals, 2):
+        assert len(messages) == len(words)
+        for word, message in zip(words, messages, strict=True):
+            assert word in message
+
+
 def test_projected_reductions_are_refused_where_the_full_gradient_is_needed(pool):
     for name, cls in (("firaadamw-svd", "FiraAdamW"), ("muon", "Muon"),
                       ("gradnormlorpadamw-svd", "GradNormLoRPAdamW")):

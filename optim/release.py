@@ -1,0 +1,167 @@
+"""Updates that are applied as soon as a gradient is ready, which then is freed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import sharding
+from .base import MatrixOptimizer, numbers, spoilt
+from .batches import Work
+from .checks import check_gradient, without_autocast
+from .hooks import NORM, InBackward, checked_optimizer, clip, forget_scaler
+from .options import optional
+from .replicas import Replicas, Sent, replicas_of
+
+__all__ = ["UpdateInBackward", "update_in_backward"]
+
+
+class UpdateInBackward(InBackward):
+    """Handle of :func:`update_in_backward`."""
+
+    name = "update_in_backward"
+
+    def __init__(self, optimizer: MatrixOptimizer, limit: float | None, replicas: Replicas | None
+                 ) -> None:
+        super().__init__(optimizer, replicas)
+        self.limit = limit
+        self._done: set[Tensor] = set()
+        # With replicas: whose gradient is on its way, while that of the next is computed.
+        self._sent: tuple[Tensor, Sent] | None = None
+        self._warned = False
+
+    def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
+        if o["nonfinite"] == "skip":
+            raise ValueError(
+                f"{self.name}: {name!r} has nonfinite='skip', but it must be 'propagate' or "
+                "'raise': parameters before it have moved when a NaN is seen, so no whole step "
+                "can be skipped; 'raise' stops before that parameter is written")
+
+    def ready(self, p: Tensor) -> None:
+        g = p.grad
+        name, _ = self.place(p)
+        if g is None:
+            return
+        if p in self._done or (self._sent is not None and p is self._sent[0]):
+            how = ("call model.set_requires_gradient_sync(False) before all micro-batches but the "
+                   "last, and (True) before that" if sharding.is_sharded(p) else
+                   "use project_in_backward(optimizer, accumulation), or ordinary steps where it "
+                   "is refused")
+            raise RuntimeError(
+                f"{self.name}: {name!r} got a second gradient before step(), but it was updated "
+                "with the first: call step() after each backward pass; to accumulate gradients "
+                f"{how}")
+        check_gradient(p, g, name)
+        if self.replicas is None:
+            self._update(p, g)
+            return
+        last, self._sent = self._sent, (p, self.replicas.send(g))
+        self._arrived(last)
+
+    def _arrived(self, sent: tuple[Tensor, Sent] | None) -> None:
+        """Update a parameter whose gradient was on its way."""
+        if sent is not None and self.knows(sent[0]):
+            sent[1].arrive()
+            self._update(sent[0], sent[1].x)
+
+    def _update(self, p: Tensor, g: Tensor) -> None:
+        optimizer, (name, o) = self.optimizer, self.place(p)
+        work = Work(name, p, g, numbers(o))
+        spoilt([work])
+        if self.limit is not None:
+            clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
+        moved: list[str] = []
+        try:
+            optimizer._run([[work]], moved)
+        finally:
+            if moved:  # a failure later than that, in a measurement, does not bring it back
+                self._done.add(p)
+                p.grad = None
+
+    def begin(self, closure: Any) -> bool:
+        super().begin(closure)
+        if "found_inf" in self.optimizer.__dict__:
+            forget_scaler(self.optimizer)
+            raise RuntimeError(
+                f"{self.name}: a GradScaler takes this step, but the parameters have moved already,"
+                " by scaled gradients; use bf16, which needs no scaler, or "
+                "project_in_backward(optimizer, grad_scaler=scaler)")
+        last, self._sent = self._sent, None
+        with without_autocast():
+            self._arrived(last)
+        return True
+
+    def before(self, work: Sequence[Work]) -> None:
+        if work and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: step() found gradients that no backward pass had put there, of "
+                f"{', '.join(repr(w.name) for w in work[:3])}; it applies them as always",
+                stacklevel=5)
+
+    def end(self) -> None:
+        self._done.clear()
+
+    def clear(self) -> None:
+        if self._sent is not None:
+            self._sent[1].arrive()
+            self._sent = None
+
+    def check_saved(self) -> None:
+        if self._sent is not None:
+            raise RuntimeError(
+                f"{self.name}: the gradient of {self.place(self._sent[0])[0]!r} is on its way, "
+                "and is applied by step(), so the state cannot be saved between backward and "
+                "step() with a process_group; save it after step()")
+
+    def loaded(self) -> None:
+        self.clear()
+        self._done.clear()
+
+
+def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | None = None,
+                       process_group: Any = None) -> UpdateInBackward:
+    """Update each parameter as soon as its gradient is ready, and free that.
+
+    One gradient exists at a time. ``step()`` must follow each backward pass: it counts the step
+    for schedulers, and does nothing else. Options are read when the hook runs, so schedules hold;
+    state is the ordinary one, and a run may go on with or without this. Under FSDP2 micro-batches
+    before which ``set_requires_gradient_sync(False)`` was called are summed by FSDP2, unsharded,
+    and the hook runs once, with their sum.
+
+    Args:
+        optimizer: any class of this package but those that move parameters together
+            (SwitchLoRA).
+        max_grad_norm: clip each parameter's gradient to this norm, > 0. There is no joint norm:
+            the first parameters have moved before the last gradients are known. Default None.
+        process_group: ranks that each have the whole model, not wrapped in anything, and their own
+            part of the batch: the update is that of the mean of their gradients, as under DDP. Two
+            gradients exist at a time, one of which is being reduced while the next is computed, and
+            ``step()`` applies the last. Each rank must run the same graph. Default None: one
+            process.
+
+    Returns:
+        A handle with ``remove()`` and ``bytes_sent``; as a context manager it removes itself.
+
+    Raises:
+        TypeError, ValueError: an argument; ``nonfinite="skip"``; parameters that act together;
+            parameters that are not sharded where there are several processes, as under DDP,
+            without ``process_group``; with it weights that differ between ranks.
+        RuntimeError: the optimizer has such a handle already. Later: a second gradient before
+            ``step()``, a closure, a GradScaler, with ``process_group`` a state that is saved
+            between backward and ``step()``. ``FloatingPointError`` from ``backward()``: a
+            NaN or Inf with ``nonfinite="raise"``; that parameter is not written, those whose
+            gradients came before it are.
+    """
+    where = "update_in_backward"
+    optimizer = checked_optimizer(optimizer, where)
+    limit = optional(NORM).check("max_grad_norm", max_grad_norm, where)
+    if type(optimizer).before_updates is not MatrixOptimizer.before_updates:
+        raise ValueError(f"{where}: {type(optimizer).__name__} exchanges vectors between "
+                         "parameters, which needs the gradients of all of them at once; call "
+                         "step() after backward as usual (its factors' gradients are small)")
+    return UpdateInBackward(optimizer, limit, replicas_of(process_group, where)).attach()
