@@ -111,15 +111,16 @@ def test_code_on_a_plain_model(page, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the page takes the accelerator's backend")
 def test_code_for_several_ranks():
-    """On one gloo rank: both blocks train."""
+    """On one gloo rank: all blocks train."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         start = Llama(Shape(144, 200, 2, 1, 30))  # the rank of the page is below its width
         x = TOKENS % 30
         names: dict[str, Any] = {}
         blocks = python(ROOT / "docs/distributed.md")
-        assert ["fully_shard" in block for block in blocks] == [True, False]
-        for block in blocks:
+        assert len(blocks) == 3
+        for block, way in zip(blocks, ("fully_shard", "DistributedData", "WORLD"), strict=True):
+            assert way in block
             names["model"] = copy.deepcopy(start)
             exec(block, names)
             losses = []
@@ -132,6 +133,7 @@ def test_code_for_several_ranks():
             assert losses[2] < losses[0]
         counts = names["counts"]
         assert 0 < counts.bytes_sent < counts.bytes_plain
+        assert names["handle"].bytes_sent > 0
     finally:
         dist.destroy_process_group()
 
@@ -397,15 +399,22 @@ def lines_of_host() -> Iterator[str]:
 
 
 def lines_of_communication() -> Iterator[str]:
-    bytes_, large = ([row for row in rows_of("comm-60m-cpu") if row["vocabulary"] == size]
-                     for size in (256, 32000))
-    shares = [100 * row["share"] for row in bytes_]
-    yield f"{shares[0]:.0f} % at the first step"
-    yield f"{shares[1]:.1f} %"
-    yield f"{shares[3]:.1f} % where a basis is refreshed"
-    yield f"{100 * large[1]['share']:.1f} and {100 * large[3]['share']:.1f} %"
-    for row in (bytes_[0], large[0]):
-        yield f"{row['weights_off']:.1e}".replace("e-0", "e-")
+    rows = {(row["way"], row["vocabulary"], row["step"]): row for row in rows_of("comm-60m-cpu")}
+    labels = {"ddp": "DDP", "projected_allreduce": "DDP with `projected_allreduce`",
+              "project_in_backward": "`project_in_backward`, no DDP",
+              "update_in_backward": "`update_in_backward`, no DDP"}
+    for way, label in labels.items():
+        cells = []
+        for size in (256, 32000):
+            mine = [rows[way, size, step] for step in range(4)]
+            kept = max(row["gradient_bytes"] for row in mine)
+            cells.append(" / ".join(f"{100 * mine[step]['share']:.1f} %" for step in (0, 1, 3)))
+            most = max(rows["ddp", size, step]["gradient_bytes"] for step in range(4))
+            cells.append(f"{100 * kept / most:.1f} %")
+        yield f"| {label} | {' | '.join(cells)} |"
+    off = max(row["weights_off"] for row in rows.values())
+    yield f"within {off:.1e} of".replace("e-0", "e-")
+    assert not any(rows["update_in_backward", size, 3]["weights_off"] for size in (256, 32000))
 
 
 def lines_of_bits() -> Iterator[str]:
