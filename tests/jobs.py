@@ -348,7 +348,8 @@ def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, mi
 
 
 def replicas(mesh: DeviceMesh, name: str, steps: int = 8, way: str = "project", micro: int = 1,
-             given: dict[str, Any] | None = None, cut: int = 0, **more: Any) -> dict[str, Any]:
+             given: dict[str, Any] | None = None, cut: int = 0, turned: bool = False, **more: Any
+             ) -> dict[str, Any]:
     """The same with no DDP: each rank has the model, and the backward pass averages gradients.
 
     Args:
@@ -358,11 +359,14 @@ def replicas(mesh: DeviceMesh, name: str, steps: int = 8, way: str = "project", 
         way: what works in the backward pass.
         micro: micro-batches of a step.
         given: to the handle.
-        cut: micro-batches that the last step has less.
+        cut: micro-batches that every step has less than the handle was told.
+        turned: weights lie column by column, and so do their gradients.
         more: options.
     """
     quantize_small()
     model = network()
+    for p in model.parameters() if turned else ():
+        p.data = p.data.mT.contiguous().mT if p.ndim == 2 else p.data
     optimizer = optimizer_of(model, name, **more)
     given = {"process_group": mesh.get_group(), **(given or {})}
     handle = (update_in_backward(optimizer, **given) if way == "update" else
@@ -388,7 +392,7 @@ def replicas_scaled(mesh: DeviceMesh, explicit: bool) -> dict[str, Any]:
     optimizer = optimizer_of(model, "galoreadamw")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
     handle = project_in_backward(optimizer, grad_scaler=scaler, process_group=mesh.get_group())
-    scales, skipped = [], []
+    scales, skipped, late = [], [], []
     for i in range(8):
         x = torch.randn(4, 12, generator=torch.Generator().manual_seed(9 * i + mesh.get_rank()))
         loss = model(x).square().mean()
@@ -396,16 +400,19 @@ def replicas_scaled(mesh: DeviceMesh, explicit: bool) -> dict[str, Any]:
             loss = loss + 1e38 * model[4].bias.sum()
         before = [plain(p) for p in model.parameters()]
         scaler.scale(loss).backward()
+        sent = handle.bytes_sent
         if explicit:
             handle.unscale_()
             handle.clip_grad_norm_(0.5)
         scaler.step(optimizer)
+        late.append(handle.bytes_sent - sent)
         scaler.update()
         optimizer.zero_grad()
         scales.append(scaler.get_scale())
         skipped.append(all(map(torch.equal, before, map(plain, model.parameters()))))
     handle.remove()
-    return outcome(optimizer, list(model.parameters())) | {"scales": scales, "skipped": skipped}
+    return outcome(optimizer, list(model.parameters())) | {"scales": scales, "skipped": skipped,
+                                                           "late": late}
 
 
 def replicas_spoilt(mesh: DeviceMesh, nonfinite: str) -> dict[str, Any]:

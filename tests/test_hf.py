@@ -337,8 +337,9 @@ def test_two_ranks_under_torchrun(tmp_path):
     """They resume bit for bit, and differ from one process by less than 1e-5: gradients are
     averaged over ranks.
     """
-    straight, resumed = under_torchrun(tmp_path, "ddp")
+    straight, resumed, *loops = under_torchrun(tmp_path, "ddp")
     assert_same(resumed, straight)
+    torch.testing.assert_close(loops[1], loops[0], rtol=0, atol=1e-5)
     one = trained(tmp_path / "one", asked(GaLoreAdamW, update_proj_gap=3), max_grad_norm=0.5)
     torch.testing.assert_close(straight["weights"], dict(one.model.state_dict()), rtol=0, atol=1e-5)
 
@@ -362,18 +363,25 @@ def test_two_ranks_with_fsdp2(tmp_path):
 
 
 def looped(cls: Any, steps: int, *, save: Path | None = None, load: Path | None = None,
-           in_backward: bool = False, precision: str = "no", start: int = 0, **options: Any
-           ) -> dict[str, Any]:
-    """A loop as Accelerate's pages have it: two micro-batches a step, clipped, on a schedule."""
+           in_backward: bool = False, precision: str = "no", start: int = 0, ddp: bool = True,
+           limit: float = 0.5, **options: Any) -> dict[str, Any]:
+    """A loop as Accelerate's pages have it: two micro-batches a step, clipped, on a schedule.
+
+    Without ``ddp`` ranks have their gradients averaged in the backward pass.
+    """
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2,
                                          mixed_precision=precision)
     model = llama()
     optimizer = cls(param_groups(model, rank=8), lr=1e-2, **options)
-    handle = project_in_backward(optimizer, accumulation=2) if in_backward else None
+    group = None if ddp else torch.distributed.group.WORLD
+    handle = (project_in_backward(optimizer, accumulation=2, process_group=group)
+              if in_backward else None)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 / (1 + k))
-    loader = torch.utils.data.DataLoader(text(4 * 2 * steps), batch_size=4)
-    model, wrapped, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    loader = torch.utils.data.DataLoader(
+        text(4 * 2 * steps * accelerator.num_processes), batch_size=4)
+    model = accelerator.prepare_model(model, evaluation_mode=not ddp)
+    wrapped, loader, schedule = accelerator.prepare(optimizer, loader, schedule)
     if load is not None:
         accelerator.load_state(str(load))
     losses = []
@@ -383,8 +391,8 @@ def looped(cls: Any, steps: int, *, save: Path | None = None, load: Path | None 
             loss = model(**batch).loss
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                (accelerator.clip_grad_norm_(model.parameters(), 0.5) if handle is None else
-                 handle.clip_grad_norm_(0.5))
+                (accelerator.clip_grad_norm_(model.parameters(), limit) if handle is None else
+                 handle.clip_grad_norm_(limit))
             wrapped.step()
             schedule.step()
             wrapped.zero_grad()

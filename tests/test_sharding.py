@@ -369,6 +369,13 @@ def test_updates_by_means_that_are_taken_in_the_backward_pass(pool, name):
 
 
 @pytest.mark.parametrize("way", ["project", "update"])
+def test_means_are_taken_of_gradients_in_any_layout(pool, way):
+    outs, turned = (pool.run(jobs.replicas, 2, name="galoreadamw", way=way, turned=turned)
+                    for turned in (False, True))
+    assert_close(outs[0], turned, False)
+
+
+@pytest.mark.parametrize("way", ["project", "update"])
 def test_means_over_ranks_are_clipped_as_one_gradient(pool, way):
     limit = {"max_grad_norm": 0.02}
     free, *others = (pool.run(jobs.replicas, ranks, name="galoreadamw", way=way, given=given)
@@ -383,6 +390,8 @@ def test_an_overflow_on_one_rank_is_one_on_all(pool, explicit):
     outs = pool.run(jobs.replicas_scaled, 2, explicit=explicit)
     assert_same(outs[0], outs[1])
     assert outs[0]["skipped"] == [i == 3 for i in range(8)]
+    # The scaler writes to gradients, of three biases, before it calls step().
+    assert outs[0]["late"] == [27 * 4] * 8
     assert outs[0]["scales"] == [1024.0, 1024.0, 2048.0, 1024.0, 1024.0, 1024.0, 2048.0, 2048.0]
 
 

@@ -16,7 +16,7 @@ from lissom.optim import AdamW, GaLoreAdamW, GaLoreAdamW8bit, Muon
 from lissom.optim.hf import UpdateInBackwardCallback
 from torch.distributed.tensor import DTensor
 
-from .test_hf import asked, result, trained
+from .test_hf import asked, looped, result, trained
 
 RANKS = {"ddp_backend": "gloo", "per_device_train_batch_size": 2}
 SHARDED = {**RANKS, "fsdp": True, "fsdp_config": {
@@ -53,11 +53,17 @@ class Survivors(transformers.TrainerCallback):
 
 
 def ddp(folder: Path) -> list[Any]:
-    """Train, and resume from the checkpoint."""
+    """Train, and resume from the checkpoint; weights of Accelerate's loop with DDP and without."""
     how = asked(GaLoreAdamW, update_proj_gap=3)
     options = {**RANKS, "max_grad_norm": 0.5}
-    return [result(trained(folder / "a", how, **options)),
-            result(trained(folder / "b", how, resume=folder / "a/checkpoint-5", **options))]
+    found: list[Any] = [
+        result(trained(folder / "a", how, **options)),
+        result(trained(folder / "b", how, resume=folder / "a/checkpoint-5", **options))]
+    for ddp in (True, False):
+        # Not clipped: projections have another norm.
+        loop = looped(GaLoreAdamW, 6, ddp=ddp, in_backward=not ddp, limit=1e3, update_proj_gap=4)
+        found.append(dict(loop["weights"]))
+    return found
 
 
 # name: how the Trainer gets the optimizer, its arguments, callbacks
