@@ -473,6 +473,7 @@ def replicas_refusals(mesh: DeviceMesh) -> list[str]:
         loss(model).backward()
         said(loss(model).backward)
         optimizer.zero_grad()
+        assert not handle._sent  # nothing writes to what is forgotten
         loss(model).backward()
         optimizer.step()
         optimizer.state_dict()
@@ -487,8 +488,12 @@ def replicas_refusals(mesh: DeviceMesh) -> list[str]:
         optimizer.step()
         optimizer.state_dict()
         loss(model).backward()
-        said(loss(model).backward)
+        for p in model[0].parameters():  # that of one of them is on its way
+            said(p.sum().backward)
         optimizer.zero_grad()
+        before = [plain(p) for p in model.parameters()]
+        optimizer.step()
+        assert all(map(torch.equal, before, map(plain, model.parameters())))
     optimizer.load_state_dict(optimizer.state_dict())
     return messages
 

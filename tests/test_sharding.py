@@ -409,7 +409,8 @@ def test_what_ranks_cannot_average_is_refused(pool):
              "update_in_backward: '2.weight' differs between ranks", "from 3 to 4 parameters",
              "is sharded (DTensor), but with a process_group", "process_group is a DeviceMesh",
              "exact_norm=True", "cannot be saved between", "after the mean over ranks",
-             "micro-batch 3", "call unscale_() of this handle", "is on its way", "second gradient"]
+             "micro-batch 3", "call unscale_() of this handle", "is on its way", "second gradient",
+             "second gradient"]
     for messages in pool.run(jobs.replicas_refusals, 2):
         assert len(messages) == len(words)
         for word, message in zip(words, messages, strict=True):
