@@ -27,7 +27,7 @@ from .checks import check_capture, check_gradient, check_parameter, listed, with
 from .codec import Slot
 from .common import FORMAT
 from .dense import step_adamw
-from .door import changed_options, checked_group, constructor_options
+from .door import changed_options, checked_group, constructor_options, plain_value
 from .keys import names_of
 from .layouts import Layouts, stored_slots
 from .loading import REMEDY, agreed_load, overruled
@@ -140,6 +140,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             if id(p) in present:
                 raise ValueError(f"{where}: {name or f'parameter {i}'} is in more than one group, "
                                  f"in {present[id(p)]} too, but it must be in one")
+        if self._layouts.made:  # those that were unfrozen are numbered before new ones
+            self._sync_state()
         count = len(self.param_groups)
         try:
             for part in self._split(group, explicit):
@@ -443,7 +445,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         try:
             for group in self.param_groups if not begun else ():
                 group["format"] = 0
-            return super().state_dict()
+            packed = super().state_dict()
         finally:
             layouts.made = begun
             self._held.update(away)
@@ -451,6 +453,10 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                 group["param_names"] = names
             for group in self.param_groups:
                 group["format"] = FORMAT
+        # Of numpy's numbers, which schedules leave, torch.load(weights_only=True) reads none.
+        for group in packed["param_groups"]:
+            group.update({k: plain_value(v) for k, v in group.items() if not isinstance(v, Tensor)})
+        return packed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or deepcopy, through the same check as the constructor."""
@@ -463,6 +469,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                   for i, g in enumerate(state["param_groups"])]
         super().__setstate__({**state, "param_groups": groups})
         self._held = self.__dict__.pop("state")
+        self._first.update((id(p), p) for p in self.__dict__.pop("first", ()))
         self._count(self.param_groups)
         self._remember(self.param_groups)
 
@@ -473,7 +480,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         if self._backward is not None:
             self._backward.check_saved()
         return {"defaults": self.defaults, "state": self._held, "param_groups": self.param_groups,
-                "_adamw": self._adamw, "_rates": self._rates}
+                "_adamw": self._adamw, "_rates": self._rates,
+                "first": [p for _, p, _ in self._named() if self._first.get(id(p)) is p]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, bit for bit; moments stay in the dtypes they were saved in.

@@ -132,25 +132,29 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
     states: dict[Any, dict[str, Tensor]] = {}
     rows = []
     for (name, p, o), key, source in zip(optimizer._named(), keys, found, strict=True):
-        if not present.get(p):
+        entry = None if source is None else saved["state"].get(source[0])
+        own = present.get(p)
+        if not own:
+            if entry:
+                rows.append((name, "restarted", "frozen, so without state until it is trained"))
             continue
         if sharding.is_sharded(p):
             raise ValueError(f"{where}: {name!r} is sharded, but it must be a plain tensor: "
                              "convert before sharding, and load the result after it")
         at = f"{where}, {name!r}"
-        own = present[p]
-        entry = None if source is None else saved["state"].get(source[0])
         kept, why = None, "not in the saved state"
         if entry is not None and not isinstance(entry, Mapping):
             raise ValueError(f"{at}: saved state is a {type(entry).__name__}, but it must be a "
                              "dictionary")
         if source is not None and entry:
-            old = _decoded(entry, source[1], optimizer, p, at)
+            _check_numbers(entry, at)
+            old = _decoded(entry, source[1], optimizer, p, o, at)
             kept, why = _fitted(old, optimizer, p, o, at)
         states[key] = kept or {k: torch.zeros_like(x) for k, x in own.items()}
         for number in ("index", "key"):  # of the saved one where it is this package's
             mark = entry.get(number) if kept and entry else None
-            states[key][number] = (own[number] if mark is None else mark).clone()
+            states[key][number] = own[number].clone().copy_(
+                own[number] if mark is None else torch.as_tensor(mark))
         rows.append((name, "kept" if kept else "restarted", why))
     _distinct(states, result, optimizer, keys)
     converted = Converted({**result, "state": states})
@@ -208,9 +212,29 @@ def _distinct(states: dict[Any, dict[str, Tensor]], result: Mapping[str, Any],
 # -------------------------------------------------------------------- what was saved
 
 
+def _check_numbers(entry: Mapping[str, Any], at: str) -> None:
+    """Refuse a saved state whose counts are none: ValueError."""
+    for name in _NUMBERS:
+        value = entry.get(name, 0)
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
+                0 <= value < 2**63 and value == int(value)):
+            raise ValueError(f"{at}: {name}={value!r}, but it must be an integer >= 0")
+
+
 def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: MatrixOptimizer,
-             p: Tensor, at: str) -> _Old:
-    """A saved state in the precision of the arithmetic, whoever saved it."""
+             p: Tensor, o: Mapping[str, Any], at: str) -> _Old:
+    """A saved state in the precision of the arithmetic, whoever saved it.
+
+    Args:
+        entry: the state.
+        group: in which it was saved.
+        optimizer: that is to go on.
+        p: its parameter.
+        o: options of that one's group.
+        at: beginning of a message.
+    """
     nested = entry.get("__bnb_optimizer_quant_state__")
     if isinstance(nested, Mapping):  # where bitsandbytes puts what FSDP must not shard
         entry = {**entry, **nested}
@@ -239,10 +263,12 @@ def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: Matr
         table, options["algorithm"] = COMMON, "adamw"
     elif isinstance(optimizer, LowRankOptimizer) and "basis_step" in values:
         options["algorithm"] = own  # a relative's state has the same slots
-    elif rule not in (own, "adamw"):
+    elif rule not in (own, "adamw") or (
+            tuple(group.get("roles") or ()) != tuple(o.get("roles") or ())):
         return _Old({k: values[k] for k in _NUMBERS if k in values}, None)
     options |= {k: v for k, v in group.items() if k in table and k != "algorithm"}
     full = checked_group(optimizer, {**options, "params": []}, at, entering=False)
+    full["params"] = o["params"]  # of which a rule may say what each is to the others
     dense = optimizer._reason(p, full) is not None
     rule = "adamw" if dense else rule
     slots = {k: slot for k, slot in slots_of(optimizer, p, full).items() if k in values}

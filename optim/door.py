@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .base import MatrixOptimizer
     from .method import Method
 
-__all__ = ["TORCH_ONLY", "changed_options", "checked_group", "constructor_options"]
+__all__ = ["TORCH_ONLY", "changed_options", "check_masters", "checked_group",
+           "constructor_options", "plain_value"]
 
 #: Options of torch.optim.AdamW about how it runs, which change no result.
 TORCH_ONLY = {"foreach", "fused", "differentiable", "decoupled_weight_decay"}
@@ -103,22 +104,27 @@ def _check_together(optimizer: MatrixOptimizer, full: Mapping[str, Any], group: 
                     explicit: set[str], where: str) -> None:
     """Rules about several options and the parameters of a group; raises ValueError."""
     plain = [p for p in group.get("params", []) if isinstance(p, Tensor)]
-    if full["master_bits"] is not None and any(p.dtype == torch.float16 for p in plain):
-        raise ValueError(f"{where}: master_bits={full['master_bits']}, but it must be None for "
-                         "fp16 weights: what they lack of fp32 has no fixed number of bits "
-                         "(use bf16 weights)")
+    check_masters(full, plain, where)
     o = {**full, "param_names": group.get("param_names")}
     if full["capturable"]:
         _check_capturable(o, plain, optimizer.uncapturable, where)
     optimizer.check_combination(o, plain, explicit, where)
 
 
+def check_masters(o: Mapping[str, Any], params: Iterable[Tensor], where: str) -> None:
+    """Refuse ``master_bits`` for parameters in fp16: ValueError."""
+    if o["master_bits"] is not None and any(p.dtype == torch.float16 for p in params):
+        raise ValueError(f"{where}: master_bits={o['master_bits']}, but it must be None for "
+                         "fp16 weights: what they lack of fp32 has no fixed number of bits "
+                         "(use bf16 weights)")
+
+
 def changed_options(optimizer: MatrixOptimizer, group: dict[str, Any], last: dict[str, Any]
                     ) -> None:
     """Check a group some of whose options were changed in place, and keep them as plain values.
 
-    The rate, which schedulers change at every step, may be any number, as in torch; a number in a
-    tensor stays there, as its owner may change it.
+    The rate, which schedulers change at every step, may be any number, as in torch; a real number
+    in a tensor stays there, as its owner may change it.
 
     Args:
         optimizer: whose group it is.
@@ -134,12 +140,12 @@ def changed_options(optimizer: MatrixOptimizer, group: dict[str, Any], last: dic
     where = f"{type(optimizer).__name__} group {number}"
     if not numeric:
         raise TypeError(f"{where}: lr={rate!r}, but it must be {table['lr'].rule}")
-    full = {k: _plain(group[k]) if k in group and k != "lr" else group.get(k, x.default)
+    full = {k: plain_value(group[k]) if k in group and k != "lr" else group.get(k, x.default)
             for k, x in table.items()}
     full |= (new := checked({k: full[k] for k in names}, table, where))
     _check_together(optimizer, full, group, set(), where)
     group.update({k: v for k, v in new.items()
-                  if not isinstance(group[k], Tensor) or group[k].numel() != 1})
+                  if not (table[k].number and isinstance(group[k], Tensor))})
     last.update({k: group[k] for k in names})
 
 
@@ -147,10 +153,10 @@ def _is_number(value: Any) -> bool:
     """Whether it is a real number or holds one; no tensor is read."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
-    return isinstance(_plain(value), Real)
+    return isinstance(plain_value(value), Real)
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """The number that a tensor or numpy's scalar holds."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value

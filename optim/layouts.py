@@ -14,6 +14,7 @@ from .checks import check_parameter
 from .codec import Slot
 from .common import BOOKKEEPING
 from .dense import adam_slots
+from .door import check_masters
 from .loading import checked_state
 from .options import Option
 
@@ -182,6 +183,7 @@ class Layouts:
         A key that another parameter has (which names give once in 2^63) is counted up.
         """
         check_parameter(p, repr(name), type(optimizer).__name__)  # it may have been frozen before
+        check_masters(o, [p], repr(name))
         state = {k: sharding.new(slot, p) for k, slot in stored_slots(optimizer, p, o).items()}
         if self._next_index is None:
             states = [s for s in optimizer._held.values() if s]
@@ -210,14 +212,15 @@ def _form(p: Tensor, structure: tuple[Any, ...]) -> tuple[Any, ...]:
     return (p.shape, p.dtype, p.device, structure)
 
 
-def _count(state: Mapping[str, Tensor]) -> int:
-    """Updates so far; none where nothing has a value yet."""
-    return 0 if state["step"].is_meta else int(state["step"])
+def _count(state: Mapping[str, Tensor], name: str = "step") -> int:
+    """Updates so far, or another number; none where nothing has a value yet."""
+    return int(state[name]) if name in state and not state[name].is_meta else 0
 
 
 def _followed(optimizer: MatrixOptimizer, p: Tensor, state: dict[str, Tensor],
               o: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """The state of a parameter that may have changed under it."""
+    check_masters(o, [p], repr(name))
     slots = stored_slots(optimizer, p, o)
     if "master" in state and p.dtype != torch.bfloat16:  # nothing is lacking any more
         state = {k: x for k, x in state.items() if k not in weights.MASTERS}
@@ -225,7 +228,8 @@ def _followed(optimizer: MatrixOptimizer, p: Tensor, state: dict[str, Tensor],
             (*state[k].shape, state[k].dtype, state[k].device) == (*x.shape, x.dtype, x.device)
             for k, x in slots.items()):
         return state
-    if not _count(state):
+    # What project_in_backward has put there counts before the first step.
+    if not _count(state) and not _count(state, "projected_count"):
         fresh = {k: sharding.new(x, p) for k, x in slots.items()}
         for number in ("index", "key"):
             fresh[number].copy_(state[number])

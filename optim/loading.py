@@ -253,6 +253,10 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
     for name, slot in slots.items():
         value = entry[name]
         if slot.shape == () and isinstance(value, (int, float)):
+            if not slot.dtype.is_floating_point and not (
+                    isinstance(value, int) and 0 <= value < 2**63):
+                raise ValueError(f"{at}: {name}={value!r}, but it must be an integer >= 0 and "
+                                 "below 2**63")
             value = torch.tensor(value, dtype=slot.dtype, device="cpu")
         if not isinstance(value, Tensor) or tuple(value.shape) != tuple(slot.shape):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -374,6 +374,27 @@ def test_loading_forgets_what_waited(micro):
         assert_same(results[0], other)
 
 
+@pytest.mark.parametrize("rank", [2, 5])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_waits_goes_on_where_its_state_changes(rank, steps):
+    """Between backward and step; at full rank R has the gradient's shape."""
+    results = []
+    for change in (False, True):
+        ps = parameters([(8, 5), (5, 8)])
+        optimizer = GaLoreAdamW(ps, rank=rank, lr=0.1)
+        project_in_backward(optimizer)
+        for i in range(steps):
+            backward(ps, i)
+            optimizer.step()
+        backward(ps, 7)
+        if change:
+            optimizer.param_groups[0]["state_bits"] = 16
+        optimizer.step()
+        results.append([p.detach() for p in ps])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * 0.1)
+
+
 def test_a_norm_does_not_come_with_a_saved_state():
     ps = parameters(SHAPES[:3])
     optimizer = GaLoreAdamW(ps, rank=3, update_proj_gap=10)

@@ -142,6 +142,25 @@ def test_rates_of_any_kind_of_number(case):
         assert_same(results[0], other)
 
 
+def test_numbers_of_others_are_saved_as_plain_ones(case):
+    """In any option, before a step has looked at it or after; a tensor too, if it is no rate."""
+    ps = case.parameters([(6, 4), (4,)])
+    optimizer = case(ps)
+    run(optimizer, ps, range(1))
+    for group in optimizer.param_groups:
+        group.update(lr=np.float64(0.25), weight_decay=np.float32(0.5), initial_lr=np.float64(0.5),
+                     seed=torch.tensor(7), maximize=torch.tensor(True), metrics=np.bool_(True))
+    for steps in range(1, 3):
+        saved = through_disk(optimizer.state_dict())
+        assert [group["lr"] for group in saved["param_groups"]] == [0.25] * len(
+            optimizer.param_groups)
+        run(optimizer, ps, range(steps, steps + 1))
+    copy.deepcopy(optimizer)
+    optimizer.load_state_dict(through_disk(optimizer.state_dict()))
+    for group in optimizer.param_groups:
+        assert (group["seed"], group["maximize"], group["weight_decay"]) == (7, True, 0.5)
+
+
 def test_autocast_around_a_step_changes_nothing(case):
     results = []
     for enabled in (False, True):
@@ -228,6 +247,35 @@ def test_deepcopy_and_pickle_continue_alike(case):
     run(optimizer, ps, range(3, 7))
     run(twin, qs, range(3, 7))
     assert_same(snapshot(optimizer), snapshot(twin))
+
+
+def test_a_copy_knows_who_was_trained_from_the_start(case):
+    """Before there is state: one that is frozen then has its number among the others."""
+    ps = case.parameters([(6, 4), (8, 6)])
+    optimizer = case(ps)
+    twins = [copy.deepcopy((optimizer, ps)), pickle.loads(pickle.dumps((optimizer, ps)))]
+    numbers = []
+    for o, qs in ((optimizer, ps), *twins):
+        trained(qs)[0].requires_grad_(False)
+        numbers.append([[int(o.state[q][k]) for k in ("index", "key")] for q in trained(qs)])
+    assert numbers[1:] == numbers[:1] * 2
+
+
+def test_numbers_do_not_depend_on_when_the_state_is_read(case):
+    numbers = []
+    for read in (False, True):
+        ps = case.parameters([(6, 4), (8, 6)])
+        late = trained(ps)[-1].requires_grad_(False)
+        new = case.parameters([(9, 7)])
+        optimizer = case(ps)
+        run(optimizer, ps, range(1))
+        late.requires_grad_(True)
+        if read:
+            optimizer.state_dict()
+        for group in case.groups(new) if case.roles else [{"params": new}]:
+            optimizer.add_param_group(group)
+        numbers.append([int(optimizer.state[p]["index"]) for p in trained([*ps, *new])])
+    assert numbers[0] == numbers[1]
 
 
 def test_parameters_without_gradient_frozen_and_late(case):
@@ -605,6 +653,17 @@ def test_master_bits_need_bf16(case):
         case(ps, master_bits=16)
     ps = case.parameters([(6, 4)])
     assert "master" not in case(ps, master_bits=16).state[ps[0]]  # fp32 lacks nothing
+    for steps in (0, 1):  # what becomes of a model after that goes by the same door
+        ps = case.parameters([(6, 4)], dtype=torch.bfloat16)
+        optimizer = case(named(ps), master_bits=16)
+        run(optimizer, ps, range(steps))
+        for p in ps:
+            p.data, p.grad = p.data.half(), None
+        feed(ps, 1)
+        before = [p.detach().clone() for p in ps]
+        with pytest.raises(ValueError, match=r"'p.': master_bits=16, but it must be None for fp16"):
+            optimizer.step()
+        assert_same(before, [p.detach() for p in ps])
 
 
 def test_loading_something_damaged_changes_nothing(case):
@@ -1263,6 +1322,7 @@ def test_damaged_counters_and_layouts_are_refused(case):
     bad += [(k, state[k].to_sparse()) for k in moments(optimizer, ps[0])]
     if "index" in state:
         bad += [(k, torch.tensor(x)) for k in ("index", "key") for x in (-5, True)]
+        bad += [(k, x) for k in ("index", "key") for x in (2.7, float("nan"), 10**30, -1)]
     if "basis_step" in state:
         bad.append(("basis_step", torch.tensor(50.0)))
     for name in ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg.scale"):

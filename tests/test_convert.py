@@ -19,9 +19,12 @@ from lissom.optim import (
     GradNormLoRPAdamW,
     Muon,
     PolarGrad,
+    SwitchLoRAAdamW,
+    adapter_groups,
     codec,
     convert_state,
     loading,
+    lora,
 )
 from lissom.optim.layouts import slots_of
 
@@ -461,6 +464,62 @@ def test_entries_that_are_none_are_refused_by_name():
     run(sgd, ps, range(1))
     with pytest.raises(ValueError, match=r"saved state has \['momentum_buffer'\]"):
         convert_state(sgd.state_dict(), Muon(named(ps)), NAMES)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("index", torch.tensor(float("inf"))), ("index", {}), ("index", -1), ("key", "x"),
+    ("key", torch.zeros(2)), ("key", True), ("step", None), ("step", "x"), ("step", 2.5),
+    ("step", torch.tensor(1, device="meta"))], ids=str)
+def test_counts_that_are_none_are_refused_by_name(name, value):
+    optimizer, _ = trained(AdamW)
+    broken = optimizer.state_dict()
+    broken["state"][0] = {**broken["state"][0], name: value}
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=rf"'p0': {name}=.*, but it must be an integer >= 0"):
+        convert_state(broken, optimizer)
+    assert_same(snapshot(optimizer), before)
+
+
+def test_pairs_go_on_or_begin_anew():
+    """Roles say what a parameter's slots are, in its group."""
+    def pairs(lr=1e-2, **options):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8))
+        lora(model, rank=2)
+        return model, SwitchLoRAAdamW(adapter_groups(model), lr=lr, **options)
+
+    model, optimizer = pairs()
+    for i in range(3):
+        optimizer.zero_grad()
+        torch.manual_seed(i)
+        model(torch.randn(3, 8)).square().sum().backward()
+        optimizer.step()
+    saved = optimizer.state_dict()
+    for options in ({}, {"state_bits": 16}):
+        _, other = pairs(lr=2e-2, **options)
+        converted = convert_state(saved, other)
+        assert {state for _, state, _ in converted.rows} == {"kept"}
+        other.load_state_dict(converted)
+        assert all(int(s["step"]) == 3 for s in other.state.values() if "exp_avg" in s)
+        if not options:
+            assert_same(other.state_dict()["state"], saved["state"])
+    plain = AdamW(model.named_parameters())
+    rows = {name: state for name, state, _ in convert_state(saved, plain).rows}
+    assert rows["0.lora_A"] == "restarted"
+    _, other = pairs()
+    rows = {name: state for name, state, _ in convert_state(plain.state_dict(), other).rows}
+    assert rows["0.lora_A"] == "restarted"
+
+
+def test_what_is_frozen_now_is_not_forgotten_silently():
+    optimizer, ps = trained(AdamW)
+    ps[0].requires_grad_(False)
+    saved = optimizer.state_dict()
+    qs = [torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in ps]
+    converted = convert_state(saved, AdamW(named(qs)))
+    assert converted.rows[0] == ("p0", "restarted",
+                                 "frozen, so without state until it is trained")
+    assert sorted(converted["state"]) == [1, 2]
 
 
 def test_eight_bits_of_galore_torch():
