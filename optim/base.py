@@ -442,10 +442,13 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         away = {p: self._held.pop(p) for p in [*self._held] if p not in present}
         strange = [(g, g.pop("param_names")) for g in self.param_groups
                    if "param_names" in g and names_of(g) is None]
+        for group in self.param_groups:
+            # Schedules leave numpy's numbers, of which torch.load(weights_only=True) reads none.
+            group.update({k: plain_value(v) for k, v in group.items() if not isinstance(v, Tensor)})
         try:
             for group in self.param_groups if not begun else ():
                 group["format"] = 0
-            packed = super().state_dict()
+            return super().state_dict()
         finally:
             layouts.made = begun
             self._held.update(away)
@@ -453,10 +456,6 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                 group["param_names"] = names
             for group in self.param_groups:
                 group["format"] = FORMAT
-        # Of numpy's numbers, which schedules leave, torch.load(weights_only=True) reads none.
-        for group in packed["param_groups"]:
-            group.update({k: plain_value(v) for k, v in group.items() if not isinstance(v, Tensor)})
-        return packed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from pickle or deepcopy, through the same check as the constructor."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,11 +24,14 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
                  nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Linear maps under another name: GPT-2's in transformers, whose weight is in x out.
 _LINEAR_NAMES = {"transformers.pytorch_utils.Conv1D"}
-# Last parts of module names under which models of Hugging Face, timm and nanoGPT keep their head,
-# and those of its last layer where the head is several.
+# Last parts of module names under which models of Hugging Face, timm and nanoGPT keep their head.
 _HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "classifier", "score", "output_projection",
-               "head_dist", "classification_head"}
-_HEAD_LAYERS = {"fc", "out_proj"}
+               "head_dist", "classification_head", "qa_outputs", "dense_prediction",
+               "seq_relationship"}
+# Those of heads in general, which may be several layers, or a convolution.
+_HEAD = re.compile(r"(^|_)(head|classifier)(_dist)?$")
+# Methods by which models of Hugging Face and of timm tell theirs.
+_DECLARING = ("get_output_embeddings", "get_classifier")
 # The number of a layer in a dotted name, which other names follow.
 _LAYER = re.compile(r"(?<![^.])\d+(?=\.)")
 # Tables of these names have an entry for a position, which no head gives.
@@ -39,8 +43,9 @@ _RANK = optional(either(integer(None, 1), real(None, 0.0, 1.0, above=True, below
 def output_heads(model: nn.Module) -> set[int]:
     """Ids of the weights of output heads.
 
-    Those are tied or declared, go by a head's name, or have as many outputs as a table has entries.
-    The last says nothing of what several layers have alike, nor of one layer that is as wide as a
+    Those are tied or declared, go by a head's name (of several layers the last one does, of a list
+    of layers each), are a last layer named ``fc``, or have as many outputs as a table has entries.
+    This says nothing of what several layers have alike, nor of one layer that is as wide as a
     table: where a model is as wide as its table of bytes is long, that would be most of it. The
     name ``output`` says nothing of what is in a layer.
     """
@@ -48,11 +53,10 @@ def output_heads(model: nn.Module) -> set[int]:
     vocabularies = {m.num_embeddings for name, m in tables.items()
                     if not _POSITIONS.search(name.rpartition(".")[2])}
     widths = {m.embedding_dim for m in tables.values()}
-    get_output = getattr(model, "get_output_embeddings", None)
-    declared = get_output() if callable(get_output) else None
     heads = {id(m.weight) for m in tables.values()}
-    if isinstance(declared, nn.Module):  # of models with several outputs a list of heads
-        heads |= {id(m.weight) for m in declared.modules() if hasattr(m, "weight")}
+    declared = {id(p) for module in _declared(model) for p in module.parameters() if p.ndim > 1}
+    # A convolution of a head's name may be the last stage before the head.
+    heads |= declared | {id(p) for p in _last_layers(model, () if declared else _CONVOLUTIONS)}
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     alike = Counter(_LAYER.sub("", name) for name in linear)
     for name, module in linear.items():
@@ -60,10 +64,54 @@ def output_heads(model: nn.Module) -> set[int]:
         single, numbered = alike[_LAYER.sub("", name)] == 1, _LAYER.search(name) is not None
         inside = numbered and outputs in widths
         if (single and not inside and outputs in vocabularies) or (
-                parts[-1] in _HEAD_NAMES and (parts[-1] != "output" or not numbered)) or (
-                parts[-1] in _HEAD_LAYERS and parts[-2] in _HEAD_NAMES):
+                parts[-1] in _HEAD_NAMES and (parts[-1] != "output" or not numbered)):
             heads.add(id(module.weight))
     return heads
+
+
+def _declared(model: nn.Module) -> Iterator[nn.Module]:
+    """The heads that a model tells, or what is wrapped in it."""
+    for module in model.modules():
+        for name in _DECLARING:
+            method = getattr(module, name, None)
+            if not callable(method) or inspect.signature(method).parameters:
+                continue
+            try:
+                told = method()
+            except (AttributeError, NotImplementedError):  # it has none, or one of its own making
+                continue
+            yield from (m for m in (told if isinstance(told, (list, tuple)) else [told])
+                        if isinstance(m, nn.Module))  # one that is several layers, too
+
+
+def _last_layers(model: nn.Module, more: tuple[type[nn.Module], ...]) -> Iterator[Tensor]:
+    """Weights that a head's output comes from, by its name.
+
+    Those within layers are no heads, nor is what has as many outputs as inputs: a pooling, or a
+    layer before the head.
+
+    Args:
+        model: their model.
+        more: what a head may be beside linear.
+    """
+    kinds: tuple[type[Any], ...] = (nn.Linear, *more)
+    *_, (last, weight) = [("", None), *((name, m.weight) for name, m in model.named_modules()
+                                        if isinstance(m, kinds))]
+    if weight is not None and last.rpartition(".")[2] == "fc" and not _LAYER.search(last):
+        yield weight
+    for name, module in model.named_modules():
+        if _HEAD.search(name.rpartition(".")[2]) and not _LAYER.search(f"{name}."):
+            for part in module if isinstance(module, nn.ModuleList) else [module]:
+                own = [m for m in part.modules() if isinstance(m, kinds)]
+                if own and _sides(own[0])[0] != _sides(own[-1])[1]:
+                    yield own[-1].weight
+
+
+def _sides(module: Any) -> tuple[int, int]:
+    """How many inputs and outputs a layer has."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.in_channels, module.out_channels
 
 
 def _has_matrix(module: nn.Module, short: str) -> bool:
@@ -95,8 +143,8 @@ def param_groups(
     warning where matrices are among the last; those of fewer than two dimensions and all parameters
     of norms without decay. A weight used twice (a tied head) appears once, as
     the embedding that it is. Parameters that need no gradient are left out. A head is told by its
-    name, the model's ``get_output_embeddings()``, or as many outputs as a table has entries; one
-    that is told by none of these needs an override.
+    name, the model's ``get_output_embeddings()`` or ``get_classifier()``, or as many outputs as a
+    table has entries; one that is told by none of these needs an override.
 
     Args:
         model: any module.

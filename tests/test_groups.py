@@ -101,6 +101,61 @@ def test_a_model_that_declares_several_heads_and_heads_of_several_layers():
     assert low == {"hidden.weight", "classifier.dense.weight"}
 
 
+def dense(model):
+    """Names of the matrices that get AdamW."""
+    return {name for name, row in rules(model, rank=2).items()
+            if row.rule == "adamw" and len(row.shape) > 1}
+
+
+def net(**parts):
+    model = nn.Module()
+    model.conv, model.hidden = nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+    for name, part in parts.items():
+        setattr(model, name, part)
+    return model
+
+
+def test_heads_of_images_of_spans_and_of_several_layers():
+    """As torchvision, timm and transformers name them."""
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5))
+    for parts, names in (
+            ({"fc": nn.Linear(8, 5)}, {"fc"}),
+            ({"classifier": mlp}, {"classifier.3"}),
+            ({"head": nn.ModuleDict({"fc1": nn.Linear(8, 6), "fc2": nn.Linear(6, 5)})},
+             {"head.fc2"}),
+            ({"head": nn.ModuleList([nn.Linear(8, 5), nn.Linear(8, 4)])}, {"head.0", "head.1"}),
+            ({"decode_head": nn.ModuleDict({"fuse": nn.Conv2d(8, 6, 1),
+                                            "classifier": nn.Conv2d(6, 5, 1)})},
+             {"decode_head.classifier"}),
+            ({"class_labels_classifier": nn.Linear(8, 5)}, {"class_labels_classifier"}),
+            ({"qa_outputs": nn.Linear(8, 2)}, {"qa_outputs"}),
+            # no heads: within layers, not the last, of as many outputs as inputs
+            ({"layers": nn.ModuleList([nn.ModuleDict({"head": mlp, "fc": nn.Linear(8, 5)})])},
+             set()),
+            ({"fc": nn.Linear(8, 5), "end": nn.Linear(5, 5)}, set()),
+            ({"head": nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8))}, set())):
+        assert dense(net(**parts)) == {f"{name}.weight" for name in names}
+        wrapped = nn.ModuleDict({"model": net(**parts)})
+        assert dense(wrapped) == {f"model.{name}.weight" for name in names}
+
+
+def test_a_model_that_tells_its_classifier():
+    """As timm's do, in which a convolution named head may be a stage; what they tell may fail."""
+    class Net(nn.Module):
+        def __init__(self, told):
+            super().__init__()
+            self.conv_head, self.top, self.told = nn.Conv2d(4, 9, 1), nn.Linear(9, 3), told
+
+        def get_classifier(self):
+            if self.told is None:
+                raise NotImplementedError
+            return {"one": self.top, "several": (self.top, None)}[self.told]
+
+    assert dense(Net("one")) == dense(Net("several")) == {"top.weight"}
+    assert dense(nn.ModuleDict({"model": Net("one")})) == {"model.top.weight"}
+    assert dense(Net(None)) == {"conv_head.weight"}
+
+
 def test_modules_without_shapes_are_refused_by_name():
     with pytest.raises(ValueError, match=r"param_groups: 'weight' has no shape yet"):
         param_groups(nn.LazyLinear(4))
