@@ -24,8 +24,9 @@ class Adapter(NamedTuple):
 
     Args:
         layer: its dotted name.
-        names: of the parameters, by role: ``"A"``, ``"B"``, ``"base"``, ``"magnitude"``.
-        tensors: the parameters, by role.
+        names: of the parameters, by role: ``"A"``, ``"B"``, ``"base"`` of a plain pair,
+            ``"magnitude"`` of a normalized one.
+        tensors: the parameters, by role, the base of any pair.
         scaling: s.
     """
 
@@ -57,8 +58,10 @@ def adapters(model: nn.Module) -> list[Adapter]:
             if read is None:
                 continue
             parts, scaling = read
-        check_base(parts["base"], len(parts["A"]), layer)
-        names = {k: only_name(held, layer, p) for k, p in parts.items()}
+        plain = "magnitude" not in parts
+        if plain:  # a normalized pair leaves its base as it is
+            check_base(parts["base"], len(parts["A"]), layer)
+        names = {k: only_name(held, layer, p) for k, p in parts.items() if plain or k != "base"}
         found.append(Adapter(layer, names, parts, scaling))
     return found
 
@@ -99,6 +102,10 @@ def _of_peft(module: nn.Module, layer: str) -> tuple[dict[str, Tensor], float] |
     elif key in x.lora_variant:
         raise ValueError(f"{layer}: its adapter is a {type(x.lora_variant[key]).__name__}, but it "
                          "must be plain LoRA or DoRA")
+    elif others := sorted(x.lora_A.keys() - {key}):
+        raise ValueError(f"{layer}: has adapters {others} beside {key!r}, but it must have one: "
+                         "switches change the base weight, which is theirs too (delete_adapter, "
+                         "or load them on the weights that they were trained on)")
     return parts, float(x.scaling[key])
 
 

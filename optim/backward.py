@@ -141,7 +141,8 @@ class ProjectInBackward(InBackward):
             raise RuntimeError(
                 f"{self.name}: {name!r} got a gradient from micro-batch {self.accumulation + 1}, "
                 f"but accumulation={self.accumulation}; call step() or zero_grad() of the "
-                "optimizer before, or give a larger accumulation")
+                "optimizer before, or give a larger accumulation (where one backward pass gives a "
+                "shared weight several, as reentrant checkpointing does, use_reentrant=False)")
         if p in self._averaged:
             raise RuntimeError(f"{self.name}: {name!r} got a gradient after the mean over ranks "
                                "had been taken; call step() or zero_grad() of the optimizer before")

@@ -226,7 +226,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             f"{type(self).__name__}: its matrices have been replaced by parameters of which none "
             f"is one (shapes {shapes}): what FSDP1 and stages 1 to 3 of DeepSpeed's ZeRO flatten "
             "has lost its matrix shape; use FSDP2 (torch.distributed.fsdp.fully_shard), which "
-            "keeps it, DDP or stage 0, or AdamW8bit, for which vectors will do")
+            "keeps it, DDP or stage 0, or AdamW, for which vectors will do")
 
     def _before_capture(self) -> None:
         """State for parameters whose steps are captured: what a graph allocates is the graph's."""
@@ -329,11 +329,11 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         for group in self.param_groups:
             self._check_changed(group)
         plain = {id(group): numbers(group) for group in self.param_groups}
-        work = [Work(name, p, g, plain[id(o)]) for name, p, o in self._named()
-                if (g := gradient(p)) is not None]
-        for name, p, g, _ in work:
-            if g is p.grad:
-                check_gradient(p, g, name)
+        work = []
+        for name, p, o in self._named():
+            if (g := gradient(p)) is not None:
+                g = check_gradient(p, g, name) if g is p.grad else g
+                work.append(Work(name, p, g, plain[id(o)]))
         self._sync_state()
         if spoilt(work):
             for group in self.param_groups:

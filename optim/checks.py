@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sharding import is_sharded
+from .sharding import is_sharded, placed
 
 __all__ = ["check_capture", "check_gradient", "check_module", "check_parameter", "listed",
            "without_autocast"]
@@ -67,8 +67,14 @@ def check_parameter(p: Any, name: str, where: str) -> None:
                          "another does (it was expanded: .clone() it)")
 
 
-def check_gradient(p: Tensor, g: Tensor, name: str) -> None:
-    """A gradient must be dense and like its parameter."""
+def check_gradient(p: Tensor, g: Tensor, name: str) -> Tensor:
+    """A gradient must be dense and like its parameter.
+
+    Returns:
+        It, or where tensor parallelism leaves it otherwise on the mesh of its parameter (of tables
+        cut by rows, of norms beside a sequence that is cut) another, placed as that is; a
+        collective operation then.
+    """
     if g.layout != torch.strided:
         raise TypeError(f"the gradient of {name!r} is sparse ({g.layout}), but it must be dense "
                         "(an embedding needs sparse=False)")
@@ -80,11 +86,13 @@ def check_gradient(p: Tensor, g: Tensor, name: str) -> None:
                 raise kind(f"the gradient of {name!r} has {what} {_plain(has)}, "
                            f"but it must be its parameter's {_plain(needs)}")
     if not is_sharded(p) and not is_sharded(g):
-        return
-    places = [getattr(x, "placements", None) for x in (p, g)]
-    if places[0] != places[1]:
-        raise ValueError(f"the gradient of {name!r} has placements {places[1]}, "
-                         f"but it must have its parameter's {places[0]}")
+        return g
+    meshes, places = ([getattr(x, what, None) for x in (p, g)]
+                      for what in ("device_mesh", "placements"))
+    if meshes[0] != meshes[1]:
+        raise ValueError(f"the gradient of {name!r} has placements {places[1]} on {meshes[1]}, "
+                         f"but it must have its parameter's {places[0]} on {meshes[0]}")
+    return g if places[0] == places[1] else placed(g, p)
 
 
 def _plain(value: Any) -> Any:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .options import Option, boolean, choice, integer, optional, real, several
 
-__all__ = ["ADAMW_PART", "BOOKKEEPING", "COMMON", "FOREIGN", "FORMAT", "LAYOUT", "AdamWPart",
-           "CommonOptions"]
+__all__ = ["ADAMW_PART", "BOOKKEEPING", "COMMON", "FOREIGN", "FORMAT", "LAYOUT", "OF_SOME",
+           "AdamWPart", "CommonOptions"]
 
 #: Version of the state dict, kept in every group.
 FORMAT = 1
@@ -37,7 +37,9 @@ BOOKKEEPING = {"format": integer(FORMAT, 1), "skipped_steps": integer(0, 0)}
 LAYOUT = {"amsgrad", "state_bits", "master_bits"}
 #: Written into groups by torch's schedulers, or by people for their own use.
 FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum",
-            "param_names", "name"}
+            "param_names", "name", "lr_scale"}
+#: What param_groups puts into groups for some rules, and others pass over.
+OF_SOME = {"rank", "matricize"}
 #: Options of the parameters that get AdamW, which then are groups of their own.
 ADAMW_PART = {"lr_adamw": "lr", "betas_adamw": "betas", "weight_decay_adamw": "weight_decay"}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .common import ADAMW_PART, BOOKKEEPING, FOREIGN, FORMAT
+from .common import ADAMW_PART, BOOKKEEPING, FOREIGN, FORMAT, OF_SOME
 from .options import boolean, checked, nearest
 from .sharding import is_sharded
 
@@ -76,8 +76,8 @@ def checked_group(optimizer: MatrixOptimizer, group: Mapping[str, Any], where: s
     for name, value in group.items():
         if name in others or name in TORCH_ONLY:
             continue
-        if name == "rank" and "rank" not in table:
-            continue  # from param_groups(): this rule has whole matrices
+        if name not in table and (name in OF_SOME or (name == "scaling" and "roles" in group)):
+            continue  # from param_groups or adapter_groups, for other rules
         name = optimizer.spellings.get(name, name)
         if name == "use_muon":  # Keller Jordan's group key
             value = optimizer.algorithm if _USE_MUON.check(name, value, where) else "adamw"

@@ -161,8 +161,8 @@ def param_groups(
         Groups whose ``params`` are (name, tensor) pairs, in the order of the model.
 
     Raises:
-        TypeError, ValueError: a rank that breaks its rule; a glob that matches nothing; no
-            parameter at all.
+        TypeError, ValueError: a rank that breaks its rule; a glob that matches nothing; weights
+            that FSDP1 or ZeRO have flattened; no parameter at all.
     """
     check_module(model, "param_groups")
     overrides = {} if overrides is None else overrides
@@ -190,6 +190,13 @@ def param_groups(
             seen.add(id(p))
             name = f"{prefix}.{short}" if prefix else short
             check_parameter(p, repr(name), "param_groups")
+            if p.ndim < 2 and (hasattr(p, "_is_flat_param") or (
+                    isinstance(module, nn.Linear) and short == "weight")):
+                raise ValueError(
+                    f"param_groups: {name!r} of a {type(module).__name__} has shape "
+                    f"{tuple(p.shape)}, but it must be a matrix: FSDP1 and ZeRO stage 3 flatten "
+                    "weights; use FSDP2 (torch.distributed.fsdp.fully_shard), which keeps their "
+                    "shapes, or model.parameters() for AdamW")
             is_matrix = p.ndim >= 2 and id(p) not in heads and _has_matrix(module, short)
             is_norm = "norm" in type(module).__name__.lower()
             dense = {"rank": None, "algorithm": "adamw"}

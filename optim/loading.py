@@ -68,7 +68,8 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
                 states[p] = checked_state(optimizer, p, entry, merged, f"{at}, {name!r}")
             elif entry is not None and not isinstance(entry, Mapping):
                 raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
-            elif "format" in group and begun and p.requires_grad:
+            # FSDP1 keeps none of a parameter of which a rank has nothing; it begins anew there.
+            elif "format" in group and begun and p.requires_grad and p.numel():
                 hint = "" if state_dict["state"] else (
                     ", as that of all is: torch.distributed.checkpoint reads what state_dict() "
                     "has before, so read optimizer.state first, which makes it")

@@ -31,8 +31,13 @@ __all__ = ["DTYPES", "bounds", "check_base", "check_factors", "memory", "only_na
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def roles(*allowed: tuple[str, ...]) -> Option:
-    """The option that says what a group's parameters are, in the order in which they repeat."""
+def roles(*allowed: tuple[str, ...], hint: str) -> Option:
+    """The option that says what a group's parameters are, in the order in which they repeat.
+
+    Args:
+        allowed: what they may be.
+        hint: for messages, where such pairs come from.
+    """
 
     def convert(value: Any) -> tuple[str, ...]:
         if not isinstance(value, (tuple, list)):
@@ -41,7 +46,7 @@ def roles(*allowed: tuple[str, ...]) -> Option:
             raise ValueError
         return tuple(value)
 
-    rule = "one of " + ", ".join(map(repr, allowed))
+    rule = f"one of {', '.join(map(repr, allowed))}: {hint}"
     return optional(Option(None, rule, convert, tuple))
 
 

@@ -54,8 +54,9 @@ class UpdateInBackward(InBackward):
             raise RuntimeError(
                 f"{self.name}: {name!r} got a second gradient before step(), but it was updated "
                 "with the first: call step() after each backward pass; to accumulate gradients "
-                f"{how}")
-        check_gradient(p, g, name)
+                f"{how}; where one pass gives a shared weight several, as reentrant checkpointing "
+                "does, use use_reentrant=False")
+        g = check_gradient(p, g, name)
         if self.replicas is None:
             self._update(p, g)
             return

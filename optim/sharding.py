@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .codec import Slot
 
 __all__ = ["Rows", "agreed", "bytes_of", "check_placements", "gathered", "is_sharded", "keep",
-           "like", "local", "new", "put", "rows_of", "share", "summed", "whole"]
+           "like", "local", "new", "placed", "put", "rows_of", "share", "summed", "whole"]
 
 # Bytes above which something is gathered alone, without copies of it.
 _SMALL = 1 << 20
@@ -253,6 +253,12 @@ def like(p: Tensor, part: Tensor) -> Tensor:
     d = _dtensor(p)
     return DTensor.from_local(part, d.device_mesh, d.placements, run_check=False, shape=d.shape,
                               stride=d.stride())
+
+
+def placed(x: Tensor, p: Tensor) -> Tensor:
+    """A DTensor on p's mesh, placed as p is; a collective operation."""
+    with torch.no_grad():
+        return _dtensor(x).redistribute(placements=_dtensor(p).placements)
 
 
 def summed(p: Tensor, x: Tensor) -> Tensor:

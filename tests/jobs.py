@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
 from typing import Any
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -39,6 +40,12 @@ from torch.distributed.tensor import (
     Replicate,
     Shard,
     distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
 )
 
 from .cases import CASES
@@ -186,17 +193,18 @@ def with_nan(mesh: DeviceMesh, name: str, nonfinite: str) -> dict[str, Any]:
 
 
 def refusals(mesh: DeviceMesh, name: str) -> list[str]:
-    """Messages about what cannot be: a partial sum as parameter, a gradient placed elsewhere."""
+    """Messages about what cannot be: a partial sum as parameter, a gradient on another mesh."""
     messages = []
     partial = DTensor.from_local(torch.ones(6, 4), mesh, [Partial()])
     p = torch.nn.Parameter(placed(torch.ones(6, 4), mesh))
+    other = DeviceMesh("cpu", [[*range(mesh.size())]])
     for step in (lambda: case_of(name)([("w", torch.nn.Parameter(partial))]), None):
         try:
             if step is not None:
                 step()
             else:
                 optimizer = case_of(name)([("w", p)])
-                p.grad = placed(torch.ones(6, 4), mesh, [Shard(1)])
+                p.grad = placed(torch.ones(6, 4), other, [Replicate(), Shard(0)])
                 optimizer.step()
         except (TypeError, ValueError) as error:
             messages.append(str(error))
@@ -347,6 +355,45 @@ def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, mi
     return result
 
 
+class Parallel(torch.nn.Module):
+    """A table, a norm, and layers, as tensor parallelism cuts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.norm = torch.nn.Embedding(30, 12), torch.nn.LayerNorm(12)
+        self.up, self.down = torch.nn.Linear(12, 20), torch.nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(self.norm(self.table(x))).tanh())
+        return out
+
+
+def tensor_parallel(mesh: DeviceMesh | None, name: str, in_backward: bool = False
+                    ) -> dict[str, Any]:
+    """Trained with every style of the usual plan, gradients clipped: the table's is cut by rows and
+    its gradient whole, the norm is whole and its gradient a part of a sum.
+    """
+    quantize_small()
+    model: Any = Parallel()
+    if mesh is not None:
+        parallelize_module(model, mesh, {
+            "table": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+            "norm": SequenceParallel(),
+            "up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel()})
+    optimizer = optimizer_of(model, name)
+    if in_backward:
+        update_in_backward(optimizer)
+    for i in range(6):
+        x = torch.randint(30, (2, 8), generator=torch.Generator().manual_seed(i))
+        model(x).square().mean().backward()
+        if not in_backward:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome(optimizer, list(model.parameters()))
+
+
 def replicas(mesh: DeviceMesh, name: str, steps: int = 8, way: str = "project", micro: int = 1,
              given: dict[str, Any] | None = None, cut: int = 0, turned: bool = False, **more: Any
              ) -> dict[str, Any]:
@@ -495,6 +542,50 @@ def replicas_refusals(mesh: DeviceMesh) -> list[str]:
         optimizer.step()
         assert all(map(torch.equal, before, map(plain, model.parameters())))
     optimizer.load_state_dict(optimizer.state_dict())
+    return messages
+
+
+def fsdp1(mesh: DeviceMesh, cls: type, views: bool) -> dict[str, Any]:
+    """Flattened by FSDP1, saved and loaded in the middle, and once more at the end."""
+    def start() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        inner = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.Tanh(),
+                                    torch.nn.Linear(48, 32))
+        model = FullyShardedDataParallel(inner, process_group=mesh.get_group(),
+                                         device_id=torch.device("cpu"), use_orig_params=views)
+        return model, cls(model.parameters(), lr=1e-2)
+
+    def steps(model: Any, optimizer: Any, numbers: range) -> None:
+        for i in numbers:
+            generator = torch.Generator().manual_seed(10 * i + mesh.get_rank())
+            model(torch.randn(4, 32, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = start()
+    steps(model, optimizer, range(3))
+    saved = get_optimizer_state_dict(model, optimizer), get_model_state_dict(model)
+    saved = copy.deepcopy(saved)
+    steps(model, optimizer, range(3, 6))
+    resumed, other = start()
+    set_optimizer_state_dict(resumed, other, saved[0])
+    set_model_state_dict(resumed, saved[1])
+    steps(resumed, other, range(3, 6))
+    set_optimizer_state_dict(resumed, other, get_optimizer_state_dict(resumed, other))
+    return {"straight": [plain(p) for p in model.parameters()],
+            "resumed": [plain(p) for p in resumed.parameters()]}
+
+
+def flattened(mesh: DeviceMesh) -> list[str]:
+    """What is said of matrices that FSDP1 has flattened."""
+    messages = []
+    for views in (True, False):
+        model = FullyShardedDataParallel(network(), process_group=mesh.get_group(),
+                                         device_id=torch.device("cpu"), use_orig_params=views)
+        try:
+            param_groups(model, rank=2)
+        except ValueError as error:
+            messages.append(str(error))
     return messages
 
 

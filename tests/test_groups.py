@@ -8,7 +8,7 @@ import pytest
 import torch
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import Shape
-from lissom.optim import AdamW, GaLoreAdamW, param_groups
+from lissom.optim import AdamW, GaLoreAdamW, Muon, param_groups
 from lissom.optim.layouts import Layouts
 from torch import nn
 
@@ -231,6 +231,15 @@ def test_groups_work_with_any_optimizer_of_the_package():
     assert optimizer.plan()["weight"].rank == 2
     with pytest.raises(KeyError):
         optimizer.plan()["absent"]
+
+
+def test_groups_of_layers_and_of_experts_work_with_all():
+    """timm's ``lr_scale``, and ``matricize`` where there is nothing to see otherwise."""
+    p = nn.Parameter(torch.randn(3, 4, 5))
+    for cls in (AdamW, Muon, GaLoreAdamW):
+        optimizer = cls([{"params": [p], "matricize": "batch", "rank": 2, "lr_scale": 0.5}])
+        assert optimizer.param_groups[0]["lr_scale"] == 0.5
+    assert "matricize" not in AdamW([{"params": [p], "matricize": "batch"}]).param_groups[0]
 
 
 @pytest.mark.parametrize(("rank", "kind"), [(0, ValueError), (-1, ValueError), (1.5, ValueError),

@@ -940,6 +940,47 @@ def test_peft_models_that_cannot_be_read_are_refused():
         adapter_groups(peft_model(r=32))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_other_adapters_keep_the_weight_that_they_were_trained_on(dora):
+    """Plain pairs write to it; normalized ones leave it, so that others may be there."""
+    pytest.importorskip("peft")
+    model = peft_model(dora)
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter("other")
+    if not dora:
+        with pytest.raises(ValueError, match=r"has adapters \['default'\] beside 'other'"):
+            adapter_groups(model)
+        model.delete_adapter("default")
+    assert any("other" in name for g in adapter_groups(model) for name, _ in g["params"])
+
+
+def test_normalized_pairs_need_nothing_of_their_base():
+    """It may be quantized, or shared."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["0", "1"], use_dora=True)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    model = peft.get_peft_model(model, config)
+    first, second = (model.base_model.model[i] for i in (0, 1))
+    optimizer = GradNormLoRPAdamW(adapter_groups(model, rank=1), lr=1e-2)
+    model(torch.ones(3, 6)).square().sum().backward()
+    optimizer.step()
+    first.base_layer.weight = nn.Parameter(torch.zeros(6, 6, dtype=torch.int8), requires_grad=False)
+    second.base_layer.weight = first.base_layer.weight
+    names = [name for g in adapter_groups(model) for name, _ in g["params"]]
+    assert not any("base_layer.weight" in name for name in names)
+
+
+def test_pairs_of_the_other_kind_are_refused_by_their_kind():
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=r"roles=\('A', 'B', 'base'\).*must be normalized"):
+        GradNormLoRPAdamW(adapter_groups(peft_model(False)))
+    with pytest.raises(ValueError, match=r"roles=\('A', 'B'\).*must be plain"):
+        SwitchLoRAAdamW(adapter_groups(peft_model(True), rank=2))
+    with pytest.raises(ValueError, match=r"unknown option 'scaling'=2.0 \(did you mean 'scale'"):
+        GradNormLoRPAdamW([{"params": [torch.zeros(4, 4)], "scaling": 2.0}])
+
+
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
 def test_quantized_bases_are_refused(kind):
     bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")

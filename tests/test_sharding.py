@@ -11,7 +11,7 @@ import pytest
 import torch
 from lissom.bench.sharding import rank_bytes
 from lissom.kernels import _triton
-from lissom.optim import GradNormLoRPAdamW, SwitchLoRAAdamW
+from lissom.optim import AdamW, GradNormLoRPAdamW, SwitchLoRAAdamW
 from torch.distributed.tensor import Replicate, Shard
 
 from . import jobs
@@ -241,7 +241,8 @@ def test_what_cannot_be_is_refused_by_name(pool):
     for messages in pool.run(jobs.refusals, 2, name="galoreadamw"):
         assert "w has placements (Partial" in messages[0]
         assert "Replicate" in messages[0]
-        assert "the gradient of 'w' has placements" in messages[1]
+        assert "the gradient of 'w' has placements (Replicate" in messages[1]
+        assert "but it must have its parameter's (Shard" in messages[1]
 
 
 # ---- engines
@@ -254,6 +255,30 @@ def test_fsdp2_and_ddp_train_as_one_process(pool, name, ranks):
     # gradients are means over the ranks, in another order
     for job in (jobs.fsdp, jobs.ddp):
         assert_close(one, pool.run(job, ranks, name=name), False, 1e-4)
+
+
+@pytest.mark.parametrize(("name", "in_backward"), [
+    *((name, False) for name in ("adamw", "adamw8bit", "galoreadamw", "firaadamw-svd", "dctadamw",
+                                 "muon", "trion", "gradnormlorpadamw-svd")), ("muon", True)])
+def test_tensor_parallelism_trains_as_one_process(pool, name, in_backward):
+    """With gradients that it leaves placed otherwise than their parameters."""
+    one = jobs.tensor_parallel(None, name, in_backward)
+    assert_close(one, pool.run(jobs.tensor_parallel, 2, name=name, in_backward=in_backward), False,
+                 1e-4)
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_state_of_what_fsdp1_has_flattened_goes_on(pool, views):
+    """With its original parameters as views a rank has nothing of some."""
+    for out in pool.run(jobs.fsdp1, 2, cls=AdamW, views=views):
+        assert_same(out["straight"], out["resumed"])
+
+
+def test_groups_of_what_fsdp1_has_flattened_are_refused(pool):
+    for messages in pool.run(jobs.flattened, 2):
+        assert len(messages) == 2
+        assert "'_fsdp_wrapped_module.0.weight' of a Linear has shape" in messages[0]
+        assert "_flat_param' of a Sequential has shape" in messages[1]
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "ddp"])
