@@ -85,9 +85,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
            if k not in ("residual", "residual_scale", "error_feedback_bits", "limiter")},
         "axis": choice("input", "input", "output"),
         "magnitude_scale": real(1.0),
-        "roles": roles(("A", "B"), ("magnitude",), hint="pairs must be normalized, as those of "
-                       "peft with use_dora=True and of lora(normalize=...); SwitchLoRAAdamW takes "
-                       "plain ones, and param_groups(model, rank=...) makes groups of them here"),
+        "roles": roles(("A", "B"), ("magnitude",), hint="normalized pairs, as of peft's "
+                       "use_dora=True; SwitchLoRAAdamW takes plain ones"),
     }
 
     def __init__(

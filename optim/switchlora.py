@@ -101,8 +101,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
                              "(lissom.optim.lora, or peft) and pass "
                              "lissom.optim.adapter_groups(model).")
     options: ClassVar[Mapping[str, Option]] = {
-        "roles": roles(_ROLES, hint="pairs must be plain; GradNormLoRPAdamW takes normalized "
-                       "ones, as those of use_dora=True"),
+        "roles": roles(_ROLES, hint="plain pairs; GradNormLoRPAdamW takes normalized ones"),
         "scaling": real(1.0, above=True),
         "interval": real(40.0, above=True),
         "interval_decay": real(0.3, 0.0, 1.0, above=True),
