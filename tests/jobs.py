@@ -95,8 +95,8 @@ def trained(mesh: DeviceMesh | None, name: str, steps: int = 20, dtype: torch.dt
     return outcome(optimizer, ps)
 
 
-def by_kernels(mesh: DeviceMesh, name: str, dtype: torch.dtype, shapes: Any, together: bool,
-               spread: int = 1 << 20) -> dict[str, Any]:
+def by_kernels(mesh: DeviceMesh | None, name: str, dtype: torch.dtype, shapes: Any, together: bool,
+               spread: int = 1 << 20, **options: Any) -> dict[str, Any]:
     """The same through kernels, as on GPUs, and how many parameters were updated at once."""
     case, found = case_of(name), []
     inner = case.make._step_batch
@@ -114,7 +114,7 @@ def by_kernels(mesh: DeviceMesh, name: str, dtype: torch.dtype, shapes: Any, tog
         patch.setattr(case.make, "_step_batch", counted)
         more = {"update_proj_gap": 3} if case.option("update_proj_gap") else {}
         # What is gathered goes alone: by default nothing is.
-        out = trained(mesh, name, 4, dtype, shapes, spread=spread, **more)
+        out = trained(mesh, name, 4, dtype, shapes, spread=spread, **more, **options)
     return {**out, "found": found}
 
 
@@ -193,7 +193,9 @@ def with_nan(mesh: DeviceMesh, name: str, nonfinite: str) -> dict[str, Any]:
 
 
 def refusals(mesh: DeviceMesh, name: str) -> list[str]:
-    """Messages about what cannot be: a partial sum as parameter, a gradient on another mesh."""
+    """Messages about what cannot be: a partial sum as parameter, a gradient on another mesh, a
+    saved value that is placed elsewhere.
+    """
     messages = []
     partial = DTensor.from_local(torch.ones(6, 4), mesh, [Partial()])
     p = torch.nn.Parameter(placed(torch.ones(6, 4), mesh))
@@ -207,6 +209,12 @@ def refusals(mesh: DeviceMesh, name: str) -> list[str]:
                 p.grad = placed(torch.ones(6, 4), other, [Replicate(), Shard(0)])
                 optimizer.step()
         except (TypeError, ValueError) as error:
+            messages.append(str(error))
+    x = torch.ones(2, 2)
+    for here in (placed(x, mesh), x):
+        try:
+            sharding.put(here, placed(x, mesh, [Shard(1)]))
+        except ValueError as error:
             messages.append(str(error))
     return messages
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
+import weakref
 
 import pytest
 import torch
@@ -436,3 +438,78 @@ def test_one_parameter_at_a_time_in_the_groups(cls, monkeypatch):
     assert_same(results[0], results[2])
     assert_same(results[1], results[2])
     assert all(int(s["step"]) == 6 for s in results[0][1])
+
+
+def test_a_parameter_that_is_taken_away_is_let_go():
+    """Out of the groups, and its state with it: nothing of the optimizer holds it."""
+    ps = parameters([(6, 4), (4,)])
+    optimizer = AdamW(ps)
+    run(optimizer, ps, range(1))
+    del optimizer.param_groups[0]["params"][0], optimizer.state[ps[0]]
+    gone = weakref.ref(ps.pop(0))
+    run(optimizer, ps, range(1, 2))
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_shape_may_change_before_the_first_step():
+    (p,) = parameters([(4, 2)])
+    optimizer = AdamW([("w", p)])
+    assert optimizer.state[p]["exp_avg"].shape == (4, 2)
+    p.data = torch.ones(6, 2)
+    run(optimizer, [p], range(1))
+    assert optimizer.state[p]["exp_avg"].shape == (6, 2)
+
+
+def test_a_gradient_may_be_set_by_hand():
+    """Of what asks for none, as torch takes it."""
+    ps = [torch.nn.Parameter(torch.ones(3), requires_grad=False) for _ in range(2)]
+    for cls, p in zip((AdamW, torch.optim.AdamW), ps, strict=True):
+        p.grad = torch.ones(3)
+        cls([p], lr=0.1, weight_decay=0.0).step()
+    torch.testing.assert_close(*ps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_that_lacks_nothing_any_more_has_no_missing_bits(dtype):
+    (p,) = parameters([(8, 6)], dtype=torch.bfloat16)
+    optimizer = AdamW([p], master_bits=16)
+    run(optimizer, [p], range(2))
+    p.data, p.grad = p.data.to(dtype), None
+    run(optimizer, [p], range(2, 3))
+    assert set(optimizer.state[p]) == {"step", "index", "key", "exp_avg", "exp_avg_sq"}
+    assert int(optimizer.state[p]["step"]) == 3
+
+
+def test_a_number_in_two_groups_is_refused():
+    """Both would get one parameter's state, which fits where shapes are alike."""
+    ps = parameters([(4, 2), (4, 2)])
+    optimizer = AdamW([{"params": [p]} for p in ps])
+    run(optimizer, ps, range(1))
+    saved, before = optimizer.state_dict(), snapshot(optimizer)
+    del saved["state"][1]
+    saved["param_groups"][1]["params"] = [0]
+    with pytest.raises(ValueError, match=r"group 1: parameters \[0\] are saved twice"):
+        optimizer.load_state_dict(saved)
+    assert_same(before, snapshot(optimizer))
+
+
+def test_names_come_with_a_state_where_there_are_none():
+    ps = parameters([(4, 2), (3,)])
+    saved = AdamW(named(ps)).state_dict()
+    nameless, wrapped = AdamW(ps), AdamW([(f"module.{name}", p) for name, p in named(ps)])
+    for optimizer, names in ((nameless, ["p0", "p1"]), (wrapped, ["module.p0", "module.p1"])):
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["param_names"] == names
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_gradient_need_not_lie_as_its_weight_does(bits):
+    ps = [parameters([(64, 80)])[0] for _ in range(2)]
+    for p, turned in zip(ps, (False, True), strict=True):
+        optimizer = AdamW([p], lr=1e-2, state_bits=bits)
+        for i in range(2):
+            feed([p], i)
+            p.grad = p.grad.mT.contiguous().mT if turned else p.grad
+            optimizer.step()
+    torch.testing.assert_close(*ps, rtol=0, atol=1e-6)

@@ -146,6 +146,8 @@ def test_what_moves_is_refused_by_name():
     g = torch.zeros(4, 6)
     with pytest.raises(ValueError, match=r"source: expected shape \(6,\), got \(4,\)"):
         adam8(g, *made[0], source=torch.arange(4), **numbers)
+    with pytest.raises(ValueError, match=r"source: expected shape \(4,\), got \(6,\)"):
+        adam8(g, *made[0], source=torch.arange(6), rows_move=True, **numbers)
     with pytest.raises(TypeError, match=r"source: expected torch\.int64, got torch\.int32"):
         adam8(g, *made[0], source=torch.arange(4, dtype=torch.int32), rows_move=True, **numbers)
     with pytest.raises(ValueError, match=r"g: expected matrices with a source, got shape \(24,\)"):
@@ -224,6 +226,7 @@ def test_addresses_that_are_no_multiples(device):
     ps = [whole[1 + 8 * i: 9 + 8 * i] for i in range(COUNT)]
     assert apart.alignment(Apart(ps)) == 1
     assert apart.alignment(Apart([x.clone() for x in ps]), None, whole) == 16
+    assert apart.alignment(Apart([ps[0].clone(), ps[1]])) == 1  # one is enough
     made = moments((8,), 32, device)
     expected = [x.clone() for x in ps]
     numbers = {"bits": 32, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "t": 3, "lr": 0.1,
@@ -254,7 +257,9 @@ def test_a_stack_that_is_none():
     assert torch.equal(b.mT @ several.mT, b.mT @ stack.mT)
     assert several.to(torch.float32) is several
     assert torch.equal(several.mT.to(torch.float64), stack.mT.double())
-    for other in (x.T, x.double(), x[:1], x[:, ::2]):
+    assert torch.equal(apart.stack(several.mT), stack.mT)
+    assert torch.equal(apart.stack(several.mT.mT), stack)
+    for other in (x.T, x.double(), x[:1], x[:, ::2], x.T.contiguous().T):
         with pytest.raises(ValueError, match="expected tensors of shape"):
             Apart([x, other])
 

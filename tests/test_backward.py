@@ -162,6 +162,10 @@ def test_buffers_count_and_are_saved_in_the_middle():
         with pytest.raises(ValueError, match=r"projected_count.*call project_in_backward"):
             twin.load_state_dict(saved["o"])
         project_in_backward(twin, micro)
+        broken = copy.deepcopy(saved["o"])
+        broken["state"][0]["projected_count"].fill_(-1)
+        with pytest.raises(ValueError, match=r"projected_count=-1\.0, but it must be >= 0"):
+            twin.load_state_dict(broken)
         twin.load_state_dict(saved["o"])
         for q, g in zip(qs, saved["g"], strict=True):
             q.grad = g

@@ -30,6 +30,7 @@ from lissom.kernels.philox import (
     stochastic_bf16_ref,
     stochastic_fp16_ref,
     stochastic_round,
+    within,
 )
 from lissom.kernels.quant8 import (
     codebook,
@@ -154,8 +155,11 @@ def test_rounding_is_that_of_the_reference(device, dtype, reference):
     generator = torch.Generator().manual_seed(0)
     any_bits = torch.randint(-(1 << 31), 1 << 31, (4001,), generator=generator).to(torch.int32)
     values = [any_bits.view(torch.float32), *tensors([(3, 401)], 1, 5e4), torch.zeros(7),
-              *tensors([(1030,)], 2, 1e-6), torch.empty(0, 3), torch.tensor(1.7)]
+              *tensors([(1030,)], 2, 1e-6), torch.empty(0, 3), torch.tensor(1.7),
+              *tensors([(1024,)], 4)]  # which is one tile where it begins at a block, else two
     values.append(torch.tensor([math.inf, -math.inf, math.nan, 3.4e38, -3.4e38, 65519.0, 65520.0]))
+    # NaN whose upper half alone would be infinity
+    values.append(torch.tensor([0x7F800001, -0x7FFFFF], dtype=torch.int32).view(torch.float32))
     for start in (0, 13, (1 << 35) - 9):
         for x in values:
             x = x.to(device)
@@ -163,6 +167,17 @@ def test_rounding_is_that_of_the_reference(device, dtype, reference):
             assert stochastic_round(x, dtype, start, KEY, (5, 64), out=out,
                                     backend="triton") is out
             assert_same(out, reference(x, start, KEY, (5, 64)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_is_beyond_the_largest_is_found_on_either_side(sign):
+    """Of a tensor whose other entries are in range, as an early look at the CPU's says."""
+    x = torch.tensor([1.0, 3.4e38]).repeat(64) * sign
+    largest = torch.finfo(torch.bfloat16).max
+    for backend in ["torch", *(["triton"] if _triton.INTERPRETED else [])]:
+        y = stochastic_round(x, torch.bfloat16, 0, KEY, (5, 64), backend=backend)
+        assert y.float().tolist() == [sign, sign * largest] * 64
+    assert within(x, 1e19).tolist() == torch.tensor([1.0, 1e19]).repeat(64).mul(sign).tolist()
 
 
 def test_pieces_and_threads_do_not_change_bits():
@@ -654,8 +669,14 @@ def test_refusals():
         adamw8(x[:3], x, m, v, m_scale, v_scale, lr=0.1, weight_decay=0.0, **options)
     with pytest.raises(TypeError, match=r"dtype: expected torch\.bfloat16 or torch\.float16"):
         stochastic_round(x, torch.float32, 0, KEY, (0, 0))
+    with pytest.raises(ValueError, match=r"out: expected shape \(4, 300\), got \(3, 300\)"):
+        stochastic_round(x, torch.bfloat16, 0, KEY, (0, 0), out=x[:3].bfloat16())
+    with pytest.raises(ValueError, match=r"out: expected shape \(4, 300\), got \(3, 300\)"):
+        adam8(x, m, v, m_scale, v_scale, out=x[:3], **options)
     with pytest.raises(ValueError, match=r"bits: expected 8 or 4, got 16"):
         quantize_dynamic(x, 16, True)
+    with pytest.raises(ValueError, match=r"a tensor of one dimension or more, got shape \(\)"):
+        quantize_dynamic(x[0, 0], 8, True)
     with pytest.raises(ValueError, match=r"backend: expected None, 'torch' or 'triton', got 'cu'"):
         quantize_dynamic(x, 8, True, backend="cu")
     with pytest.raises(RuntimeError, match=r"backend: 'triton' cannot run on meta"):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from lissom.kernels.philox import WEIGHT_STREAM, random_bits16_ref
-from lissom.optim import AdamW, SwitchLoRAAdamW, adapter_groups, gradnormlorp
+from lissom.optim import AdamW, GaLoreAdamW, SwitchLoRAAdamW, adapter_groups, gradnormlorp
 from lissom.optim.inner import RULES
 from lissom.optim.keys import key_of, name_key
 from torch import nn
@@ -197,3 +197,14 @@ def test_a_state_of_torch_keeps_the_key_of_the_name():
     optimizer = AdamW([("w", p)])
     optimizer.load_state_dict(other.state_dict())
     assert int(optimizer.state[p]["key"]) == name_key("w")
+
+
+def test_numbers_count_each_rule_alone():
+    """Matrices from 0 on, whose refreshes they spread, whatever vectors are among them."""
+    ps, late = parameters([(4, 3), (4,), (3, 4), (3,)]), parameters([(4, 3), (4,)], 1)
+    optimizer = GaLoreAdamW(ps, rank=2)
+    run(optimizer, ps, range(1))
+    optimizer.load_state_dict(optimizer.state_dict())  # after which they are counted anew
+    optimizer.add_param_group({"params": late})
+    assert [int(optimizer.state[p]["index"]) for p in [*ps, *late]] == [
+        0, 2**31, 1, 2**31 + 1, 2, 2**31 + 2]

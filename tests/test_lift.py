@@ -391,6 +391,16 @@ def test_row_norms_of_hard_rows(device):
                                equal_nan=True)
 
 
+def test_row_norms_of_hard_rows_in_pieces(device):
+    """A peak that rises on the way, an infinity that comes first; no row helps another."""
+    for first, then in ((1e29, 3e30), (1e-30, 1e-30), (1e-32, 1e-30), (torch.inf, 1.0)):
+        x = torch.full((1, 1300), then, device=device)
+        x[0, :600] = first
+        for y in (x, x.expand(3, 1300).mT.contiguous().mT):
+            torch.testing.assert_close(row_norms(y, backend="triton"), row_norms_ref(y), rtol=1e-6,
+                                       atol=0)
+
+
 @pytest.mark.parametrize("limiter", [None, 1.0, 1.01])
 @pytest.mark.parametrize("leak", [None, 0.0, 0.75])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 1500)])

@@ -27,7 +27,9 @@ from lissom.optim import (
     project,
 )
 from lissom.optim.inner import RULES
-from lissom.optim.residual import RESIDUALS, Fira, gains
+from lissom.optim.norms import sizes
+from lissom.optim.project import Bases
+from lissom.optim.residual import RESIDUALS, Fira, gains, larger
 from lissom.optim.sharding import Rows
 
 from .golden import follow, load, needs_golden, worst
@@ -174,13 +176,13 @@ def test_dct_state_is_indices_only():
 @pytest.mark.parametrize("similarity", ["matmul", "fft"])
 def test_columns_of_squares_out_of_range_are_chosen_alike(similarity):
     chosen = []
-    for scale in (1.0, 1e25, 1e-25):
+    for scale in (1.0, 1e25, 1e-25, -1e25):  # of entries of one sign
         (p,) = parameters([(16, 12)])
         optimizer = DCTAdamW([p], rank=4, column_norm=2, similarity=similarity)
-        p.grad = tensors([(16, 12)], 1)[0] * scale
+        p.grad = tensors([(16, 12)], 1)[0].abs() * scale
         optimizer.step()
         chosen.append(optimizer.state[p]["columns_right"].tolist())
-    assert chosen[0] == chosen[1] == chosen[2]
+    assert all(x == chosen[0] for x in chosen)
 
 
 def test_dct_of_full_rank_is_a_rotated_adam():
@@ -223,6 +225,18 @@ def test_old_basis_is_kept_for_gradients_without_news():
         p.grad = torch.full((6, 4), value)
         optimizer.step()
         assert torch.equal(optimizer.state[p]["columns_right"], before)
+
+
+@pytest.mark.parametrize("similarity", ["matmul", "fft"])
+@pytest.mark.parametrize("norm", [1, 2])
+def test_one_entry_that_is_no_number_chooses_no_columns(similarity, norm):
+    for value in (math.inf, -math.inf, math.nan):
+        x = tensors([(6, 4)], 1)[0]
+        x[2, 1] = value
+        for old in ([0, 1], [2, 3]):
+            index, _ = dct.project(x, 2, kind=2, dim=-1, norm=norm, similarity=similarity,
+                                   old=torch.tensor(old, dtype=torch.int32))
+            assert index.tolist() == old
 
 
 # ---- lazy refresh, stored bases
@@ -393,6 +407,56 @@ def test_gains_of_a_shard_are_those_of_the_whole(limiter, monkeypatch):
     rows = Rows(0, 6, (3, 3), 0, None)  # type: ignore[arg-type]
     torch.testing.assert_close(gains(n, r, g, 4.0, rows, last[1], o), whole[:3])
     assert_same(*last)
+
+
+@pytest.mark.parametrize("inner", ["momentum", "lion", "factored"])
+def test_fira_released_corrects_no_bias_but_adams(inner):
+    """At scale 1 nothing else tells it from the paper's."""
+    results = []
+    for residual_scale in ("paper", "released"):
+        (p,) = parameters([(20, 12)])
+        optimizer = FiraAdamW([p], lr=1e-2, rank=3, projection="svd", scale=1.0, inner=inner,
+                              residual_scale=residual_scale)
+        run(optimizer, [p], range(3))
+        results.append([p.detach(), optimizer.state[p]["limiter"]])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+def test_fira_of_float64_is_its_equation_in_float64():
+    (p,) = parameters([(20, 12)], dtype=torch.float64)
+    start = p.detach().clone()
+    optimizer = FiraAdamW([p], lr=1e-2, rank=3, weight_decay=0.0, projection="svd", scale=0.5)
+    p.grad = tensors([(20, 12)], 1)[0].double()
+    optimizer.step()
+    q, eps = optimizer.state[p]["basis_right"], optimizer.param_groups[0]["eps"]
+    r = p.grad @ q
+    n = r / (r.abs() + eps)
+    phi = n.norm(dim=1, keepdim=True) / (r.norm(dim=1, keepdim=True) + eps)
+    expected = start - 5e-3 * (n @ q.mT + (p.grad - r @ q.mT) * phi)
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "full"])
+def test_norms_of_a_shard_are_those_of_the_whole(side, monkeypatch):
+    """Two ranks with the same rows."""
+    x, rows = tensors([(3, 5)])[0], Rows(0, 6, (3, 3), 0, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, *args, **given: x.mul_(2))
+    whole = sizes(torch.cat([x, x]), side, None)
+    torch.testing.assert_close(sizes(x, side, rows), whole[:3] if side == "right" else whole)
+
+
+def test_columns_of_a_shard_are_as_long_as_those_of_the_whole():
+    """What a gain is capped by; R of a left side is of all rows."""
+    rows = Rows(0, 20, (7, 7, 6), 0, None)  # type: ignore[arg-type]
+    bases = Bases(torch.zeros(7, 3), None, rows)
+    assert larger(torch.zeros(7, 12), torch.zeros(3, 12), bases) == pytest.approx(20 / 3)
+
+
+def test_sums_over_ranks_leave_their_terms_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, *args, **given: x.mul_(2))
+    x, rows = torch.ones(3), Rows(0, 6, (3, 3), 0, None)  # type: ignore[arg-type]
+    assert rows.sum(x).tolist() == rows.max(x).tolist() == [2.0] * 3
+    assert x.tolist() == [1.0] * 3
 
 
 # ---- APOLLO

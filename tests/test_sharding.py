@@ -107,6 +107,19 @@ def test_what_is_gathered_goes_alone(pool):
         assert_same([a["weights"], a["state"]], [b["weights"], b["state"]])
 
 
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="needs triton's interpreter")
+@pytest.mark.parametrize("norm", [1, 2])
+def test_ranks_choose_the_columns_of_one_process_in_one_pass(pool, norm):
+    """Those of all rows, though each has some."""
+    given = {"name": "dctadamw", "dtype": torch.bfloat16, "together": False,
+             "shapes": [(7, 5), (5, 7), (9, 6)], "column_norm": norm}
+    one = jobs.by_kernels(None, **given)
+    for out in pool.run(jobs.by_kernels, 3, **given):
+        for a, b in zip(one["state"], out["state"], strict=True):
+            (name,) = (k for k in a if k.startswith("columns_"))
+            assert a[name].tolist() == b[name].tolist()
+
+
 def exact(name: str) -> bool:
     """Whether the class reduces nothing: element by element, or as a whole on every rank."""
     return name.startswith(("adamw", "switchlora", "gradnormlorp")) and "pairs" not in name
@@ -144,6 +157,7 @@ def test_whole_shards_are_exact(pool, name):
     ("galoreadamw", [(3, 64)], 3, {"basis_bits": 8, "rank": 1}),
     ("galoreadamw", [(5, 9), (9, 5)], 3, {"projection": "random", "moments": "rotate"}),
     ("dctadamw", [(6, 5)], 4, {"dct_basis": 3, "similarity": "fft"}),  # no rows on the last rank
+    ("dctadamw", [(6, 5), (5, 7)], 4, {"column_norm": 2, "update_proj_gap": 1}),  # of one scale
     # of whose columns some ranks transform none
     ("dctadamw", [(9, 2), (9, 1), (12, 5)], 4, {"proj_type": "left", "update_proj_gap": 1}),
     ("trion-bfloat16", [(5, 1), (1, 5), (1, 1)], 3, {}), ("muon", [(5, 1), (1, 5), (1, 1)], 3, {}),
@@ -230,8 +244,8 @@ def test_what_ranks_exchange_between_refreshes(pool, name, more, gathers, sums):
 
 @pytest.mark.parametrize("name", ["adamw", "galoreadamw", "muon"])
 def test_a_nan_on_one_rank_stops_all(pool, name):
-    for nonfinite in ("skip", "raise"):
-        for out in pool.run(jobs.with_nan, 3, name=name, nonfinite=nonfinite):
+    for nonfinite, ranks in (("skip", 3), ("raise", 3), ("skip", (2, 2))):
+        for out in pool.run(jobs.with_nan, ranks, name=name, nonfinite=nonfinite):
             assert_same(out["before"], out["after"])
             assert out["skipped"] == (nonfinite == "skip")
             assert ("'p0' has a NaN" in out["error"]) == (nonfinite == "raise")
@@ -243,6 +257,8 @@ def test_what_cannot_be_is_refused_by_name(pool):
         assert "Replicate" in messages[0]
         assert "the gradient of 'w' has placements (Replicate" in messages[1]
         assert "but it must have its parameter's (Shard" in messages[1]
+        assert "saved with placements (Shard(dim=1),)" in messages[2]
+        assert "saved as a DTensor" in messages[3]
 
 
 # ---- engines
