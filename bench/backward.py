@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..optim import AdamW, GaLoreAdamW, param_groups, project_in_backward, update_in_backward
 from ..optim.backward import ProjectInBackward
 from ..optim.base import MatrixOptimizer
+from ..optim.release import UpdateInBackward
 from . import names
 from .livebytes import LiveBytes
 from .llama import Llama
@@ -50,12 +51,14 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def held(model: nn.Module, optimizer: MatrixOptimizer, handle: Any) -> int:
-    """Bytes of gradients, of their buffers and of what waits for the step; storages once."""
+    """Bytes of gradients, their buffers, and means and bases that wait; storages once."""
     found = [p.grad for p in model.parameters() if p.grad is not None]
     for state in optimizer.state.values():
         found += [x for k, x in state.items() if k.startswith("projected")]
     if isinstance(handle, ProjectInBackward):
         found += [x for space in handle._pending.values() for x in _tensors(space)]
+    if isinstance(handle, UpdateInBackward) and handle._sent is not None:
+        found.append(handle._sent[1].mean)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
     return sum(storages.values())
 

@@ -94,14 +94,15 @@ class ProjectInBackward(InBackward):
         dense = optimizer._reason(p, o) is not None
         if g is None or (dense and self.replicas is None):
             return
-        check_gradient(p, g, name)
+        check_gradient(p, g, name)  # what is sharded is refused
         stored = optimizer.state[p]
         count = 0 if dense else int(stored["projected_count"])
         number = 1 + count + self._kept.get(p, 0) + self._dense.get(p, 0)
         self._check_number(p, name, number)
         if dense:
             self._dense[p] = number
-            self._keep(p, g, number)
+            if number == self.accumulation:
+                self._send(p)
             return
         t = int(stored["step"]) + 1
         due = optimizer.due(stored, o, t)
@@ -112,10 +113,11 @@ class ProjectInBackward(InBackward):
                     "accumulation, as update_proj_gap or refresh has changed; change them after "
                     "step()")
             self._kept[p] = number
-            self._keep(p, g, number)
+            if number == self.accumulation:
+                self._send(p)
             return
         if due and self.replicas is not None:  # all ranks find the same basis
-            self.replicas.send(g).arrive()
+            g = self.replicas.send(g).arrive()
             self._averaged.add(p)
         shape = optimizer.matrix_shape(p, o)
         s = codec.Decoded(stored, optimizer._layouts[p], p)
@@ -130,7 +132,7 @@ class ProjectInBackward(InBackward):
         stored["projected_count"] += 1
         p.grad = None
         if number == self.accumulation:
-            self._send(p, self._waiting(p))
+            self._send(p)
 
     def _check_number(self, p: Tensor, name: str, number: int) -> None:
         """Refuse a gradient that comes after its step's last; raises RuntimeError."""
@@ -146,35 +148,6 @@ class ProjectInBackward(InBackward):
         if p in self._averaged:
             raise RuntimeError(f"{self.name}: {name!r} got a gradient after the mean over ranks "
                                "had been taken; call step() or zero_grad() of the optimizer before")
-
-    # ---------------------------------------------------------------- ranks
-
-    def _keep(self, p: Tensor, g: Tensor, number: int) -> None:
-        """Send a gradient that stays in ``p.grad`` if it is complete."""
-        # GradScaler writes to p.grad before step() is called.
-        if number == self.accumulation and self.scaler is None:
-            self._send(p, [g])
-
-    def _send(self, p: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Begin to average what there is of p's gradient, once."""
-        if self.replicas is not None and p not in self._averaged:
-            self._averaged.add(p)
-            self._sent += map(self.replicas.send, tensors)
-
-    def _arrive(self) -> None:
-        """Wait for what is on its way."""
-        for sent in self._sent:
-            sent.arrive()
-        self._sent.clear()
-
-    def _average(self) -> None:
-        """Make all gradients means over ranks, those of a step that comes early too."""
-        if self.replicas is None:
-            return
-        for _, p, _ in self.optimizer._named():
-            if waiting := self._waiting(p) or ([] if p.grad is None else [p.grad]):
-                self._send(p, waiting)
-        self._arrive()
 
     @staticmethod
     def _early(space: Projected, s: State) -> Projected:
@@ -236,6 +209,43 @@ class ProjectInBackward(InBackward):
         more = {k: s[k] for k in self.optimizer.buffers(p, o)
                 if k not in ("projected", "projected_count")}
         return self.optimizer.lift(g, space._replace(low=s["projected"], more=more), s, o, t)
+
+    # ---------------------------------------------------------------- means over ranks
+
+    def _send(self, p: Tensor, later: bool = True) -> bool:
+        """Begin to average what there is of p's gradient, if there is any, once.
+
+        Args:
+            p: the parameter.
+            later: in the backward pass, at whose end it has arrived.
+
+        Returns:
+            Whether something was sent.
+        """
+        waiting = self._waiting(p)
+        if self.replicas is None or p in self._averaged or not (waiting or p.grad is not None):
+            return False
+        self._averaged.add(p)
+        self._sent += [self.replicas.send(x, in_place=True) for x in waiting]
+        if p.grad is not None and not waiting:
+            self._sent.append(self.replicas.send(p.grad))
+            p.grad = self._sent[-1].mean
+        if later:
+            self.finish_later()
+        return True
+
+    def finish(self) -> None:
+        for sent in self._sent:
+            sent.arrive()
+        self._sent.clear()
+
+    def _average(self) -> bool:
+        """Average what no backward pass has, of a step that comes early; whether there was any."""
+        if self.replicas is None:
+            return False
+        late = [self._send(p, later=False) for _, p, _ in self.optimizer._named()]
+        self.finish()
+        return any(late)
 
     # ---------------------------------------------------------------- clipping and scaling
 
@@ -303,21 +313,21 @@ class ProjectInBackward(InBackward):
             forget_scaler(optimizer)
             raise RuntimeError(f"{self.name}: a GradScaler takes this step, but it cannot reach "
                                "the buffers; give project_in_backward(..., grad_scaler=scaler)")
-        if called and self.replicas is not None and not self._unscaled and (
-                optimizer.__dict__["grad_scale"] is None):
-            forget_scaler(optimizer)
-            raise RuntimeError(f"{self.name}: gradients were unscaled before their mean over ranks "
-                               "was taken, so that what the scaler found is this rank's alone; "
-                               "call unscale_() of this handle instead of the scaler's")
-        self._average()
+        late = self._average()
         if not called:
             return True
+        if late and not self._unscaled and optimizer.__dict__["grad_scale"] is None:
+            forget_scaler(optimizer)
+            raise RuntimeError(f"{self.name}: gradients were unscaled before their mean over ranks "
+                               "was taken, as this step comes early, so that what the scaler found "
+                               "is this rank's alone; call unscale_() of this handle instead of "
+                               "the scaler's")
         if optimizer.__dict__["grad_scale"] is not None:  # unscale_() was not called
             scaler.unscale_(optimizer)
         if not self._unscaled:
             self._unscale_buffers()
         found = self._buffers()
-        if self.replicas is not None:  # what the scaler has seen may be this rank's alone
+        if late:  # what the scaler has seen is this rank's alone
             found += [p.grad for _, p, _ in optimizer._named() if p.grad is not None]
         if not float(optimizer.__dict__["found_inf"]) and _finite(found):
             return True
@@ -345,9 +355,11 @@ class ProjectInBackward(InBackward):
         self._unscaled = False
 
     def clear(self) -> None:
-        self._arrive()
+        self.finish()
         for p in list(self.optimizer._held):
             self.consumed(p)
+        for kept in (self._dense, self._averaged):  # of parameters that have been replaced
+            kept.clear()
         self._unscaled = False
 
     def check_saved(self) -> None:
@@ -359,12 +371,12 @@ class ProjectInBackward(InBackward):
         waits = self._buffers() or self._averaged or self._kept or self._dense
         if self.replicas is not None and waits:
             raise RuntimeError(
-                f"{self.name}: gradients wait, of which each rank has its own part or which are on "
-                "their way, so the state cannot be saved between backward and step() with a "
-                "process_group; save it after step(), or after zero_grad() of the optimizer")
+                f"{self.name}: gradients wait, of which each rank may have its own part, so the "
+                "state cannot be saved between backward and step() with a process_group; save it "
+                "after step(), or after zero_grad() of the optimizer")
 
     def loaded(self) -> None:
-        self._arrive()
+        self.finish()
         for kept in (self._pending, self._kept, self._norms, self._dense, self._averaged):
             kept.clear()
         self._unscaled = False
@@ -420,8 +432,9 @@ def project_in_backward(
         process_group: ranks that each have the whole model, not wrapped in anything, and their own
             part of the batch: the step is that of the mean of their gradients, as under DDP, and
             the same on all. Of a matrix the mean of R is taken, of one that is refreshed, and of
-            what gets AdamW, that of G: with the last micro-batch, while the backward pass goes on.
-            Each rank must run the same graph. Default None: one process.
+            what gets AdamW, that of G: with the last micro-batch, while the backward pass goes on,
+            which ends when all is there. Each rank must run the same graph, and parameters that are
+            added later must be the same on all. Default None: one process.
 
     Returns:
         A handle with ``remove()``, ``clip_grad_norm_(max_norm)``, ``unscale_()`` and
@@ -452,7 +465,7 @@ def project_in_backward(
         raise ValueError(f"{where}: exact_norm=True, but it must be False with "
                          f"accumulation={accumulation}: the norm of a sum of gradients does not "
                          "follow from theirs, and the sum is kept in its projection alone")
-    replicas = replicas_of(process_group, where)
+    replicas = replicas_of(process_group, optimizer, where)
     if exact_norm and replicas is not None:
         raise ValueError(f"{where}: exact_norm=True, but it must be False with a process_group: "
                          "the norm of a mean of gradients does not follow from theirs")

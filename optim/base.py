@@ -280,7 +280,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients as in torch, those in buffers of :mod:`lissom.optim.backward` too."""
-        if self._backward is not None:  # which may still be writing to gradients
+        if self._backward is not None:  # which may be waiting for gradients
             self._backward.clear()
         super().zero_grad(set_to_none)
 

@@ -44,6 +44,8 @@ class InBackward:
         self._places: dict[Tensor, tuple[str, dict[str, Any]]] = {}
         # The list of groups that _places is of, and its length: loading makes a new one.
         self._groups: tuple[Any, int] = (None, 0)
+        # Whether autograd will call finish() at the end of the backward pass that runs.
+        self._queued = False
 
     def attach(self: Self) -> Self:
         """Check all parameters, then hang the hooks."""
@@ -51,11 +53,18 @@ class InBackward:
         if optimizer._backward is not None:
             raise RuntimeError(f"{self.name}: this optimizer already has {optimizer._backward.name}"
                                "; call .remove() of that handle first")
-        for name, p, o in optimizer._named():
-            self._check_setting(name, p, o)
-            self.check(name, p, o)
-        if self.replicas is not None:
+        failure: Exception | None = None
+        try:
+            for name, p, o in optimizer._named():
+                self._check_setting(name, p, o)
+                self.check(name, p, o)
+        except (TypeError, ValueError) as error:
+            failure = error
+        if self.replicas is not None:  # the others wait
+            self.replicas.agree(failure, self.name)
             self.replicas.check(optimizer, self.name)
+        elif failure is not None:
+            raise failure
         optimizer._backward = self
         try:
             self._changed()
@@ -152,6 +161,16 @@ class InBackward:
     def ready(self, p: Tensor) -> None:
         """The gradient of p is complete."""
 
+    def finish(self) -> None:
+        """The backward pass is over, if :meth:`finish_later` was called in it."""
+
+    def finish_later(self) -> None:
+        """Have :meth:`finish` called at the end of the backward pass that runs."""
+        if not self._queued:
+            self._queued = True
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(functools.partial(_finish, weakref.ref(self)))
+
     # ---------------------------------------------------------------- what the optimizer asks
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
@@ -164,6 +183,7 @@ class InBackward:
 
     def begin(self, closure: Any) -> bool:
         """Whether the step is to be taken; raises RuntimeError where it cannot."""
+        self._queued = False  # of a backward pass that failed
         if closure is not None:
             raise RuntimeError(f"{self.name}: step() got a closure, but it must be None: a closure "
                                "may run several backward passes, and each would count; run "
@@ -199,6 +219,15 @@ def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
     if found is not None and p.grad is not None and found.knows(p):
         with torch.no_grad(), without_autocast():
             found.ready(p)
+
+
+def _finish(handle: weakref.ref[InBackward]) -> None:
+    """What autograd calls at the end of a backward pass."""
+    found = handle()
+    if found is not None:
+        found._queued = False
+        with torch.no_grad(), without_autocast():
+            found.finish()
 
 
 def checked_optimizer(optimizer: Any, where: str) -> MatrixOptimizer:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import sharding
 from .base import MatrixOptimizer, numbers, spoilt
 from .batches import Work
-from .checks import check_gradient, without_autocast
+from .checks import check_gradient
 from .hooks import NORM, InBackward, checked_optimizer, clip, forget_scaler
 from .options import optional
 from .replicas import Replicas, Sent, replicas_of
@@ -30,7 +30,7 @@ class UpdateInBackward(InBackward):
         super().__init__(optimizer, replicas)
         self.limit = limit
         self._done: set[Tensor] = set()
-        # With replicas: whose gradient is on its way, while that of the next is computed.
+        # With replicas: whose gradient is on its way while that of the next is computed.
         self._sent: tuple[Tensor, Sent] | None = None
         self._warned = False
 
@@ -60,21 +60,27 @@ class UpdateInBackward(InBackward):
         if self.replicas is None:
             self._update(p, g)
             return
+        self.finish_later()
         last, self._sent = self._sent, (p, self.replicas.send(g))
-        self._arrived(last)
+        p.grad = None  # the mean takes its place
+        if last is not None:
+            self._update(last[0], last[1].arrive())
 
-    def _arrived(self, sent: tuple[Tensor, Sent] | None) -> None:
-        """Update a parameter whose gradient was on its way."""
-        if sent is not None and self.knows(sent[0]):
-            sent[1].arrive()
-            self._update(sent[0], sent[1].x)
+    def finish(self) -> None:
+        last, self._sent = self._sent, None
+        if last is not None:
+            self._update(last[0], last[1].arrive())
 
     def _update(self, p: Tensor, g: Tensor) -> None:
+        if not self.knows(p):
+            return
         optimizer, (name, o) = self.optimizer, self.place(p)
+        if self.limit is not None:
+            # A copy: what is in p.grad may lie where the gradient of another lies, which flows on.
+            g = g.clone()
+            clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
         work = Work(name, p, g, numbers(o))
         spoilt([work])
-        if self.limit is not None:
-            clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
         moved: list[str] = []
         try:
             optimizer._run([[work]], moved)
@@ -91,10 +97,22 @@ class UpdateInBackward(InBackward):
                 f"{self.name}: a GradScaler takes this step, but the parameters have moved already,"
                 " by scaled gradients; use bf16, which needs no scaler, or "
                 "project_in_backward(optimizer, grad_scaler=scaler)")
-        last, self._sent = self._sent, None
-        with without_autocast():
-            self._arrived(last)
+        self.clear()
+        if self.replicas is not None:
+            self._average()
         return True
+
+    def _average(self) -> None:
+        """Take the mean of gradients that no hook has seen, as of one that was frozen before."""
+        assert self.replicas is not None
+        for name, p, _ in self.optimizer._named():
+            if p.grad is not None and p in self._done:
+                raise RuntimeError(
+                    f"{self.name}: {name!r} has a gradient beside the one that was applied; with a "
+                    "process_group the model must not be wrapped in DistributedDataParallel, which "
+                    "averages too")
+            if p.grad is not None:
+                p.grad = self.replicas.send(p.grad).arrive()
 
     def before(self, work: Sequence[Work]) -> None:
         if work and not self._warned:
@@ -108,16 +126,9 @@ class UpdateInBackward(InBackward):
         self._done.clear()
 
     def clear(self) -> None:
-        if self._sent is not None:
+        if self._sent is not None:  # where the backward pass failed
             self._sent[1].arrive()
             self._sent = None
-
-    def check_saved(self) -> None:
-        if self._sent is not None:
-            raise RuntimeError(
-                f"{self.name}: the gradient of {self.place(self._sent[0])[0]!r} is on its way, "
-                "and is applied by step(), so the state cannot be saved between backward and "
-                "step() with a process_group; save it after step()")
 
     def loaded(self) -> None:
         self.clear()
@@ -141,9 +152,9 @@ def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | Non
             the first parameters have moved before the last gradients are known. Default None.
         process_group: ranks that each have the whole model, not wrapped in anything, and their own
             part of the batch: the update is that of the mean of their gradients, as under DDP. Two
-            gradients exist at a time, one of which is being reduced while the next is computed, and
-            ``step()`` applies the last. Each rank must run the same graph. Default None: one
-            process.
+            gradients exist at a time, one of which is being reduced while the next is computed.
+            Each rank must run the same graph, and parameters that are added later must be the same
+            on all. Default None: one process.
 
     Returns:
         A handle with ``remove()`` and ``bytes_sent``; as a context manager it removes itself.
@@ -153,8 +164,7 @@ def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | Non
             parameters that are not sharded where there are several processes, as under DDP,
             without ``process_group``; with it weights that differ between ranks.
         RuntimeError: the optimizer has such a handle already. Later: a second gradient before
-            ``step()``, a closure, a GradScaler, with ``process_group`` a state that is saved
-            between backward and ``step()``. ``FloatingPointError`` from ``backward()``: a
+            ``step()``, a closure, a GradScaler. ``FloatingPointError`` from ``backward()``: a
             NaN or Inf with ``nonfinite="raise"``; that parameter is not written, those whose
             gradients came before it are.
     """
@@ -165,4 +175,5 @@ def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | Non
         raise ValueError(f"{where}: {type(optimizer).__name__} exchanges vectors between "
                          "parameters, which needs the gradients of all of them at once; call "
                          "step() after backward as usual (its factors' gradients are small)")
-    return UpdateInBackward(optimizer, limit, replicas_of(process_group, where)).attach()
+    replicas = replicas_of(process_group, optimizer, where)
+    return UpdateInBackward(optimizer, limit, replicas).attach()

@@ -30,42 +30,57 @@ class Sent(NamedTuple):
 
     Args:
         work: what torch knows of it.
-        x: where the mean is to be.
-        part: what is being reduced: x itself, or a contiguous copy.
+        mean: what is the mean over ranks when it has arrived.
     """
 
     work: Work
-    x: Tensor
-    part: Tensor
+    mean: Tensor
 
-    def arrive(self) -> None:
-        """Wait until x is the mean; on a GPU only what is issued after it waits."""
+    def arrive(self) -> Tensor:
+        """The mean; on a GPU only what is issued after this waits for it."""
         self.work.wait()
-        if self.part is not self.x:
-            self.x.copy_(self.part)
+        return self.mean
 
 
 class Replicas:
-    """The ranks that average their gradients.
-
-    Args:
-        group: they.
+    """The ranks of a process group, which average their gradients.
 
     Attributes:
         bytes_sent: what this rank has given to reductions.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group, self.size = group, torch.distributed.get_world_size(group)
-        self.bytes_sent = 0
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        """Nothing is sent yet.
 
-    def send(self, x: Tensor) -> Sent:
-        """Begin to put the mean over ranks in the place of x, not to be touched until then."""
-        part = x if x.is_contiguous() else x.contiguous()
-        part.div_(self.size)  # first, as DDP does, so that fp16 stays in its range
-        work = torch.distributed.all_reduce(part, group=self.group, async_op=True)
-        self.bytes_sent += part.nbytes
-        return Sent(work, x, part)
+        Args:
+            group: the ranks.
+            device: of what is sent that is no gradient.
+        """
+        self.group, self.size = group, torch.distributed.get_world_size(group)
+        self.device, self.bytes_sent = device, 0
+
+    def send(self, x: Tensor, in_place: bool = False) -> Sent:
+        """Begin to take the mean of x over ranks.
+
+        Args:
+            x: what this rank has. In the backward pass a gradient may lie where another one, which
+                flows on, lies too, as that of a view does: it is not to be written to.
+            in_place: x is a buffer, and is to be the mean.
+        """
+        # Divided first, as DDP does, so that fp16 stays in its range.
+        mean = x.div_(self.size) if in_place else x.div(self.size).contiguous()
+        work = torch.distributed.all_reduce(mean, group=self.group, async_op=True)
+        self.bytes_sent += mean.nbytes
+        return Sent(work, mean)
+
+    def agree(self, failure: Exception | None, where: str) -> None:
+        """Raise a failure, or that there is one on another rank; collective."""
+        named = torch.tensor(float(failure is not None), device=self.device)
+        torch.distributed.all_reduce(named, torch.distributed.ReduceOp.MAX, group=self.group)
+        if failure is not None:
+            raise failure
+        if float(named):
+            raise ValueError(f"{where}: another rank refuses, and says why")
 
     @torch.no_grad()
     def check(self, optimizer: MatrixOptimizer, where: str) -> None:
@@ -75,12 +90,13 @@ class Replicas:
             ValueError: on every rank, names the parameter.
         """
         named = [(name, p) for name, p, _ in optimizer._named()]
-        device = named[0][1].device
-        few, many = map(int, self._range(torch.tensor([float(len(named))], device=device)))
+        few, many = map(int, self._range(torch.tensor([float(len(named))], device=self.device)))
         if few != many:
             raise ValueError(f"{where}: ranks have from {few} to {many} parameters, but each must "
                              "have the same model")
-        numbers = torch.stack([_seen(optimizer, p, device) for _, p in named])
+        if not named:
+            return
+        numbers = torch.stack([_fingerprint(optimizer, p) for _, p in named]).to(self.device)
         low, high = self._range(numbers)
         same = (high - low <= _SAME * torch.maximum(low.abs(), high.abs())).all(1)
         for (name, _), ok in zip(named, same.tolist(), strict=True):
@@ -98,16 +114,16 @@ class Replicas:
         return -low, high
 
 
-def _seen(optimizer: MatrixOptimizer, p: Tensor, device: torch.device) -> Tensor:
+def _fingerprint(optimizer: MatrixOptimizer, p: Tensor) -> Tensor:
     """Numbers by which one weight is told from another: its size, steps, sum and norm."""
     steps = float(optimizer.state[p]["step"]) if p in optimizer.state else 0.0
     total, norm = p.sum(dtype=torch.float64), torch.linalg.vector_norm(p, dtype=torch.float64)
     rows = float(len(p)) if p.ndim else 1.0
     numbers = [float(p.numel()), rows, steps, float(total), float(norm)]
-    return torch.tensor(numbers, dtype=torch.float64).nan_to_num().to(device)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu").nan_to_num()
 
 
-def replicas_of(group: Any, where: str) -> Replicas | None:
+def replicas_of(group: Any, optimizer: MatrixOptimizer, where: str) -> Replicas | None:
     """What ``process_group`` asks for; None for one process. TypeError for what is none."""
     if group is None:
         return None
@@ -117,4 +133,5 @@ def replicas_of(group: Any, where: str) -> Replicas | None:
         raise TypeError(f"{where}: process_group is a {type(group).__name__}, but it must be a "
                         "process group of torch.distributed, which init_process_group makes "
                         "(torch.distributed.group.WORLD for all ranks), or None")
-    return Replicas(group)
+    device = next((p.device for _, p, _ in optimizer._named()), torch.device("cpu"))
+    return Replicas(group, device)

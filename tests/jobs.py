@@ -440,14 +440,17 @@ def replicas(mesh: DeviceMesh, name: str, steps: int = 8, way: str = "project", 
                                                            "at_once": at_once}
 
 
-def replicas_scaled(mesh: DeviceMesh, explicit: bool) -> dict[str, Any]:
-    """Steps that a GradScaler takes, an overflow on the last rank before the third."""
+def replicas_scaled(mesh: DeviceMesh, explicit: bool, accumulation: int) -> dict[str, Any]:
+    """Steps that a GradScaler takes, an overflow on the last rank before the third; they come
+    early with more micro-batches than there are.
+    """
     quantize_small()
     model = network()
     optimizer = optimizer_of(model, "galoreadamw")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
-    handle = project_in_backward(optimizer, grad_scaler=scaler, process_group=mesh.get_group())
-    scales, skipped, late = [], [], []
+    handle = project_in_backward(optimizer, accumulation, grad_scaler=scaler,
+                                 process_group=mesh.get_group())
+    scales, skipped = [], []
     for i in range(8):
         x = torch.randn(4, 12, generator=torch.Generator().manual_seed(9 * i + mesh.get_rank()))
         loss = model(x).square().mean()
@@ -455,19 +458,16 @@ def replicas_scaled(mesh: DeviceMesh, explicit: bool) -> dict[str, Any]:
             loss = loss + 1e38 * model[4].bias.sum()
         before = [plain(p) for p in model.parameters()]
         scaler.scale(loss).backward()
-        sent = handle.bytes_sent
         if explicit:
             handle.unscale_()
             handle.clip_grad_norm_(0.5)
         scaler.step(optimizer)
-        late.append(handle.bytes_sent - sent)
         scaler.update()
         optimizer.zero_grad()
         scales.append(scaler.get_scale())
         skipped.append(all(map(torch.equal, before, map(plain, model.parameters()))))
     handle.remove()
-    return outcome(optimizer, list(model.parameters())) | {"scales": scales, "skipped": skipped,
-                                                           "late": late}
+    return outcome(optimizer, list(model.parameters())) | {"scales": scales, "skipped": skipped}
 
 
 def replicas_spoilt(mesh: DeviceMesh, nonfinite: str) -> dict[str, Any]:
@@ -490,6 +490,59 @@ def replicas_spoilt(mesh: DeviceMesh, nonfinite: str) -> dict[str, Any]:
     take(model, optimizer, range(2, 4), mesh.get_rank(), mesh.size())
     return {"before": before, "after": after, "error": error, "skipped": optimizer.skipped_steps,
             **outcome(optimizer, list(model.parameters()))}
+
+
+class Viewed(torch.nn.Module):
+    """A parameter that is used through a view: its gradient lies where another one lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = torch.nn.Linear(5, 6), torch.nn.Linear(6, 3)
+        self.place = torch.nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down((0.1 * self.up(x) + self.place.unsqueeze(0)).tanh())
+        return out
+
+
+def replicas_of_views(mesh: DeviceMesh, way: str) -> dict[str, Any]:
+    """Gradients that share memory, and one that a hook has not seen; clipped by torch.
+
+    Returns:
+        Weights, and those of ordinary steps by the mean of the gradients.
+    """
+    weights = []
+    for group in (None, mesh.get_group()):
+        model = Viewed()
+        optimizer = case_of("galoreadamw-full-svd" if way == "project" else "adamw")(
+            [{"params": [p], **({"rank": 9} if way == "project" and p.ndim == 2 else {})}
+             for p in model.parameters()], lr=1e-2)
+        if group is not None and way == "project":
+            project_in_backward(optimizer, process_group=group)
+        elif group is not None:
+            update_in_backward(optimizer, process_group=group)
+        model.down.bias.requires_grad_(False)
+        for i in range(4):
+            generator = torch.Generator().manual_seed(9 * i + mesh.get_rank())
+            x = torch.randn(1, 4, 5, generator=generator)
+            model(x).square().mean().backward()
+            if group is None:
+                for p in model.parameters():
+                    if p.grad is not None:
+                        torch.distributed.all_reduce(p.grad.div_(mesh.size()),
+                                                     group=mesh.get_group())
+            elif way == "project":
+                seen = [p.grad for p in model.parameters() if p.grad is not None]
+                before = [g.clone() for g in seen]
+                torch.distributed.barrier(mesh.get_group())
+                assert all(map(torch.equal, before, seen))  # nothing is on its way
+            optimizer.step()
+            optimizer.zero_grad()
+            if i == 1:
+                model.down.bias.requires_grad_(True)
+        weights.append([plain(p) for p in model.parameters()])
+    return {"plain": weights[0], "weights": weights[1], "state": []}
 
 
 def replicas_refusals(mesh: DeviceMesh) -> list[str]:
@@ -528,27 +581,31 @@ def replicas_refusals(mesh: DeviceMesh) -> list[str]:
         loss(model).backward()
         said(loss(model).backward)
         optimizer.zero_grad()
-        assert not handle._sent  # nothing writes to what is forgotten
         loss(model).backward()
         optimizer.step()
         optimizer.state_dict()
-    with project_in_backward(optimizer, grad_scaler=scaler, process_group=group):
+    with project_in_backward(optimizer, 2, grad_scaler=scaler, process_group=group):
         scaler.scale(loss(model)).backward()
         scaler.unscale_(optimizer)
         said(lambda: scaler.step(optimizer))
         optimizer.zero_grad()
     with update_in_backward(optimizer, process_group=group):
         loss(model).backward()
-        said(optimizer.state_dict)
-        optimizer.step()
         optimizer.state_dict()
-        loss(model).backward()
-        for p in model[0].parameters():  # that of one of them is on its way
+        for p in model[0].parameters():
             said(p.sum().backward)
         optimizer.zero_grad()
         before = [plain(p) for p in model.parameters()]
         optimizer.step()
         assert all(map(torch.equal, before, map(plain, model.parameters())))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    with update_in_backward(optimizer, process_group=group):
+        loss(wrapped).backward()
+        said(optimizer.step)
+        optimizer.zero_grad()
+    more = {"capturable": True} if mesh.get_rank() == 0 else {}
+    adam = case_of("adamw")(list(network().parameters()), **more)
+    said(lambda: update_in_backward(adam, process_group=group))
     optimizer.load_state_dict(optimizer.state_dict())
     return messages
 

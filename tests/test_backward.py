@@ -867,6 +867,27 @@ def test_update_clips_each_tensor():
     assert_same(snapshot(plain), snapshot(other))
 
 
+def test_clipping_does_not_reach_gradients_that_flow_on():
+    """Of a view's the gradient lies where that of the sum lies, which others get next."""
+    results = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        up, place = torch.nn.Linear(5, 6), torch.nn.Parameter(torch.randn(4, 6))
+        ps = [*up.parameters(), place]
+        optimizer = AdamW(ps, lr=1e-2)
+        if attached:
+            update_in_backward(optimizer, max_grad_norm=1e-3)
+        for i in range(3):
+            x = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(i))
+            (0.1 * up(x) + place.unsqueeze(0)).tanh().square().mean().backward()
+            for p in ps if not attached else ():
+                torch.nn.utils.clip_grad_norm_([p], 1e-3)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach() for p in ps])
+    close(*results, 1e-6)
+
+
 def test_update_refusals():
     ps = parameters(SHAPES)
     optimizer = AdamW(ps, lr=1e-2)
