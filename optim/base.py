@@ -27,7 +27,7 @@ from .checks import check_capture, check_gradient, check_parameter, listed, with
 from .codec import Slot
 from .common import FORMAT
 from .dense import step_adamw
-from .door import changed_options, checked_group, constructor_options, plain_value
+from .door import changed_options, checked_group, constructor_options, plain_options
 from .keys import names_of
 from .layouts import Layouts, stored_slots
 from .loading import REMEDY, agreed_load, overruled
@@ -443,8 +443,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         strange = [(g, g.pop("param_names")) for g in self.param_groups
                    if "param_names" in g and names_of(g) is None]
         for group in self.param_groups:
-            # Schedules leave numpy's numbers, of which torch.load(weights_only=True) reads none.
-            group.update({k: plain_value(v) for k, v in group.items() if not isinstance(v, Tensor)})
+            group.update(plain_options(group, self.table()))
         try:
             for group in self.param_groups if not begun else ():
                 group["format"] = 0

@@ -43,7 +43,7 @@ from . import codec, sharding
 from .base import MatrixOptimizer
 from .codec import Slot
 from .common import COMMON
-from .door import checked_group
+from .door import checked_group, plain_value
 from .hooks import checked_optimizer
 from .keys import plain_name
 from .layouts import slots_of
@@ -154,7 +154,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
         for number in ("index", "key"):  # of the saved one where it is this package's
             mark = entry.get(number) if kept and entry else None
             states[key][number] = own[number].clone().copy_(
-                own[number] if mark is None else torch.as_tensor(mark))
+                own[number] if mark is None else torch.as_tensor(plain_value(mark)))
         rows.append((name, "kept" if kept else "restarted", why))
     _distinct(states, result, optimizer, keys)
     converted = Converted({**result, "state": states})
@@ -216,8 +216,8 @@ def _check_numbers(entry: Mapping[str, Any], at: str) -> None:
     """Refuse a saved state whose counts are none: ValueError."""
     for name in _NUMBERS:
         value = entry.get(name, 0)
-        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
-            value = value.item()
+        if not isinstance(value, Tensor) or not value.is_meta:
+            value = plain_value(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
                 0 <= value < 2**63 and value == int(value)):
             raise ValueError(f"{at}: {name}={value!r}, but it must be an integer >= 0")

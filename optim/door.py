@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .common import ADAMW_PART, BOOKKEEPING, FOREIGN, FORMAT, OF_SOME
-from .options import boolean, checked, nearest
+from .options import Option, boolean, checked, nearest
 from .sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .method import Method
 
 __all__ = ["TORCH_ONLY", "changed_options", "check_masters", "checked_group",
-           "constructor_options", "plain_value"]
+           "constructor_options", "plain_options", "plain_value"]
 
 #: Options of torch.optim.AdamW about how it runs, which change no result.
 TORCH_ONLY = {"foreach", "fused", "differentiable", "decoupled_weight_decay"}
@@ -156,8 +156,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(plain_value(value), Real)
 
 
+def plain_options(group: Mapping[str, Any], table: Mapping[str, Option]) -> dict[str, Any]:
+    """What a group is saved with: ``torch.load(weights_only=True)`` reads none of the numbers of
+    numpy that schedules leave. A tensor stays, unless it is in the place of what is no real number.
+    """
+    return {k: plain_value(v) for k, v in group.items() if k != "params" and not (
+        isinstance(v, Tensor) and (k not in table or table[k].number))}
+
+
 def plain_value(value: Any) -> Any:
-    """The number that a tensor or numpy's scalar holds."""
+    """The number that a tensor or numpy's scalar holds; those of a tuple or list, too."""
+    if type(value) in (tuple, list):
+        return type(value)(map(plain_value, value))
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value
     return value.item() if hasattr(value, "item") and getattr(value, "size", 0) == 1 else value

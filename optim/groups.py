@@ -29,7 +29,7 @@ _HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "classifier", "score", 
                "head_dist", "classification_head", "qa_outputs", "dense_prediction",
                "seq_relationship"}
 # Those of heads in general, which may be several layers, or a convolution.
-_HEAD = re.compile(r"(^|_)(head|classifier)(_dist)?$")
+_HEAD = re.compile(r"(^|_)(head|classifier|score)(_dist)?$")
 # Methods by which models of Hugging Face and of timm tell theirs.
 _DECLARING = ("get_output_embeddings", "get_classifier")
 # The number of a layer in a dotted name, which other names follow.
@@ -56,7 +56,8 @@ def output_heads(model: nn.Module) -> set[int]:
     heads = {id(m.weight) for m in tables.values()}
     declared = {id(p) for module in _declared(model) for p in module.parameters() if p.ndim > 1}
     # A convolution of a head's name may be the last stage before the head.
-    heads |= declared | {id(p) for p in _last_layers(model, () if declared else _CONVOLUTIONS)}
+    last = _last_layers(model, () if declared else _CONVOLUTIONS)
+    heads |= declared | {id(module.weight) for module in last}
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     alike = Counter(_LAYER.sub("", name) for name in linear)
     for name, module in linear.items():
@@ -73,19 +74,20 @@ def _declared(model: nn.Module) -> Iterator[nn.Module]:
     """The heads that a model tells, or what is wrapped in it."""
     for module in model.modules():
         for name in _DECLARING:
-            method = getattr(module, name, None)
-            if not callable(method) or inspect.signature(method).parameters:
-                continue
             try:
+                method = getattr(module, name, None)
+                if not callable(method) or inspect.signature(method).parameters:
+                    continue
                 told = method()
-            except (AttributeError, NotImplementedError):  # it has none, or one of its own making
+            except Exception:  # one that cannot tell, or has something else under that name
                 continue
+            # Of models with several outputs it is a list, or modules in one.
             yield from (m for m in (told if isinstance(told, (list, tuple)) else [told])
-                        if isinstance(m, nn.Module))  # one that is several layers, too
+                        if isinstance(m, nn.Module) and m is not module)
 
 
-def _last_layers(model: nn.Module, more: tuple[type[nn.Module], ...]) -> Iterator[Tensor]:
-    """Weights that a head's output comes from, by its name.
+def _last_layers(model: nn.Module, more: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
+    """Layers that a head's output comes from, by its name.
 
     Those within layers are no heads, nor is what has as many outputs as inputs: a pooling, or a
     layer before the head.
@@ -95,16 +97,16 @@ def _last_layers(model: nn.Module, more: tuple[type[nn.Module], ...]) -> Iterato
         more: what a head may be beside linear.
     """
     kinds: tuple[type[Any], ...] = (nn.Linear, *more)
-    *_, (last, weight) = [("", None), *((name, m.weight) for name, m in model.named_modules()
-                                        if isinstance(m, kinds))]
-    if weight is not None and last.rpartition(".")[2] == "fc" and not _LAYER.search(last):
-        yield weight
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
+    for name, module in layers[-1:]:
+        if name.rpartition(".")[2] == "fc" and not _LAYER.search(name):
+            yield module
     for name, module in model.named_modules():
         if _HEAD.search(name.rpartition(".")[2]) and not _LAYER.search(f"{name}."):
             for part in module if isinstance(module, nn.ModuleList) else [module]:
                 own = [m for m in part.modules() if isinstance(m, kinds)]
                 if own and _sides(own[0])[0] != _sides(own[-1])[1]:
-                    yield own[-1].weight
+                    yield own[-1]
 
 
 def _sides(module: Any) -> tuple[int, int]:
@@ -143,8 +145,9 @@ def param_groups(
     warning where matrices are among the last; those of fewer than two dimensions and all parameters
     of norms without decay. A weight used twice (a tied head) appears once, as
     the embedding that it is. Parameters that need no gradient are left out. A head is told by its
-    name, the model's ``get_output_embeddings()`` or ``get_classifier()``, or as many outputs as a
-    table has entries; one that is told by none of these needs an override.
+    name (:func:`output_heads` in the code), the model's ``get_output_embeddings()`` or
+    ``get_classifier()``, or as many outputs as a table has entries. Names may deceive: ``plan()``
+    shows what became of each, and an override says otherwise.
 
     Args:
         model: any module.

@@ -149,7 +149,9 @@ def test_numbers_of_others_are_saved_as_plain_ones(case):
     run(optimizer, ps, range(1))
     for group in optimizer.param_groups:
         group.update(lr=np.float64(0.25), weight_decay=np.float32(0.5), initial_lr=np.float64(0.5),
+                     betas=(np.float64(0.5), 0.75), max_momentum=[np.float64(0.5)],
                      seed=torch.tensor(7), maximize=torch.tensor(True), metrics=np.bool_(True))
+    optimizer.load_state_dict(through_disk(optimizer.state_dict()))  # before any step
     for steps in range(1, 3):
         saved = through_disk(optimizer.state_dict())
         assert [group["lr"] for group in saved["param_groups"]] == [0.25] * len(

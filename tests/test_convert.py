@@ -6,6 +6,7 @@ import io
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lissom.kernels.quant8 import codebook
@@ -478,6 +479,13 @@ def test_counts_that_are_none_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"'p0': {name}=.*, but it must be an integer >= 0"):
         convert_state(broken, optimizer)
     assert_same(snapshot(optimizer), before)
+
+
+def test_counts_may_be_numpys():
+    optimizer, _ = trained(AdamW)
+    saved = optimizer.state_dict()
+    saved["state"][0] = {**saved["state"][0], "step": np.int64(3), "index": np.int64(0)}
+    assert convert_state(saved, optimizer)["state"][0]["step"].item() == 3.0
 
 
 def test_pairs_go_on_or_begin_anew():

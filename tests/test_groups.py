@@ -127,6 +127,8 @@ def test_heads_of_images_of_spans_and_of_several_layers():
             ({"decode_head": nn.ModuleDict({"fuse": nn.Conv2d(8, 6, 1),
                                             "classifier": nn.Conv2d(6, 5, 1)})},
              {"decode_head.classifier"}),
+            ({"score": nn.ModuleDict({"norm": nn.LayerNorm(8), "out_proj": nn.Linear(8, 5)})},
+             {"score.out_proj"}),
             ({"class_labels_classifier": nn.Linear(8, 5)}, {"class_labels_classifier"}),
             ({"qa_outputs": nn.Linear(8, 2)}, {"qa_outputs"}),
             # no heads: within layers, not the last, of as many outputs as inputs
@@ -147,13 +149,25 @@ def test_a_model_that_tells_its_classifier():
             self.conv_head, self.top, self.told = nn.Conv2d(4, 9, 1), nn.Linear(9, 3), told
 
         def get_classifier(self):
-            if self.told is None:
-                raise NotImplementedError
-            return {"one": self.top, "several": (self.top, None)}[self.told]
+            return {"one": self.top, "several": (self.top, None), "itself": self}[self.told]
 
     assert dense(Net("one")) == dense(Net("several")) == {"top.weight"}
     assert dense(nn.ModuleDict({"model": Net("one")})) == {"model.top.weight"}
-    assert dense(Net(None)) == {"conv_head.weight"}
+    assert dense(Net("itself")) == dense(Net("none of them")) == {"conv_head.weight"}
+    model = Net("one")
+    model.get_classifier = dict  # of which no signature is known
+    assert dense(model) == {"conv_head.weight"}
+
+
+def test_looking_for_heads_changes_no_weight():
+    """As each look at a weight under spectral norm does."""
+    model = nn.Sequential(*(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+                            for _ in range(2)))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        param_groups(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_modules_without_shapes_are_refused_by_name():
