@@ -7,7 +7,13 @@ import copy
 import pytest
 import torch
 from lissom.kernels import _triton
-from lissom.optim import project
+from lissom.optim import (
+    GaLoreAdamW,
+    param_groups,
+    project,
+    project_in_backward,
+    update_in_backward,
+)
 
 from .cases import CASES, first_of_each_class
 from .helpers import run, tensors
@@ -131,3 +137,27 @@ def test_a_step_between_refreshes_waits_for_nothing(case):
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("attach", [project_in_backward, update_in_backward])
+def test_means_over_one_rank_are_its_gradients(attach):
+    """They go through NCCL and its stream, and wait there for what computes them."""
+    results = []
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)
+    try:
+        for group in (None, torch.distributed.group.WORLD):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(8))).cuda()
+            optimizer = GaLoreAdamW(param_groups(model, rank=8), lr=1e-2, update_proj_gap=3)
+            attach(optimizer, process_group=group)
+            for i in range(6):
+                x = torch.randn(64, 256, generator=torch.Generator().manual_seed(i)).cuda()
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append([p.detach().cpu() for p in model.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    for a, b in zip(*results, strict=True):  # what had not arrived would be off by the rate
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
