@@ -355,6 +355,7 @@ class ProjectInBackward(InBackward):
         self._unscaled = False
 
     def clear(self) -> None:
+        self._queued = False
         self.finish()
         for p in list(self.optimizer._held):
             self.consumed(p)

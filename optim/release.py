@@ -12,7 +12,7 @@ from torch import Tensor
 from . import sharding
 from .base import MatrixOptimizer, numbers, spoilt
 from .batches import Work
-from .checks import check_gradient
+from .checks import check_gradient, without_autocast
 from .hooks import NORM, InBackward, checked_optimizer, clip, forget_scaler
 from .options import optional
 from .replicas import Replicas, Sent, replicas_of
@@ -97,8 +97,9 @@ class UpdateInBackward(InBackward):
                 f"{self.name}: a GradScaler takes this step, but the parameters have moved already,"
                 " by scaled gradients; use bf16, which needs no scaler, or "
                 "project_in_backward(optimizer, grad_scaler=scaler)")
-        self.clear()
         if self.replicas is not None:
+            with without_autocast():
+                self.finish()  # of a backward pass that failed, whose others have been applied
             self._average()
         return True
 
@@ -126,6 +127,7 @@ class UpdateInBackward(InBackward):
         self._done.clear()
 
     def clear(self) -> None:
+        self._queued = False
         if self._sent is not None:  # where the backward pass failed
             self._sent[1].arrive()
             self._sent = None

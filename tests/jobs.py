@@ -542,6 +542,28 @@ def replicas_of_views(mesh: DeviceMesh, way: str) -> dict[str, Any]:
     return {"plain": weights[0], "weights": weights[1], "state": []}
 
 
+def replicas_after_failure(mesh: DeviceMesh, way: str) -> dict[str, Any]:
+    """A step after a backward pass that failed on all ranks, and that step alone."""
+    found = []
+    for fails in (False, True):
+        model = network()
+        optimizer = optimizer_of(model, "galoreadamw")
+        attach = project_in_backward if way == "project" else update_in_backward
+        handle = attach(optimizer, process_group=mesh.get_group())
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(mesh.get_rank()))
+        if fails:
+            hook = model[4].bias.register_post_accumulate_grad_hook(lambda p: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(x).square().mean().backward()
+            hook.remove()
+            optimizer.zero_grad()
+        model(x).square().mean().backward()
+        assert not handle._sent
+        optimizer.step()
+        found.append([plain(p) for p in model.parameters()])
+    return {"plain": found[0], "weights": found[1]}
+
+
 def replicas_refusals(mesh: DeviceMesh) -> list[str]:
     """What both handles say of what ranks cannot do together, and that training goes on."""
     group, messages = mesh.get_group(), []

@@ -426,6 +426,13 @@ def test_means_of_gradients_that_share_memory(pool, way):
 
 
 @pytest.mark.parametrize("way", ["project", "update"])
+def test_means_after_a_backward_pass_that_failed(pool, way):
+    """Of which nothing is left after zero_grad(): neither a gradient nor that it would end."""
+    for out in pool.run(jobs.replicas_after_failure, 2, way=way):
+        assert_same(out["plain"], out["weights"])
+
+
+@pytest.mark.parametrize("way", ["project", "update"])
 def test_means_over_ranks_are_clipped_as_one_gradient(pool, way):
     limit = {"max_grad_norm": 0.02}
     free, *others = (pool.run(jobs.replicas, ranks, name="galoreadamw", way=way, given=given)
