@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from lissom.kernels._triton import INTERPRETED
+
+from .sanitizer import watched
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -23,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What one worker does alone, and takes long, does not come last."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: not _together(item.nodeid))
+
+
+@pytest.fixture(autouse=True)
+def sanitized() -> Iterator[None]:
+    """No test passes by a launch whose result a GPU would not define."""
+    with watched() if INTERPRETED else contextlib.nullcontext():
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)  # xdist may be absent
