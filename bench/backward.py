@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..optim import AdamW, GaLoreAdamW, param_groups, project_in_backward, update_in_backward
-from ..optim.backward import ProjectInBackward
+from ..optim.backward_project import ProjectInBackward
+from ..optim.backward_update import UpdateInBackward
 from ..optim.base import MatrixOptimizer
-from ..optim.release import UpdateInBackward
 from . import names
 from .livebytes import LiveBytes
 from .llama import Llama

@@ -19,7 +19,7 @@ from torch.nn import functional
 from ..optim import project_in_backward, update_in_backward
 from ..optim.base import MatrixOptimizer
 from ..optim.codec import Slot
-from ..optim.groups import output_heads
+from ..optim.heads import output_heads
 from ..optim.lowrank import LowRankOptimizer
 from . import names
 from .livebytes import LiveBytes
@@ -177,7 +177,7 @@ def holdings(name: str, model: nn.Module, rank: int | None, **options: Any) -> l
     for label, p in model.named_parameters():
         what, own = kind(label, p), False
         if optimizer is not None and p in options_of:
-            own = optimizer._reason(p, options_of[p]) is None
+            own = optimizer.own_rule(p, options_of[p])
         buffers: dict[str, Slot] = {}
         waiting, gap = 0, 1
         if own and isinstance(optimizer, LowRankOptimizer):  # it can be projected early

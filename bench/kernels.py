@@ -22,11 +22,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ..kernels import _triton, quant8
+from ..kernels import _triton, dynamic
 from ..kernels import adam as adam_module
 from ..kernels import lift as lift_module
 from ..kernels.adam import adam8, adam8_ref, adamw8, adamw8_ref
 from ..kernels.blocks import BLOCK, unpack4
+from ..kernels.dynamic import (
+    dequantize_dynamic,
+    quantize_dynamic,
+    quantize_dynamic_ref,
+)
 from ..kernels.lift import lift
 from ..kernels.limit import limited_gains
 from ..kernels.linear import (
@@ -38,11 +43,6 @@ from ..kernels.linear import (
 from ..kernels.norms import row_norms
 from ..kernels.philox import stochastic_round
 from ..kernels.project import project
-from ..kernels.quant8 import (
-    dequantize_dynamic,
-    quantize_dynamic,
-    quantize_dynamic_ref,
-)
 from ..kernels.symmul import newton_schulz_step, symm_muladd, syrk
 from . import clock
 
@@ -303,9 +303,9 @@ def _fair(device: str) -> Iterator[None]:
     for bits in (8, 4):
         for signed in (True, False):
             given = bits, signed, torch.device(device)
-            _TABLES["book", bits, signed] = quant8.codebook(*given)
-            _TABLES["carries", bits, signed] = quant8._carries(*given)
-    with (mock.patch.object(quant8, "_carries", _carries),
+            _TABLES["book", bits, signed] = dynamic.codebook(*given)
+            _TABLES["carries", bits, signed] = dynamic._carries(*given)
+    with (mock.patch.object(dynamic, "_carries", _carries),
           mock.patch.multiple(adam_module, stochastic_bf16_ref=_rounded,
                               dequantize_dynamic_ref=_decoded),
           mock.patch.object(lift_module, "stochastic_round", _rounded)):

@@ -25,11 +25,11 @@ from ..kernels import (
     _triton,
     adam,
     blocks,
+    dynamic,
     lift,
     linear,
     philox,
     project,
-    quant8,
     symmul,
     tiles,
 )
@@ -201,9 +201,9 @@ def cases() -> Iterator[Case]:
                    {**tile, "BITS": bits}, of_blocks, blocks.WARPS)
         codes |= {"codes_ptr": "*u8", "out_ptr": "*fp32", "book_ptr": "*fp32",
                   "lines_ptr": "*i64", "ends_ptr": "*fp32"}
-        yield Case(f"quantize_dynamic, {bits} bits", quant8._quantize_kernel, codes,
+        yield Case(f"quantize_dynamic, {bits} bits", dynamic._quantize_kernel, codes,
                    {**tile, "BITS": bits, "SIGNED": True}, of_blocks, blocks.WARPS)
-        yield Case(f"dequantize_dynamic, {bits} bits", quant8._dequantize_kernel, codes,
+        yield Case(f"dequantize_dynamic, {bits} bits", dynamic._dequantize_kernel, codes,
                    {**tile, "BITS": bits}, of_blocks, blocks.WARPS)
     yield Case("stochastic_round", philox._stochastic_round_kernel,
                {"x_ptr": "*fp32", "out_ptr": "*bf16"}, {"HELD": False, "TILE": philox._TILE},

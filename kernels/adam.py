@@ -1,6 +1,6 @@
 """Adam on moments as they are stored, in one pass: decode, update, encode.
 
-``bits`` is how both moments are stored: 8 or 4 (codes and scales of :mod:`.quant8`), 16 (bf16,
+``bits`` is how both moments are stored: 8 or 4 (codes and scales of :mod:`.dynamic`), 16 (bf16,
 rounded stochastically) or 32 (fp32, scales None). Arithmetic is fp32:
 
     M <- b1 M + (1 - b1) G;  V <- b2 V + (1 - b2) G o G;
@@ -48,6 +48,14 @@ from .blocks import (
     store_shapes,
     tile,
 )
+from .dynamic import (
+    block_codes,
+    block_values,
+    codebook,
+    dequantize_dynamic_ref,
+    lines,
+    quantize_dynamic_ref,
+)
 from .philox import (
     WEIGHT_STREAM,
     nearest,
@@ -57,14 +65,6 @@ from .philox import (
     stochastic_fp16_ref,
     weight_tile,
     within,
-)
-from .quant8 import (
-    block_codes,
-    block_values,
-    codebook,
-    dequantize_dynamic_ref,
-    lines,
-    quantize_dynamic_ref,
 )
 
 __all__ = ["STREAMS", "adam8", "adam8_ref", "adamw8", "adamw8_ref"]

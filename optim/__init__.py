@@ -3,7 +3,8 @@
 from .adamw import AdamW, AdamW8bit
 from .adapters import adapter_groups, base_weights
 from .apollo import APOLLO
-from .backward import project_in_backward
+from .backward_project import project_in_backward
+from .backward_update import update_in_backward
 from .base import PartialStepError
 from .convert import convert_state
 from .dctadamw import DCTAdamW
@@ -17,7 +18,6 @@ from .lowrank import LowRankOptimizer
 from .muon import Muon
 from .plan import Plan
 from .polargrad import PolarGrad
-from .release import update_in_backward
 from .report import Report, report
 from .switchlora import SwitchLoRAAdamW
 from .trion import Trion

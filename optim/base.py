@@ -23,11 +23,18 @@ from ..kernels.apart import Apart
 from . import codec, metrics, sharding, weights
 from .apply import apply, negated
 from .batches import Work, operands, windows
-from .checks import check_capture, check_gradient, check_parameter, listed, without_autocast
+from .checks import (
+    check_capture,
+    check_gradient,
+    check_parameter,
+    listed,
+    spoilt,
+    without_autocast,
+)
 from .codec import Slot
 from .common import FORMAT
 from .dense import step_adamw
-from .door import changed_options, checked_group, constructor_options, plain_options
+from .door import changed_options, checked_group, constructor_options, numbers, plain_options
 from .keys import names_of
 from .layouts import Layouts, stored_slots
 from .loading import REMEDY, agreed_load, overruled
@@ -38,9 +45,9 @@ from .sharding import Rows
 from .whole import Waiting, answered, requested
 
 if TYPE_CHECKING:
-    from .hooks import InBackward
+    from .backward import InBackward
 
-__all__ = ["MatrixOptimizer", "PartialStepError", "numbers", "spoilt"]
+__all__ = ["MatrixOptimizer", "PartialStepError", "checked_optimizer"]
 
 
 class PartialStepError(RuntimeError):
@@ -74,7 +81,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         # Parameters that were trained when they were added, by id: they get state even if they
         # are frozen before it is made.
         self._first: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        # Who works in the backward pass for it: :mod:`lissom.optim.hooks`.
+        # Who works in the backward pass for it: :mod:`lissom.optim.backward`.
         self._backward: InBackward | None = None
         self._layouts = Layouts(self.table())
         # Options of each group, by its id, when they were last checked.
@@ -162,7 +169,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
 
     def _count(self, groups: Sequence[dict[str, Any]]) -> None:
         """Count what is in new groups, before others may put something else there."""
-        own = [self._reason(p, o) is None for o in groups for p in o["params"]]
+        own = [self.own_rule(p, o) for o in groups for p in o["params"]]
         self._layouts.size += len(own)
         self._layouts.matrices |= self.algorithm != "adamw" and any(own)
 
@@ -179,7 +186,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         halves: tuple[list[Any], list[Any]] = [], []
         for entry in group["params"]:
             p = entry[1] if isinstance(entry, tuple) else entry
-            halves[self._reason(p, group) is not None].append(entry)
+            halves[not self.own_rule(p, group)].append(entry)
         if halves[0]:
             yield {**group, "params": halves[0]}
         if halves[1]:
@@ -195,11 +202,15 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             for j, p in enumerate(group["params"]):
                 yield (names[j] if names else f"group {i} parameter {j}"), p, group
 
-    def _reason(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
-        """Why p gets AdamW, or None."""
+    def why_adamw(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
+        """Why p gets AdamW, or None where the class's own rule has it."""
         if self.algorithm != "adamw" and o["algorithm"] == "adamw":
             return "algorithm='adamw' in its group"
         return self.declines(p, o)
+
+    def own_rule(self, p: Tensor, o: Mapping[str, Any]) -> bool:
+        """Whether the class's own rule has p; AdamW has all others."""
+        return self.why_adamw(p, o) is None
 
     def stored_slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
         """Every state tensor that p has under options o."""
@@ -214,19 +225,6 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         self._layouts.sync(self)
         if self._backward is not None:
             self._backward.follow()
-
-    def _check_replaced(self) -> None:
-        """Refuse parameters that others have put into the groups if no matrix is left."""
-        present = [(p, o) for _, p, o in self._named()]
-        if not self._layouts.matrices or any(
-                p.ndim > 1 and self._reason(p, o) is None for p, o in present):
-            return
-        shapes = ", ".join(str(tuple(p.shape)) for p, _ in present[:3])
-        raise ValueError(
-            f"{type(self).__name__}: its matrices have been replaced by parameters of which none "
-            f"is one (shapes {shapes}): what FSDP1 and stages 1 to 3 of DeepSpeed's ZeRO flatten "
-            "has lost its matrix shape; use FSDP2 (torch.distributed.fsdp.fully_shard), which "
-            "keeps it, DDP or stage 0, or AdamW, for which vectors will do")
 
     def _before_capture(self) -> None:
         """State for parameters whose steps are captured: what a graph allocates is the graph's."""
@@ -279,7 +277,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset gradients as in torch, those in buffers of :mod:`lissom.optim.backward` too."""
+        """Reset gradients as in torch, those that wait for the step in buffers too."""
         if self._backward is not None:  # which may be waiting for gradients
             self._backward.clear()
         super().zero_grad(set_to_none)
@@ -328,7 +326,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         gradient = _given if self._backward is None else self._backward.gradient
         for group in self.param_groups:
             self._check_changed(group)
-        plain = {id(group): numbers(group) for group in self.param_groups}
+        table = self.table()
+        plain = {id(group): numbers(group, table) for group in self.param_groups}
         work = []
         for name, p, o in self._named():
             if (g := gradient(p)) is not None:
@@ -355,11 +354,11 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         rows = sharding.rows_of(p)
         if rows is None or o["shards"] == "whole":
             return None
-        if self._reason(p, o) is None:
-            apart = self.by_rows(p, self.state[p], o, int(self.state[p]["step"]) + 1)
+        if self.own_rule(p, o):
+            able = self.by_rows(p, self.state[p], o, int(self.state[p]["step"]) + 1)
         else:  # the blocks of a quantized vector go over the cuts
-            apart = p.ndim > 1 or not any(slot.bits for slot in self._layouts[p].values())
-        return rows if apart else None
+            able = p.ndim > 1 or not any(slot.bits for slot in self._layouts[p].values())
+        return rows if able else None
 
     def _step_batch(self, batch: Sequence[Work]) -> Waiting[None]:
         """From gradient to parameter, for one parameter or several that are alike.
@@ -372,7 +371,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         t: Any = state["step"].long() + 1 if o["capturable"] else int(state["step"]) + 1
         spread = self._layouts.spread(p)
         x, g, stored = operands(batch, [self.state[w.p] for w in batch], spread, rows)
-        if self._reason(p, o) is not None:
+        if not self.own_rule(p, o):
             step_adamw(x, g, stored, self._layouts[p], o, t, rows)
         else:
             yield from self._step_matrix(p, x, g, stored, o, t, rows)
@@ -571,38 +570,17 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         return metrics.metrics_of(self)
 
 
-# -------------------------------------------------------------------- helpers of the loop
-
-
-def numbers(o: dict[str, Any]) -> dict[str, Any]:
-    """The group, with Python's numbers where schedulers have put tensors or numpy's.
-
-    A rate that is captured stays.
-    """
-    held = {k: v.item() for k, v in o.items() if hasattr(v, "item")
-            and (not isinstance(v, Tensor) or v.numel() == 1)
-            and not (o["capturable"] and k == "lr" and isinstance(v, Tensor))}
-    return {**o, **held} if held else o
-
-
 def _given(p: Tensor) -> Tensor | None:
     return p.grad
 
 
-def spoilt(work: Sequence[Work]) -> bool:
-    """Whether a gradient is a reason to skip the step; raises FloatingPointError if so asked."""
-    work = [w for w in work if w.o["nonfinite"] != "propagate"]
-    if not work:
-        return False
-    bad = torch.tensor([_nonfinite(sharding.local(w.g)) for w in work], dtype=torch.int64,
-                       device="cpu")
-    bad = sharding.agreed(bad, [w.p for w in work])
-    for w, flag in zip(work, bad.tolist(), strict=True):
-        if flag and w.o["nonfinite"] == "raise":
-            raise FloatingPointError(f"the gradient of {w.name!r} has a NaN or Inf "
-                                     "(nonfinite='raise'); nothing was written")
-    return bool(bad.any())
-
-
-def _nonfinite(g: Tensor) -> bool:
-    return bool(g.numel()) and not all(bool(x.isfinite()) for x in torch.aminmax(g))
+def checked_optimizer(optimizer: Any, where: str) -> MatrixOptimizer:
+    """One of this package, also out of Lightning's wrapper, or a TypeError."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(optimizer, MatrixOptimizer) and isinstance(inner, MatrixOptimizer):
+        # The wrapper has its class, but what is written to it stays there.
+        optimizer = inner
+    if not isinstance(optimizer, MatrixOptimizer):
+        raise TypeError(f"{where}: optimizer is a {type(optimizer).__name__}, but it must be one "
+                        "of lissom.optim")
+    return optimizer

@@ -45,7 +45,7 @@ def windows(optimizer: MatrixOptimizer, work: Sequence[Work]) -> Iterator[list[l
         optimizer: of the parameters.
         work: all of a step.
     """
-    dense = [optimizer._reason(w.p, w.o) is not None for w in work]
+    dense = [not optimizer.own_rule(w.p, w.o) for w in work]
     matrices = [w for w, plain in zip(work, dense, strict=True) if not plain]
     most = max([_WINDOW, *(w.p.numel() for w in matrices)])
     if not optimizer.waits:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .sharding import is_sharded, placed
+from .sharding import agreed, is_sharded, local, placed
+
+if TYPE_CHECKING:
+    from .batches import Work
 
 __all__ = ["check_capture", "check_gradient", "check_module", "check_parameter", "listed",
-           "without_autocast"]
+           "spoilt", "without_autocast"]
 
 # Devices whose autocast a step may find on.
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps")
@@ -97,6 +100,25 @@ def check_gradient(p: Tensor, g: Tensor, name: str) -> Tensor:
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def spoilt(work: Sequence[Work]) -> bool:
+    """Whether a gradient is a reason to skip the step; raises FloatingPointError if so asked."""
+    work = [w for w in work if w.o["nonfinite"] != "propagate"]
+    if not work:
+        return False
+    bad = torch.tensor([_nonfinite(local(w.g)) for w in work], dtype=torch.int64,
+                       device="cpu")
+    bad = agreed(bad, [w.p for w in work])
+    for w, flag in zip(work, bad.tolist(), strict=True):
+        if flag and w.o["nonfinite"] == "raise":
+            raise FloatingPointError(f"the gradient of {w.name!r} has a NaN or Inf "
+                                     "(nonfinite='raise'); nothing was written")
+    return bool(bad.any())
+
+
+def _nonfinite(g: Tensor) -> bool:
+    return bool(g.numel()) and not all(bool(x.isfinite()) for x in torch.aminmax(g))
 
 
 def check_capture(groups: list[dict[str, Any]], where: str) -> None:

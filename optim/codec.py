@@ -3,7 +3,7 @@
 Arithmetic sees fp32. A moment is stored as ``state_bits`` says: in fp32; in bf16, rounded
 stochastically, because to nearest a second moment with beta2 = 0.999 never decays (its change of
 0.1 % is below half a bf16 step); or in 8 or 4 bits with a dynamic codebook and a scale for each
-block of 256 (:mod:`lissom.kernels.quant8`). Blocks restart at each row of the last dimension, so
+block of 256 (:mod:`lissom.kernels.dynamic`). Blocks restart at each row of the last dimension, so
 that shards of rows cut between them. Moments of fewer than 4096 elements stay in fp32 where
 8 or 4 bits are asked for, and rows of 4 or fewer in bf16. Bases and error feedback are stored
 linearly in blocks (:mod:`lissom.kernels.linear`) where they are asked for in 8 or 4 bits. What is
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ..kernels.apart import Apart, Matrices
 from ..kernels.blocks import code_shapes
+from ..kernels.dynamic import dequantize_dynamic, quantize_dynamic
 from ..kernels.linear import dequantize_linear, quantize_linear
 from ..kernels.philox import stochastic_round
-from ..kernels.quant8 import dequantize_dynamic, quantize_dynamic
 from . import sharding
 from .keys import key_of, keys_of
 

@@ -33,22 +33,19 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.quant8 import codebook
 from . import codec, sharding
-from .base import MatrixOptimizer
+from .base import MatrixOptimizer, checked_optimizer
 from .codec import Slot
-from .common import COMMON
-from .door import checked_group, plain_value
-from .hooks import checked_optimizer
+from .door import plain_value
+from .foreign import NUMBERS, Saved, check_numbers, decoded_state
 from .keys import plain_name
 from .layouts import slots_of
 from .loading import saved_groups
-from .lowrank import LowRankOptimizer
 from .plan import aligned
 from .project import side_of
 from .weights import MASTERS
@@ -61,8 +58,6 @@ _AT_ZERO = ("limiter", "error", "basis_energy", "projected", "projected_count",
             "projected_slope", *MASTERS)
 # Options that decide what a slot means.
 _MEANING = ("polar_first", "axis")
-# Slots that every rule has.
-_NUMBERS = ("step", "index", "key")
 _ORDERED = ("svd", "subspace", "randomized")
 
 
@@ -80,23 +75,6 @@ class Converted(dict[str, Any]):
 
     def __str__(self) -> str:
         return "\n".join(aligned([("parameter", "state", "why"), *self.rows]))
-
-
-class _Old(NamedTuple):
-    """A parameter's state as it was saved, decoded.
-
-    Args:
-        values: by slot, in the arithmetic's precision, ``step`` included.
-        rule: that saved it; ``"adamw"``, another's name, or None where nothing is known of it.
-        options: of its group, where it was this package's; else none.
-        stored: as it was saved, in this package's slots: what is stored alike is copied, since
-            decoding and encoding once more would round once more.
-    """
-
-    values: dict[str, Tensor]
-    rule: str | None
-    options: Mapping[str, Any] = {}
-    stored: Mapping[str, Tensor] = {}
 
 
 def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
@@ -147,16 +125,16 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
             raise ValueError(f"{at}: saved state is a {type(entry).__name__}, but it must be a "
                              "dictionary")
         if source is not None and entry:
-            _check_numbers(entry, at)
-            old = _decoded(entry, source[1], optimizer, p, o, at)
-            kept, why = _fitted(old, optimizer, p, o, at)
+            check_numbers(entry, at)
+            old = decoded_state(entry, source[1], optimizer, p, o, at)
+            kept, why = _fitted(old, optimizer, p, o)
         states[key] = kept or {k: torch.zeros_like(x) for k, x in own.items()}
         for number in ("index", "key"):  # of the saved one where it is this package's
             mark = entry.get(number) if kept and entry else None
             states[key][number] = own[number].clone().copy_(
                 own[number] if mark is None else torch.as_tensor(plain_value(mark)))
         rows.append((name, "kept" if kept else "restarted", why))
-    _distinct(states, result, optimizer, keys)
+    _distinct(states, result, keys)
     converted = Converted({**result, "state": states})
     converted.rows = tuple(rows)
     _LOG.info("%s", converted)
@@ -199,7 +177,7 @@ def _matched(saved: Mapping[str, Any], optimizer: MatrixOptimizer, names: Sequen
 
 
 def _distinct(states: dict[Any, dict[str, Tensor]], result: Mapping[str, Any],
-              optimizer: MatrixOptimizer, keys: Sequence[Any]) -> None:
+              keys: Sequence[Any]) -> None:
     """Take this optimizer's own numbers of all parameters where saved ones are there twice."""
     for number in ("index", "key"):
         held = [int(s[number]) for s in states.values()]
@@ -209,155 +187,16 @@ def _distinct(states: dict[Any, dict[str, Tensor]], result: Mapping[str, Any],
                     states[key][number] = result["state"][key][number].clone()
 
 
-# -------------------------------------------------------------------- what was saved
-
-
-def _check_numbers(entry: Mapping[str, Any], at: str) -> None:
-    """Refuse a saved state whose counts are none: ValueError."""
-    for name in _NUMBERS:
-        value = entry.get(name, 0)
-        if not isinstance(value, Tensor) or not value.is_meta:
-            value = plain_value(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
-                0 <= value < 2**63 and value == int(value)):
-            raise ValueError(f"{at}: {name}={value!r}, but it must be an integer >= 0")
-
-
-def _decoded(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer: MatrixOptimizer,
-             p: Tensor, o: Mapping[str, Any], at: str) -> _Old:
-    """A saved state in the precision of the arithmetic, whoever saved it.
-
-    Args:
-        entry: the state.
-        group: in which it was saved.
-        optimizer: that is to go on.
-        p: its parameter.
-        o: options of that one's group.
-        at: beginning of a message.
-    """
-    nested = entry.get("__bnb_optimizer_quant_state__")
-    if isinstance(nested, Mapping):  # where bitsandbytes puts what FSDP must not shard
-        entry = {**entry, **nested}
-    if "projector" in entry:
-        return _projected(entry, group, at)
-    if "state1" in entry:
-        moments = _bitsandbytes(entry, tuple(p.shape), at)
-        return _Old(moments, "adamw", stored=_same_codes(entry, p))
-    values = {k: x for k, x in entry.items() if isinstance(x, Tensor)}
-    if "step" in entry and not isinstance(entry["step"], Tensor):
-        values["step"] = _count(entry["step"])
-    if "index" not in entry:  # torch
-        if "exp_avg_sq" in values:
-            return _Old(values, "adamw")
-        if set(values) == {"momentum_buffer"} and "dampening" not in group:  # SGD's is no average
-            return _Old({**values, "step": _count(1)}, "muon")
-        raise ValueError(f"{at}: saved state has {sorted(map(str, entry))}, which is of no "
-                         "optimizer that is known here")
-    table = optimizer.table()
-    rule = str(group.get("algorithm", ""))
-    own = optimizer.algorithm
-    options: dict[str, Any] = {"algorithm": rule} if rule in (own, "adamw") else {}
-    slots_ = {k.removesuffix(".scale") for k in values} - {*_NUMBERS, "max_exp_avg_sq", *MASTERS}
-    if slots_ == {"exp_avg", "exp_avg_sq"}:  # a vector's, say, in a group of another rule, whose
-        # options of the same names need not be this one's
-        table, options["algorithm"] = COMMON, "adamw"
-    elif isinstance(optimizer, LowRankOptimizer) and "basis_step" in values:
-        options["algorithm"] = own  # a relative's state has the same slots
-    elif rule not in (own, "adamw") or (
-            tuple(group.get("roles") or ()) != tuple(o.get("roles") or ())):
-        return _Old({k: values[k] for k in _NUMBERS if k in values}, None)
-    options |= {k: v for k, v in group.items() if k in table and k != "algorithm"}
-    full = checked_group(optimizer, {**options, "params": []}, at, entering=False)
-    full["params"] = o["params"]  # of which a rule may say what each is to the others
-    dense = optimizer._reason(p, full) is not None
-    rule = "adamw" if dense else rule
-    slots = {k: slot for k, slot in slots_of(optimizer, p, full).items() if k in values}
-    for name, slot in slots.items():
-        if slot.bits and any(k not in values or values[k].shape != part.shape
-                             for k, part in codec.stored(name, slot).items()):
-            return _Old({k: values[k] for k in _NUMBERS if k in values}, f"{rule} of another shape")
-    decoded = codec.Decoded(values, slots, p)
-    return _Old({name: decoded[name] for name in slots}, rule, full, values)
-
-
-def _count(steps: float) -> Tensor:
-    """A count as states keep it, whatever torch's defaults are."""
-    return torch.tensor(float(steps), dtype=torch.float32, device="cpu")
-
-
-def _bitsandbytes(entry: Mapping[str, Any], shape: tuple[int, ...], at: str
-                  ) -> dict[str, Tensor]:
-    """Both moments; 8-bit codes index a map, with a scale for each 256 of the flattened tensor."""
-    values = {"step": _count(entry["step"])}
-    for name, i in (("exp_avg", "1"), ("exp_avg_sq", "2")):
-        x = entry.get(f"state{i}")
-        if not isinstance(x, Tensor) or x.numel() != torch.Size(shape).numel():
-            raise ValueError(f"{at}: state{i} saved as "
-                             f"{tuple(x.shape) if isinstance(x, Tensor) else x}, expected {shape}")
-        if x.dtype == torch.uint8:
-            scale = entry.get(f"absmax{i}")
-            if scale is None or scale.numel() != -(-x.numel() // 256):
-                raise ValueError(f"{at}: absmax{i} must have a number for each 256 of "
-                                 f"{x.numel()} codes: only blockwise states are read")
-            each = scale.flatten().repeat_interleave(256)[: x.numel()]
-            x = entry[f"qmap{i}"][_least(x, i).flatten().long()] * each
-        values[name] = x.float().view(shape)
-    return values
-
-
-def _least(codes: Tensor, i: str) -> Tensor:
-    """Codes of bitsandbytes, second moments not zero: beside first ones that are not, they would
-    move a weight by their quotient with epsilon. Of a block of zeros all codes mean zero.
-    """
-    return codes if i == "1" else codes.clamp_min(1)
-
-
-def _same_codes(entry: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
-    """Codes of bitsandbytes that are this package's: the same map, and no block over two rows."""
-    stored: dict[str, Tensor] = {}
-    for name, i in (("exp_avg", "1"), ("exp_avg_sq", "2")):
-        codes, scale, book = entry[f"state{i}"], entry.get(f"absmax{i}"), entry.get(f"qmap{i}")
-        if codes.dtype != torch.uint8 or p.ndim < 1 or p.shape[-1] % 256 or (
-                scale is None or book is None):
-            continue
-        if torch.equal(book.cpu(), codebook(8, i == "1", torch.device("cpu"))):
-            stored[name] = _least(codes, i).view(p.shape)
-            stored[f"{name}.scale"] = scale.float().view(*p.shape[:-1], p.shape[-1] // 256)
-    return stored
-
-
-def _projected(entry: Mapping[str, Any], group: Mapping[str, Any], at: str) -> _Old:
-    """The state of galore-torch or fira: a projector object holds basis and options."""
-    projector = entry["projector"]
-    basis = getattr(projector, "ortho_matrix", None)
-    if not isinstance(basis, Tensor):
-        raise ValueError(f"{at}: the projector has {type(basis).__name__}, but it must have a "
-                         "matrix: two-sided projections of galore-torch are not read")
-    if "state1" in entry:  # galore-torch's 8 bits
-        entry = {**entry, **_bitsandbytes(entry, tuple(entry["state1"].shape), at)}
-    low, step = entry["exp_avg"], int(entry["step"])
-    gap = int(getattr(projector, "update_proj_gap", group.get("update_proj_gap", 200)))
-    side = "right" if low.ndim == 2 and basis.shape[0] == low.shape[1] and (
-        basis.shape[0] <= basis.shape[1]) else "left"
-    values = {"step": _count(step), "exp_avg": low, "exp_avg_sq": entry["exp_avg_sq"],
-              f"basis_{side}": basis.mT.contiguous() if side == "right" else basis,
-              "basis_step": _count(1 + (step - 1) // gap * gap)}
-    last = entry.get("scaling_grad")
-    if isinstance(last, Tensor) and last.numel() == 1:
-        values["limiter"] = last.float().view(1, 1)
-    return _Old(values, "lowrank", {"projection": "svd", "inner": "adamw"})
-
-
 # -------------------------------------------------------------------- what becomes of it
 
 
-def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any], at: str
+def _fitted(old: Saved, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]
             ) -> tuple[dict[str, Tensor] | None, str]:
     """The state in this optimizer's slots and how, or None and why it begins anew."""
     slots = slots_of(optimizer, p, o)
     values = dict(old.values)
     low = "basis_step" in slots
-    rule = "adamw" if optimizer._reason(p, o) is not None else optimizer.algorithm
+    rule = optimizer.algorithm if optimizer.own_rule(p, o) else "adamw"
     if low != ("basis_step" in values) or (not low and old.rule != rule):
         return None, f"saved by {old.rule or 'another rule'}, goes on as {rule}"
     for name in _MEANING if rule != "adamw" else ():
@@ -381,7 +220,7 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
     for name, slot in slots.items():
         value = values.get(name)
         if value is None:
-            if name not in _AT_ZERO and name not in _NUMBERS:
+            if name not in _AT_ZERO and name not in NUMBERS:
                 return None, f"no {name} was saved"
             if name in _AT_ZERO:
                 changes.append(f"{name} begins at zero")
@@ -403,7 +242,7 @@ def _fitted(old: _Old, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, An
     return state, "; ".join(changes) or "as it was, stored as the options say"
 
 
-def _subspaces(old: _Old, slots: Mapping[str, Slot], p: Tensor, o: Mapping[str, Any],
+def _subspaces(old: Saved, slots: Mapping[str, Slot], p: Tensor, o: Mapping[str, Any],
                optimizer: MatrixOptimizer) -> tuple[str, int]:
     """Why a saved subspace cannot go on, or "", and the columns that are left where some go."""
     before, now = old.options["projection"], o["projection"]

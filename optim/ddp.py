@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import codec
-from .base import MatrixOptimizer
+from .base import MatrixOptimizer, checked_optimizer
 from .checks import without_autocast
-from .hooks import checked_optimizer
 from .lowrank import LowRankOptimizer
 from .project import Bases
 
@@ -54,7 +53,7 @@ class ProjectedAllReduce:
 
 def _projects(optimizer: LowRankOptimizer, p: Tensor, o: dict[str, Any]) -> bool:
     """Whether an update takes nothing of G but R = P^T G Q, between two refreshes."""
-    return optimizer._reason(p, o) is None and optimizer.by_projection(o)
+    return optimizer.own_rule(p, o) and optimizer.by_projection(o)
 
 
 def _hook(state: ProjectedAllReduce, bucket: dist.GradBucket  # type: ignore[name-defined]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .method import Method
 
 __all__ = ["TORCH_ONLY", "changed_options", "check_masters", "checked_group",
-           "constructor_options", "plain_options", "plain_value"]
+           "constructor_options", "numbers", "plain_options", "plain_value"]
 
 #: Options of torch.optim.AdamW about how it runs, which change no result.
 TORCH_ONLY = {"foreach", "fused", "differentiable", "decoupled_weight_decay"}
@@ -171,6 +171,16 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value
     return value.item() if hasattr(value, "item") and getattr(value, "size", 0) == 1 else value
+
+
+def numbers(group: dict[str, Any], table: Mapping[str, Option]) -> dict[str, Any]:
+    """The group, with Python's numbers where schedules have put tensors or numpy's into options.
+
+    A rate that a CUDA graph reads stays a tensor.
+    """
+    held = {k: plain_value(group[k]) for k in table if hasattr(group.get(k), "item")
+            and not (k == "lr" and group["capturable"] and isinstance(group[k], Tensor))}
+    return {**group, **held} if held else group
 
 
 def _refuse_torch_only(given: Mapping[str, Any], where: str) -> None:

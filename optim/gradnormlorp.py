@@ -15,11 +15,12 @@ from .base import MatrixOptimizer
 from .codec import Slot, State
 from .dense import adam, adam_slots
 from .inner import RULES
-from .lowrank import LowRankOptimizer, Projected, SubspaceOptions
+from .lowrank import LowRankOptimizer, SubspaceOptions
 from .options import Option, choice, real
 from .pairs import check_factors, roles
 from .residual import RESIDUALS, Residual
 from .sharding import Rows
+from .subspace import Projected
 
 __all__ = ["GradNormLoRPAdamW"]
 

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from .backward import project_in_backward
+from .backward import NORM, InBackward
+from .backward_project import project_in_backward
+from .backward_update import update_in_backward
 from .base import MatrixOptimizer
 from .groups import param_groups
-from .hooks import NORM, InBackward
 from .options import optional
-from .release import update_in_backward
 
 __all__ = ["ProjectInBackwardCallback", "UpdateInBackwardCallback", "trainer_optimizer"]
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from .checks import check_module
 from .codec import wide
-from .groups import output_heads
+from .heads import output_heads
 from .options import boolean, choice, integer, nearest, optional, real
 from .pairs import DTYPES, bounds, check_base, only_name, places
 

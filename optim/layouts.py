@@ -32,7 +32,7 @@ def slots_of(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> dic
     slots = {"step": codec.counter(device=p.device if o["capturable"] else None),
              "index": codec.counter(torch.int64),
              "key": codec.counter(torch.int64), **weights.master_slots(p, o)}
-    if optimizer._reason(p, o) is None:
+    if optimizer.own_rule(p, o):
         slots |= optimizer.slots(p, o)
     else:
         slots |= adam_slots(tuple(p.shape), p, o)
@@ -143,7 +143,7 @@ class Layouts:
                 states[p] = _followed(optimizer, p, states[p], group, name)
                 self._note(optimizer, p, group, form)
         if missing:
-            optimizer._check_replaced()
+            _check_replaced(optimizer)
         if count >= self.size:
             self._drop([p for p in states if p not in present], states, optimizer)
         # Those first that were trained from the start, whenever the state is made.
@@ -191,7 +191,7 @@ class Layouts:
             used = [int(s["index"]) for s in states]
             self._next_index = [1 + max((i for i in used if i < _DENSE), default=-1),
                                 1 + max((i for i in used if i >= _DENSE), default=_DENSE - 1)]
-        dense = optimizer._reason(p, o) is not None
+        dense = not optimizer.own_rule(p, o)
         state["index"].fill_(self._next_index[dense])
         self._next_index[dense] += 1
         key = keys.name_key(name) if "param_names" in o else int(state["index"])
@@ -200,6 +200,20 @@ class Layouts:
         state["key"].fill_(key)
         self._keys.add(key)
         return state
+
+
+def _check_replaced(optimizer: MatrixOptimizer) -> None:
+    """Refuse parameters that others have put into the groups if no matrix is left."""
+    present = [(p, o) for _, p, o in optimizer._named()]
+    if not optimizer._layouts.matrices or any(
+            p.ndim > 1 and optimizer.own_rule(p, o) for p, o in present):
+        return
+    shapes = ", ".join(str(tuple(p.shape)) for p, _ in present[:3])
+    raise ValueError(
+        f"{type(optimizer).__name__}: its matrices have been replaced by parameters of which none "
+        f"is one (shapes {shapes}): what FSDP1 and stages 1 to 3 of DeepSpeed's ZeRO flatten "
+        "has lost its matrix shape; use FSDP2 (torch.distributed.fsdp.fully_shard), which "
+        "keeps it, DDP or stage 0, or AdamW, for which vectors will do")
 
 
 def _trained(p: Tensor) -> bool:

@@ -97,7 +97,7 @@ def plan_of(optimizer: MatrixOptimizer) -> Plan:
     """See :meth:`lissom.optim.base.MatrixOptimizer.plan`."""
     rows = []
     for name, p, o in optimizer._named():
-        reason = optimizer._reason(p, o)
+        reason = optimizer.why_adamw(p, o)
         rule, rank, side = "adamw", None, ""
         if reason is None:
             rule = optimizer.algorithm

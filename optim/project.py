@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .sharding import Rows
 
 __all__ = ["FINDERS", "Bases", "Gradient", "Shift", "Turn", "find", "gaussian", "gaussian_basis",
-           "generator", "random_basis", "shift", "side_of", "turn"]
+           "generator", "random_basis", "shift", "side_of", "sides",
+           "turn"]
 
 # torch.linalg.LinAlgError, which torch's annotations do not export.
 _NOT_CONVERGED: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009
@@ -97,6 +98,13 @@ def side_of(m: int, n: int, proj_type: str) -> str:
     if proj_type == "reverse_std":
         return "left" if m >= n else "right"
     return proj_type
+
+
+def sides(m: int, n: int, proj_type: str) -> list[tuple[int, str, int]]:
+    """The sides that are projected: number (0 left, 1 right), name, length of a basis's columns."""
+    side = side_of(m, n, proj_type)
+    both = [(0, "left", m), (1, "right", n)]
+    return [x for x in both if side in (x[1], "full")]
 
 
 def _wide_product(left: Tensor, g: Tensor) -> Tensor:

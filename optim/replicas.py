@@ -1,6 +1,6 @@
 """Gradients averaged over ranks that each hold the whole model, one at a time, as they are ready.
 
-Data parallelism for who works in the backward pass (:mod:`lissom.optim.hooks`):
+Data parallelism for who works in the backward pass (:mod:`lissom.optim.backward`):
 DistributedDataParallel averages gradients after the hooks, and keeps all of them in full size.
 
 Reductions are matched by their order, which is that of the backward pass: each rank has to run the

@@ -6,8 +6,7 @@ import io
 import sys
 from dataclasses import dataclass
 
-from .base import MatrixOptimizer
-from .hooks import checked_optimizer
+from .base import MatrixOptimizer, checked_optimizer
 from .plan import aligned, shown
 
 __all__ = ["Line", "Report", "report"]

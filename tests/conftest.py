@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 #: Files with something that is started once for all their tests, as the processes of tests.pool.
-TOGETHER = ("test_sharding.py", "test_recipes.py", "test_release.py")
+TOGETHER = ("test_sharding.py", "test_recipes.py", "test_package.py")
 
 
 def _together(nodeid: str) -> bool:

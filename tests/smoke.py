@@ -31,7 +31,7 @@ else:
 import torch  # noqa: E402
 from lissom import bench, kernels, optim  # noqa: E402
 from lissom.bench import recipes  # noqa: E402
-from lissom.kernels import quant8  # noqa: E402
+from lissom.kernels import dynamic  # noqa: E402
 from lissom.optim import AdamW, GaLoreAdamW, param_groups  # noqa: E402
 
 for module in (bench, kernels, optim, recipes):
@@ -52,6 +52,6 @@ for bits in (32, 8):
             losses.append(loss.item())
         assert losses[-1] < losses[0], losses
         assert "bytes" in str(optim.report(optimizer))
-codes, scale = quant8.quantize_dynamic(x, 8, True)
-assert (quant8.dequantize_dynamic(codes, scale, 64, 8, True) - x).abs().max() < 0.1
+codes, scale = dynamic.quantize_dynamic(x, 8, True)
+assert (dynamic.dequantize_dynamic(codes, scale, 64, 8, True) - x).abs().max() < 0.1
 sys.stdout.write(f"smoke: ok, torch {torch.__version__}\n")

@@ -11,12 +11,12 @@ from lissom.bench.shapes import LLAMA
 from lissom.kernels import _triton, apart
 from lissom.kernels.adam import adam8, adamw8
 from lissom.kernels.apart import Apart
+from lissom.kernels.dynamic import dequantize_dynamic, quantize_dynamic
 from lissom.kernels.lift import lift
 from lissom.kernels.limit import limited_gains
 from lissom.kernels.linear import dequantize_linear, quantize_linear
 from lissom.kernels.norms import row_norms
 from lissom.kernels.project import project
-from lissom.kernels.quant8 import dequantize_dynamic, quantize_dynamic
 from lissom.optim import AdamW, DCTAdamW, GaLoreAdamW, Muon, PartialStepError, batches, param_groups
 from lissom.optim.batches import Work, windows
 from lissom.optim.residual import Fira
@@ -278,7 +278,7 @@ def sizes(monkeypatch, optimizer):
     inner = type(optimizer)._step_batch
 
     def counted(self, batch):
-        found.append((len(batch), self._reason(batch[0].p, batch[0].o) is None))
+        found.append((len(batch), self.own_rule(batch[0].p, batch[0].o)))
         return inner(self, batch)
 
     monkeypatch.setattr(type(optimizer), "_step_batch", counted)
@@ -583,7 +583,7 @@ def test_what_a_batch_holds_is_bounded(size, rank, count, monkeypatch):
     found = [batch for window in windows(optimizer, work) for batch in window]
     assert sorted(w.name for batch in found for w in batch) == sorted(w.name for w in work)
     most = max(p.numel() for p in model.parameters() if p.ndim > 1 and 32000 not in p.shape)
-    own = [batch for batch in found if optimizer._reason(batch[0].p, batch[0].o) is None]
+    own = [batch for batch in found if optimizer.own_rule(batch[0].p, batch[0].o)]
     assert len(own) <= count
     for batch in own:
         held = sum(rank * sum(w.p.shape) for w in batch)
@@ -605,7 +605,7 @@ def test_rules_that_wait_have_dense_parameters_together(monkeypatch):
     assert sorted(w.name for batch in found for w in batch) == sorted(w.name for w in work)
     assert max(map(len, found)) > 4
     assert all(len(batch) == 1 for batch in found
-               if optimizer._reason(batch[0].p, batch[0].o) is None)
+               if optimizer.own_rule(batch[0].p, batch[0].o))
 
 
 COMPILE = """

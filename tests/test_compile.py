@@ -13,7 +13,7 @@ import torch._dynamo
 from lissom.optim import codec, norms
 from lissom.optim.apply import apply
 from lissom.optim.dense import representable, step_adamw
-from lissom.optim.lowrank import Projected
+from lissom.optim.subspace import Projected
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from .cases import CASES, all_slow_but, first_of_each_class
@@ -47,7 +47,7 @@ def keep_bases(optimizer, p, o):
 def arithmetic(optimizer, o, slots, p, g, kept, lr, t):
     """From gradient to weight, as ``_step_batch`` has it for one plain parameter."""
     o = {**o, "lr": lr}
-    if optimizer._reason(p, o) is not None:
+    if not optimizer.own_rule(p, o):
         step_adamw(p, g, kept, slots, o, t)
         return
     s = codec.Decoded(kept, slots, p)
@@ -82,7 +82,7 @@ def test_one_graph_for_any_rate_and_step(case):
             continue
         o = {k: v for k, v in options[p].items() if k != "params"}
         # What gets AdamW is the same in every row of a class.
-        if optimizer._reason(p, o) is not None and case not in first_of_each_class():
+        if not optimizer.own_rule(p, o) and case not in first_of_each_class():
             continue
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("eager")

@@ -15,7 +15,7 @@ from collections import UserList
 import numpy as np
 import pytest
 import torch
-from lissom.optim import PartialStepError, dct, metrics, polar
+from lissom.optim import PartialStepError, dct, metrics, polar_polynomial
 from lissom.optim.checks import check_gradient
 from lissom.optim.common import BOOKKEEPING
 from lissom.optim.loading import REMEDY
@@ -217,7 +217,7 @@ def test_grad_scaler_skips_overflow(case):
 def test_torchs_defaults_change_nothing(case):
     """Neither its default dtype nor its default device, where nothing has a value."""
     results = []
-    for cached in (polar._shortened, polar.polar_express_schedule, dct.rows, dct._twiddles,
+    for cached in (polar_polynomial._shortened, dct.rows, dct._twiddles,
                    dct._packing):
         getattr(cached, "cache_clear", lambda: None)()
     for kind, place in ((torch.bfloat16, "meta"), (torch.float64, "meta"), (torch.float32, "cpu")):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lissom.kernels.quant8 import codebook
+from lissom.kernels.dynamic import codebook
 from lissom.optim import (
     APOLLO,
     AdamW,

@@ -12,10 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lissom.kernels import _triton, blocks, quant8
+from lissom.kernels import _triton, blocks, dynamic
 from lissom.kernels import adam as kernels_adam
 from lissom.kernels.adam import STREAMS, adam8, adam8_ref, adamw8, adamw8_ref
 from lissom.kernels.blocks import code_shapes
+from lissom.kernels.dynamic import (
+    codebook,
+    dequantize_dynamic,
+    dequantize_dynamic_ref,
+    lines,
+    quantize_dynamic,
+    quantize_dynamic_ref,
+)
 from lissom.kernels.linear import (
     dequantize_linear,
     dequantize_linear_ref,
@@ -31,14 +39,6 @@ from lissom.kernels.philox import (
     stochastic_fp16_ref,
     stochastic_round,
     within,
-)
-from lissom.kernels.quant8 import (
-    codebook,
-    dequantize_dynamic,
-    dequantize_dynamic_ref,
-    lines,
-    quantize_dynamic,
-    quantize_dynamic_ref,
 )
 from lissom.optim import AdamW, codec, dense, weights
 from lissom.optim.keys import key_of
@@ -275,7 +275,7 @@ def test_no_second_moment_vanishes_but_zero(bits, device):
 @pytest.fixture
 def fresh_tables():
     """No table from before, and none of this test left."""
-    made = (codebook, lines, quant8._carries, quant8._twos, kernels_adam._tables)
+    made = (codebook, lines, dynamic._carries, dynamic._twos, kernels_adam._tables)
     for table in made:
         table.cache_clear()
     yield
@@ -296,7 +296,7 @@ def test_tables_do_not_depend_on_the_default_dtype(kind, fresh_tables):
                             for bits in (8, 4) for backend in backends])
         finally:
             torch.set_default_dtype(default)
-        for table in (codebook, lines, quant8._carries):
+        for table in (codebook, lines, dynamic._carries):
             table.cache_clear()
     assert_same(*results)
 
@@ -525,7 +525,7 @@ def test_large_weight_on_gpu(bits):
 
 
 COMPILE = """
-from lissom.kernels import adam, linear, philox, quant8
+from lissom.kernels import adam, linear, philox, dynamic
 
 F, H, C, I = "*fp32", "*bf16", "*u8", "i32"
 pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "lines_ptr": "*i64",
@@ -547,8 +547,8 @@ for kind, held in ((H, False), ("*fp16", False), (H, True)):
 for bits, width in ((8, 256), (4, 8)):
     shape = {"BITS": bits, "R": 1024 // width, "W": width}
     for signed in (True, False):
-        build(quant8._quantize_kernel, {**shape, "SIGNED": signed})
-    build(quant8._dequantize_kernel, shape, out_ptr=F)
+        build(dynamic._quantize_kernel, {**shape, "SIGNED": signed})
+    build(dynamic._dequantize_kernel, shape, out_ptr=F)
     codes = {"codes_ptr": "*i8" if bits == 8 else C}
     build(linear._quantize_linear_kernel, {**shape, "LEVELS": 127 if bits == 8 else 7}, **codes)
     build(linear._dequantize_linear_kernel, shape, out_ptr=H, **codes)

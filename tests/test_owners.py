@@ -40,7 +40,7 @@ def test_no_rank_of_a_large_model_waits_long_for_another(monkeypatch, ranks, mos
     busiest = total = 0
     for window in windows(optimizer, work):
         window = [w for batch in window for w in batch]
-        if optimizer._reason(window[0].p, window[0].o) is not None:
+        if not optimizer.own_rule(window[0].p, window[0].o):
             assert len(window) == 1
             continue
         assert sum(sharding.share(w.p, None) for w in window) <= 4096 * 11008

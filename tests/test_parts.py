@@ -12,9 +12,9 @@ import scipy.fft
 import torch
 from lissom.bench.livebytes import LiveBytes
 from lissom.kernels.blocks import code_shapes
+from lissom.kernels.dynamic import codebook, dequantize_dynamic_ref, quantize_dynamic_ref
 from lissom.kernels.linear import dequantize_linear_ref, quantize_linear_ref
 from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref, stochastic_fp16_ref
-from lissom.kernels.quant8 import codebook, dequantize_dynamic_ref, quantize_dynamic_ref
 from lissom.optim import (
     APOLLO,
     AdamW,

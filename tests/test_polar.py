@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lissom.optim import AdamW, Muon, PolarGrad, Trion, param_groups, whole
-from lissom.optim import polar as polar_module
-from lissom.optim.polar import METHODS, Oracle, polar, polar_express_schedule
+from lissom.optim import polar_polynomial, polar_rational
+from lissom.optim.polar import METHODS, Oracle, polar
+from lissom.optim.polar_polynomial import polar_express_schedule
 
 from .golden import follow, load, needs_golden, worst
 from .helpers import assert_same, feed, parameters, run, snapshot, tensors
@@ -217,16 +218,16 @@ def test_gram_route_equals_the_plain_one(method, dtype, monkeypatch):
         results = {}
         for route in ("gram", "plain"):
             calls = []
-            real = polar_module._gram
+            real = polar_polynomial._gram
 
             def gram(x, schedule, real=real, calls=calls):
                 calls.append(1)
                 return real(x, schedule)
 
             with monkeypatch.context() as patch:
-                patch.setattr(polar_module, "_gram", gram)
+                patch.setattr(polar_polynomial, "_gram", gram)
                 if route == "plain":  # so many restarts that it would not pay
-                    patch.setattr(polar_module, "_RESTART", 0.25)
+                    patch.setattr(polar_polynomial, "_RESTART", 0.25)
                 results[route] = polar(a, method, 5, dtype=dtype).double()
             assert bool(calls) == (route == "gram")
         error = (results["gram"] - results["plain"]).norm() / results["plain"].norm()
@@ -239,15 +240,15 @@ def test_zolotarev_coefficients_are_elliptic_functions(largest):
     m = 1 - 1 / largest**2
     for fraction in (0.1, 0.3, 0.5, 0.7, 0.93):
         sn, cn, _, _ = scipy.special.ellipj(fraction * scipy.special.ellipkm1(1 / largest**2), m)
-        assert abs(polar_module._tangent_squared(fraction, largest) / (sn / cn) ** 2 - 1) < 1e-6
-    assert abs(polar_module._tangent_squared(0.5, 1e15) / 1e15 - 1) < 1e-12
+        assert abs(polar_rational._tangent_squared(fraction, largest) / (sn / cn) ** 2 - 1) < 1e-6
+    assert abs(polar_rational._tangent_squared(0.5, 1e15) / 1e15 - 1) < 1e-12
 
 
 def test_degrees_are_those_of_the_paper():
     """Poles of one step for a condition number: the table of Nakatsukasa and Freund, 2016."""
     for largest, degree in ((1.0005, 2), (1.05, 4), (1.4, 6), (1.9, 8), (6.0, 2), (100.0, 3),
                             (1e4, 4), (1e6, 5), (1e8, 6), (1e12, 7), (1e15, 8)):
-        poles, zeros = polar_module._zolotarev(largest)
+        poles, zeros = polar_rational._zolotarev(largest)
         assert len(poles) == len(zeros) == degree
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from . import sharding
-from .base import MatrixOptimizer, numbers, spoilt
+from .backward import NORM, InBackward, clip, forget_scaler
+from .base import MatrixOptimizer, checked_optimizer
 from .batches import Work
-from .checks import check_gradient, without_autocast
-from .hooks import NORM, InBackward, checked_optimizer, clip, forget_scaler
+from .checks import check_gradient, spoilt, without_autocast
+from .door import numbers
 from .options import optional
 from .replicas import Replicas, Sent, replicas_of
 
@@ -79,7 +80,7 @@ class UpdateInBackward(InBackward):
             # A copy: what is in p.grad may lie where the gradient of another lies, which flows on.
             g = g.clone()
             clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
-        work = Work(name, p, g, numbers(o))
+        work = Work(name, p, g, numbers(o, optimizer.table()))
         spoilt([work])
         moved: list[str] = []
         try:

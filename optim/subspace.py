@@ -1,0 +1,219 @@
+"""Subspace: which bases an update has, and R on them; half of a low-rank method."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.apart import Apart, stack
+from . import codec, dct, metrics, project
+from .keys import key_of, keys_of
+from .project import Bases, Turn
+from .ranked import Ranked
+
+__all__ = ["Projected", "Subspace"]
+
+
+class Projected(NamedTuple):
+    """What is left of a gradient after the projection: an update needs no more.
+
+    Args:
+        bases: of this step.
+        low: R on them.
+        turns: where they are new, what turns the moments.
+        writes: where they are new, what is stored of them, by slot.
+        more: what else a rule takes of the gradient, linear in it, by slot of
+            :meth:`LowRankOptimizer.buffers`.
+    """
+
+    bases: Bases
+    low: Tensor
+    turns: tuple[Turn | None, Turn | None] | None = None
+    writes: Mapping[str, Tensor] = {}
+    more: Mapping[str, Tensor] = {}
+
+
+class Subspace(Ranked):
+    """Base of the low-rank classes: when a basis is refreshed, how it is found, read and stored."""
+
+    #: 0-based step, modulo the gap, of the refreshes of an unshifted matrix after the first.
+    first_phase: ClassVar[int] = 0
+
+    def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
+                  ) -> Projected:
+        """P, Q and R = P^T G Q: the stored bases, or new ones where a refresh is due."""
+        one = codec.one_of(s)  # several are all due or none
+        if not self.due(one, o, t):
+            old = self.bases(g, s, o)
+            return Projected(old, old.down(g))
+        born, cosines = int(one["basis_step"]), o["projection"] == "dct"
+        # A new choice of cosine columns needs the indices of the last one, not the columns; bases
+        # that are drawn need the last ones where moments turn with them.
+        spared = cosines or (o["projection"] == "random" and o["moments"] != "rotate")
+        last = self.bases(g, s, o) if born and not (spared and o["keep_energy"] is None) else None
+        if last is not None and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
+            low = last.down(g)
+            if _energy(low, g, last) >= o["keep_energy"] * s["basis_energy"].item():
+                return Projected(last, low)
+        new = self._cosines(g, s, o, born) if cosines else self._found(g, last, s, o, t)
+        if new is None:  # nothing to be learnt from this gradient: try again when due
+            old = self.bases(g, s, o) if last is None else last
+            return Projected(old, old.down(g))
+        host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        writes = {**new.writes, "basis_step": torch.tensor(float(t), **host)}
+        if o["keep_energy"] is not None:
+            writes["basis_energy"] = torch.tensor(_energy(new.low, g, new.bases), **host)
+        # not _replace, which dynamo does not trace in torch 2.9
+        return Projected(new.bases, new.low, new.turns if born else None, writes, new.more)
+
+    def due(self, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
+        """Whether update t looks for new bases."""
+        return not int(s["basis_step"]) or not (
+            t - 1 + self._phase(s, o)) % int(o["update_proj_gap"])
+
+    def bases(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any],
+              born: int | None = None) -> Bases:
+        """The bases in the state, or regenerated from what is stored of them.
+
+        Args:
+            g: a gradient, of which shape, dtype and device count.
+            s: state.
+            o: options.
+            born: update at which they were found; 0 where none were; None for what the state says.
+        """
+        *batch, m, n = codec.whole_shape(g, s)
+        r, rows = min(o["rank"], m, n), codec.rows_of(s)
+        bases: list[Tensor | None] = [None, None]
+        for number, name, length in project.sides(m, n, o["proj_type"]):
+            if o["projection"] == "random":
+                basis = self._drawn(length, r, tuple(batch), s, o, born, number, g)
+            elif o["projection"] == "dct":
+                basis = dct.columns(s[f"columns_{name}"], length, o["dct_basis"], g)
+            else:
+                narrow = g.dtype if g.element_size() == 2 else torch.float32
+                basis = codec.read(s, f"basis_{name}", narrow)
+                basis = basis if basis.dtype == g.dtype else basis.to(g.dtype)
+            if rows is not None and name == "left" and o["projection"] in ("dct", "random"):
+                basis = rows.own(basis)  # of what is not stored
+            bases[number] = basis
+        return Bases(bases[0], bases[1], rows)
+
+    def _drawn(self, length: int, r: int, batch: tuple[int, ...], s: Mapping[str, Any],
+               o: Mapping[str, Any], born: int | None, number: int, g: Any) -> Any:
+        """A random basis, or one for each of several matrices."""
+        steps: Any = s["basis_step"] if born is None else born
+        if isinstance(steps, Apart):
+            keys: Any = keys_of(s, o)
+            like = g.parts[0]
+            return Apart([self.draw(length, r, batch[1:], key, 2 * int(at) + number, like)
+                          for key, at in zip(keys, steps, strict=True)])
+        return self.draw(length, r, batch, key_of(s, o), 2 * int(steps) + number, g)
+
+    draw = staticmethod(project.random_basis)
+
+    def _found(self, g: Tensor, last: Bases | None, s: Mapping[str, Tensor], o: Mapping[str, Any],
+               t: int) -> Projected | None:
+        """Bases from a decomposition of the gradient, or newly drawn ones.
+
+        Args:
+            g: the gradient.
+            last: the last bases, from which a decomposition starts and moments turn, if there are
+                any; None too where neither is so.
+            s: state.
+            o: options.
+            t: count of this update.
+        """
+        random = o["projection"] == "random"
+        new: list[Tensor | None] = list(self.bases(g, s, o, t)[:2]) if random else [None, None]
+        turns: list[Turn | None] = [None, None]
+        writes: dict[str, Tensor] = {}
+        m, n = codec.whole_shape(g, s)[-2:]
+        r = min(o["rank"], m, n)
+        for number, side, _ in project.sides(m, n, o["proj_type"]):
+            basis = None if last is None else last.left if side == "left" else last.right
+            if not random:
+                found = project.find(g, r, side, o["projection"], basis, key_of(s, o),
+                                     2 * t + number)
+                if found is None:
+                    return None
+                writes[f"basis_{side}"] = found
+                # what later steps will read back
+                new[number] = codec.rounded(s, f"basis_{side}", found).to(g.dtype)
+            if basis is not None and o["moments"] == "rotate":
+                latest = new[number]
+                assert latest is not None
+                turns[number] = project.turn(basis, latest, side == "left")
+        bases = Bases(new[0], new[1], codec.rows_of(s))
+        return Projected(bases, bases.down(g), (turns[0], turns[1]), writes)
+
+    def _cosines(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], born: int
+                 ) -> Projected | None:
+        """The columns of a cosine basis that the gradient has most of, and R from one transform;
+        None where it is the first and has none.
+        """
+        new: list[Tensor | None] = [None, None]
+        turns: list[Turn | None] = [None, None]
+        writes: dict[str, Tensor] = {}
+        low = None
+        rows, (m, n) = codec.rows_of(s), codec.whole_shape(g, s)[-2:]
+        r = min(o["rank"], m, n)
+        for number, side, length in project.sides(m, n, o["proj_type"]):
+            left, name = side == "left", f"columns_{side}"
+            old = stack(s[name])
+            # Who has some rows transforms all of some columns.
+            across = rows if left else None
+            index, part = dct.project(g if across is None else across.columns(g), r,
+                                      kind=o["dct_basis"], dim=-2 if left else -1,
+                                      norm=o["column_norm"], similarity=o["similarity"],
+                                      old=old if born else None, cut=rows)
+            part = part if across is None else across.joined(part, g.shape[-1])
+            if o["moments"] == "rotate" and born:
+                turns[number] = project.shift(old, index, left)
+            if not born and not _learnt(part, s):
+                return None
+            basis = dct.columns(index, length, o["dct_basis"], g)
+            new[number] = basis if across is None else across.own(basis)
+            writes[name] = index
+            low = part if low is None else low
+        bases = Bases(new[0], new[1], rows)
+        assert low is not None
+        if bases.left is not None and bases.right is not None:
+            low = low @ bases.right.to(low.dtype)
+        return Projected(bases, low, (turns[0], turns[1]), writes)
+
+    def _phase(self, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> int:
+        """How far this matrix's refreshes are shifted.
+
+        index * c mod gap with c coprime to gap is a bijection on each run of gap matrices, so at
+        most ceil(matrices / gap) of them are due at one step; c near gap / golden ratio spreads
+        the first few evenly.
+        """
+        gap = int(o["update_proj_gap"])
+        if o["refresh"] == "synchronous":
+            return self.first_phase
+        return int(s["index"]) * _coprime(gap) % gap + self.first_phase
+
+
+@functools.cache
+def _coprime(gap: int) -> int:
+    """The first number coprime to gap from gap / golden ratio on."""
+    c = max(1, round(gap * 0.618))
+    while math.gcd(c, gap) > 1:
+        c += 1
+    return c
+
+
+def _learnt(low: Tensor, s: Mapping[str, Tensor]) -> bool:
+    """Whether R on the columns that a gradient has most of is a number and, somewhere, not zero."""
+    size = codec.row_sum(low.double().abs().sum((-2, -1)), s)
+    return bool(size.isfinite().all()) and bool(size.any())
+
+
+def _energy(low: Tensor, g: Tensor, bases: Bases) -> float:
+    """|R|^2 / |G|^2, the smallest of a batch; 0 for a zero gradient."""
+    return float(metrics.share(low, g, bases).nan_to_num(0.0).min())
