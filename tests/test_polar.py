@@ -11,8 +11,16 @@ import scipy.special
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lissom.optim import AdamW, Muon, PolarGrad, Trion, param_groups, whole
-from lissom.optim import polar_polynomial, polar_rational
+from lissom.optim import (
+    AdamW,
+    Muon,
+    PolarGrad,
+    Trion,
+    param_groups,
+    polar_polynomial,
+    polar_rational,
+    whole,
+)
 from lissom.optim.polar import METHODS, Oracle, polar
 from lissom.optim.polar_polynomial import polar_express_schedule
 
