@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["EXACT", "FLOATS", "INTERPRETED", "by_kernel", "cdiv", "check", "define", "jit",
            "launch", "signed32", "tl", "use_triton"]
 
+_LOG = logging.getLogger(__name__)
 # The context in which nothing changes.
 _HERE = contextlib.nullcontext()
 
@@ -86,7 +88,24 @@ def _hindrance(device: torch.device) -> str:
     capability = _capability(device)
     if capability < (8, 0):
         return "its compute capability is {}.{}, it must be >= 8.0".format(*capability)
-    return ""
+    return _driver()
+
+
+# Why Triton cannot launch, once it was tried.
+_DRIVER: list[str] = []
+
+
+def _driver() -> str:
+    """Why Triton's driver does not load, which it compiles when it is first used; "" if it does."""
+    if not _DRIVER:
+        try:
+            triton.runtime.driver.active.utils  # noqa: B018
+            _DRIVER.append("")
+        except Exception as error:  # no compiler, no headers of Python, or what it says of them
+            _DRIVER.append(f"triton's driver does not load ({error}): it needs a C compiler and "
+                           "the headers of Python")
+            _LOG.warning("%s; torch does the work of the kernels", _DRIVER[0])
+    return _DRIVER[0]
 
 
 def use_triton(backend: str | None, device: torch.device) -> bool:

@@ -82,7 +82,9 @@ def _limit_kernel(n_ptr: tl.tensor, r_ptr: tl.tensor, g_ptr: tl.tensor, last_ptr
                   ALIGN: tl.constexpr = 1) -> None:
     # One program has a row: sums over it twice, then the factors. n, r and g are norms.
     if LIMIT:
+        # Read by all threads before the first sum, where they wait for each other: one writes it.
         last_ptr = item_ptr(last_ptr, tl.program_id(0), 1, LAST, ALIGN)
+        last = tl.load(last_ptr).to(tl.float64)
     row = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, BLOCK)
     whole = tl.zeros([BLOCK], dtype=tl.float64)
@@ -104,7 +106,6 @@ def _limit_kernel(n_ptr: tl.tensor, r_ptr: tl.tensor, g_ptr: tl.tensor, last_ptr
             sums += tl.where(mask, part * part, 0.0)
         size = tl.sqrt(tl.sum(sums, 0))
         floor = 0.001 * tl.sqrt(square)  # _FLOOR
-        last = tl.load(last_ptr).to(tl.float64)
         times = size / (last + eps) / limiter
         growth = tl.where((last > floor) & ((times > 1) | (times != times)), times, 1.0)
         size = size / growth

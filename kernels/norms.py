@@ -90,11 +90,10 @@ def _row_norms_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, m: tl.tensor, n: tl.
 
 def _split(x: Matrices) -> tuple[int, int, int, int]:
     """Rows of a program, columns at once, columns of a program, and in how many parts they are."""
-    batch, m, n = x.shape
-    if isinstance(x, Apart):  # as each alone, so that sums have one order
-        batch = 1
+    m, n = x.shape[1:]
     rows, columns = _ACROSS if x.stride()[1] == 1 and m > 1 else _ALONG
-    parts = min(cdiv(_BUSY, batch * cdiv(m, rows)), cdiv(n, 4 * columns))
+    # Of a batch as of each matrix alone, so that sums have one order.
+    parts = min(cdiv(_BUSY, cdiv(m, rows)), cdiv(n, 4 * columns))
     share = cdiv(cdiv(n, parts), columns) * columns
     return rows, columns, share, cdiv(n, share)
 

@@ -27,6 +27,8 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 # torch shares an operation among threads from this many elements on.
 _GRAIN = 1 << 15
+# Blocks that an operation works on at once elsewhere than on a CPU: 64 MiB of temporaries.
+_LAUNCH = 1 << 20
 # Elements of one program.
 _TILE = 1024
 _LARGEST = {kind: torch.finfo(kind).max for kind in (torch.bfloat16, torch.float16)}
@@ -43,6 +45,8 @@ def _random_pieces(start: int, count: int, key: tuple[int, int], stream: tuple[i
     # barriers, which few threads do not pay for: they get pieces that are not shared.
     threads = torch.get_num_threads()
     piece = _GRAIN // 2 if threads < 4 else _GRAIN * threads
+    if torch.device(device).type != "cpu":  # each operation is a launch
+        piece = _LAUNCH
     first, last = start // 8, (start + count + 7) // 8
     size = min(piece, last - first)
     words = torch.empty((6, size), dtype=torch.int64, device=device)

@@ -19,7 +19,7 @@ from . import sharding
 from .apply import Update
 from .base import MatrixOptimizer
 from .batches import Work
-from .checks import without_autocast
+from .checks import check_capture, without_autocast
 from .codec import Slot, State
 from .options import real
 from .replicas import Replicas
@@ -217,6 +217,9 @@ def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
     """What autograd calls; nothing where the optimizer is gone or has p no more."""
     found = handle()
     if found is not None and p.grad is not None and found.knows(p):
+        check_capture(found.optimizer.param_groups, found.name)
+        if sharding.offloaded(p):  # FSDP2's copy to the host may still be on its way
+            torch.cuda.current_stream().synchronize()
         with torch.no_grad(), without_autocast():
             found.ready(p)
 

@@ -107,9 +107,7 @@ def spoilt(work: Sequence[Work]) -> bool:
     work = [w for w in work if w.o["nonfinite"] != "propagate"]
     if not work:
         return False
-    bad = torch.tensor([_nonfinite(local(w.g)) for w in work], dtype=torch.int64,
-                       device="cpu")
-    bad = agreed(bad, [w.p for w in work])
+    bad = agreed(_nonfinite([local(w.g) for w in work]), [w.p for w in work])
     for w, flag in zip(work, bad.tolist(), strict=True):
         if flag and w.o["nonfinite"] == "raise":
             raise FloatingPointError(f"the gradient of {w.name!r} has a NaN or Inf "
@@ -117,8 +115,17 @@ def spoilt(work: Sequence[Work]) -> bool:
     return bool(bad.any())
 
 
-def _nonfinite(g: Tensor) -> bool:
-    return bool(g.numel()) and not all(bool(x.isfinite()) for x in torch.aminmax(g))
+def _nonfinite(gradients: Sequence[Tensor]) -> Tensor:
+    """1 for each with a NaN or Inf, int64 on the host, which waits once for each device."""
+    bad = torch.zeros(len(gradients), dtype=torch.int64, device="cpu")
+    found: dict[torch.device, dict[int, Tensor]] = {}
+    for i, g in enumerate(gradients):
+        if g.numel():
+            low, high = torch.aminmax(g)
+            found.setdefault(g.device, {})[i] = (low.isfinite() & high.isfinite()).logical_not()
+    for flags in found.values():
+        bad[[*flags]] = torch.stack([*flags.values()]).to(bad)
+    return bad
 
 
 def check_capture(groups: list[dict[str, Any]], where: str) -> None:

@@ -19,6 +19,9 @@ from .project import Bases
 
 __all__ = ["ProjectedAllReduce", "projected_allreduce"]
 
+# Elements of a gradient that are written at once.
+_BLOCK = 1 << 22
+
 
 class ProjectedAllReduce:
     """What :func:`projected_allreduce` counts: bytes that this rank has given to reductions.
@@ -104,10 +107,15 @@ class _Lift:
         # solve would wait for the GPU, while the backward pass could go on, to see whether it
         # failed; that it cannot, of columns that are orthonormal up to rounding.
         if left is not None:
-            x = left @ torch.linalg.solve_ex(left.mT @ left, x)[0]
+            x = torch.linalg.solve_ex(left.mT @ left, x)[0]
         if right is not None:
-            x = torch.linalg.solve_ex(right.mT @ right, x, left=False)[0] @ right.mT
-        self.g.copy_(x.view_as(self.g))
+            x = torch.linalg.solve_ex(right.mT @ right, x, left=False)[0]
+        a = x if left is None else left if right is None else left @ x
+        b = x if right is None else right.mT
+        # Each future may have a stream, and with it memory, of its own: no full-size temporary.
+        rows = max(1, _BLOCK // self.g[..., :1, :].numel())
+        for g, part in zip(self.g.split(rows, -2), a.split(rows, -2), strict=True):
+            g.copy_(part @ b)
         if x.device.type == "cuda":
             # Of the hook's stream; this is another one, of the reduction.
             for basis in (left, right):

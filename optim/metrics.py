@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from . import codec, sharding
+from .apply import block_of
+from .norms import norms
 
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
@@ -56,7 +58,8 @@ def _ratio(new: Tensor, old: Tensor) -> Tensor:
     a, b = sharding.local(new), sharding.local(old)
     change = b.new_zeros((), dtype=codec.wide(b[:0] if b.ndim else b).dtype)
     size = change.clone()
-    for a_, b_ in codec.pieces(a, b):
+    block = block_of(b)
+    for a_, b_ in zip(a.reshape(-1).split(block), b.reshape(-1).split(block), strict=True):
         b_ = codec.wide(b_)
         change += (codec.wide(a_) - b_).square().sum()
         size += b_.square().sum()
@@ -73,8 +76,10 @@ def energy(optimizer: MatrixOptimizer, s: Mapping[str, Tensor], low: Tensor, g: 
 
 def share(low: Tensor, g: Tensor, bases: Bases) -> Tensor:
     """|R|^2 / |G|^2 of each matrix, in float64; NaN for a zero gradient."""
-    part, whole = (torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square()
-                   for x in (low, g))
+    # A CPU converts as it sums, and is asked nothing; a GPU would copy all of it to float64.
+    part, whole = (
+        torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square()
+        if x.device.type == "cpu" else norms(x, "full")[..., 0, 0].square() for x in (low, g))
     if bases.rows is not None:
         whole = bases.rows.sum(whole)
         part = part if bases.low_rows() is None else bases.rows.sum(part)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels._triton import by_kernel, use_triton
 from ..kernels.project import project as product
+from ..kernels.tiles import precision
 from . import codec
 
 if TYPE_CHECKING:
@@ -196,10 +197,13 @@ def _independent(y: Tensor) -> Tensor:
     Theorem II.13), so that fp32 is enough up to r = n / 2. Those of a square lie as near to zero as
     1 / sqrt(n), which float64 leaves eight digits.
     """
-    wide = 2 * y.shape[-1] > y.shape[-2]
-    q = y.double() if wide else y
-    for _ in range(2):
-        q = _over(q, torch.linalg.cholesky_ex(q.mT @ q, upper=True)[0])
+    m, r = y.shape[-2:]
+    q = y.double() if 2 * r > m or precision() == "tf32" else y
+    for first in (True, False):
+        gram = q.mT @ q
+        if first and q.dtype == torch.float64:  # which one in thirty thousand squares needs
+            gram.diagonal(dim1=-2, dim2=-1).add_(1e-13 * m)
+        q = _over(q, torch.linalg.cholesky_ex(gram, upper=True)[0])
     return q.to(y.dtype)
 
 
@@ -287,7 +291,8 @@ def _randomized(g: Gradient, r: int, old: Tensor | None, noise: Callable[..., Te
     # would leave a tenth of rounding noise in its vector.
     b = g.times(y).double()
     vectors: Tensor = torch.linalg.eigh(b.mT @ b).eigenvectors  # in ascending order
-    return y @ vectors.flip(-1)[..., :r].to(y.dtype)
+    # In float64 too: products in TF32, where they are allowed, would leave three digits.
+    return (y.double() @ vectors.flip(-1)[..., :r]).to(y.dtype)
 
 
 def _subspace(g: Gradient, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:

@@ -23,6 +23,8 @@ __all__ = ["Replicas", "Sent", "replicas_of"]
 
 # Sums of weights that are equal may differ by this share where devices add up in another order.
 _SAME = 1e-9
+# Elements of a weight that are looked at together.
+_PIECE = 1 << 24
 
 
 class Sent(NamedTuple):
@@ -117,9 +119,12 @@ class Replicas:
 def _fingerprint(optimizer: MatrixOptimizer, p: Tensor) -> Tensor:
     """Numbers by which one weight is told from another: its size, steps, sum and norm."""
     steps = float(optimizer.state[p]["step"]) if p in optimizer.state else 0.0
-    total, norm = p.sum(dtype=torch.float64), torch.linalg.vector_norm(p, dtype=torch.float64)
+    # In pieces, since each is copied to float64.
+    parts = p.detach().reshape(-1).split(_PIECE)
+    total = sum(float(x.sum(dtype=torch.float64)) for x in parts)
+    norm = sum(float(x.double().square().sum()) for x in parts)
     rows = float(len(p)) if p.ndim else 1.0
-    numbers = [float(p.numel()), rows, steps, float(total), float(norm)]
+    numbers = [float(p.numel()), rows, steps, total, norm]
     return torch.tensor(numbers, dtype=torch.float64, device="cpu").nan_to_num()
 
 

@@ -150,7 +150,7 @@ class Sign(Residual):
     def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
         if bases.span(g):  # full rank: the rest is rounding, whose sign means nothing
             return None
-        return _without(codec.wide(g).clone(), low, bases).sign_()
+        return _without(g.to(codec.wide(g[:0]).dtype, copy=True), low, bases).sign_()
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:

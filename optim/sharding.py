@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from .codec import Slot
 
 __all__ = ["Rows", "agreed", "bytes_of", "check_placements", "gathered", "is_sharded", "keep",
-           "like", "local", "new", "placed", "put", "rows_of", "share", "summed", "whole"]
+           "like", "local", "new", "offloaded", "placed", "put", "rows_of", "share", "summed",
+           "whole"]
 
 # Bytes above which something is gathered alone, without copies of it.
 _SMALL = 1 << 20
@@ -101,6 +102,12 @@ def is_sharded(x: Tensor) -> bool:
     if type(x) is Tensor or type(x) is torch.nn.Parameter:
         return False
     return isinstance(x, _classes())
+
+
+def offloaded(x: Tensor) -> bool:
+    """Whether x is sharded over GPUs, but its rows are on the host (FSDP2's CPUOffloadPolicy)."""
+    return is_sharded(x) and local(x).device.type == "cpu" and (
+        _dtensor(x).device_mesh.device_type == "cuda")
 
 
 @functools.cache

@@ -27,7 +27,7 @@ __all__ = ["SwitchLoRAAdamW"]
 
 _ROLES = ("A", "B", "base")
 # Elements of a base weight that are changed at once.
-_BLOCK = 1 << 18
+_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 22}
 # Flipped in the key of B for the random rounding of the base weight, a stream of its own.
 _BASE = 1 << 30
 # Stream of random numbers from which candidates are drawn; those of switches are the steps.
@@ -237,8 +237,8 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         out_b = _exchanged(all_b.mT, sb, j, to_b)
         # W <- W + s (B_I (A_I - A'_I) + (B_J - B'_J) A_J); I and J have nothing in common
         wide = torch.promote_types(base.dtype, torch.float32)
-        left = torch.cat([all_b[:, i.to(b.device)].to(wide), out_b.mT.to(wide)], 1)
-        right = torch.cat([out_a.to(wide), all_a[j.to(a.device)].to(wide)])
+        left = torch.cat([all_b[:, _sent(i, b.device)].to(wide), out_b.mT.to(wide)], 1)
+        right = torch.cat([out_a.to(wide), all_a[_sent(j, a.device)].to(wide)])
         rows = sharding.rows_of(base)
         gather = sharding.whole if rows is None else sharding.local
         w, first = gather(base), 0 if rows is None else rows.start
@@ -262,10 +262,8 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         count = torch.where(resting, 0, s["updates"] + 1)
         k = count.clamp(min=1).double()
         # The counts are on the host: their three numbers for a vector go to the device at once.
-        sent = torch.stack([1 - beta1**k, (1 - beta2**k).sqrt(), resting.double()])
-        if g.device.type == "cuda":
-            sent = sent.pin_memory()
-        first, second, frozen = (x.view(shape) for x in sent.to(g.device, non_blocking=True))
+        sent = _sent(torch.stack([1 - beta1**k, (1 - beta2**k).sqrt(), resting.double()]), g.device)
+        first, second, frozen = (x.view(shape) for x in sent)
         frozen = frozen > 0
         g = representable(codec.wide(g), o["state_bits"]).masked_fill(frozen, 0.0)
         first, second = first.to(g), second.to(g)
@@ -339,12 +337,17 @@ def chosen(s: Mapping[str, Tensor], partner: Mapping[str, Tensor], o: Mapping[st
     return order, places[picked]
 
 
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, for which the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def _exchanged(vectors: Tensor, s: Mapping[str, Tensor], order: Tensor, places: Tensor) -> Tensor:
     """Give vectors (rows) back to their pool and take candidates; old minus new ones."""
-    pool, rows = s["candidates"], order.to(vectors.device)
+    pool, rows = s["candidates"], _sent(order, vectors.device)
     old = vectors[rows]
-    pool[s["active"][order].long().to(pool.device)] = old.to(pool.device)
-    new = pool[places.to(pool.device)].to(vectors.device)
+    pool[_sent(s["active"][order].long(), pool.device)] = old.to(pool.device)
+    new = pool[_sent(places, pool.device)].to(vectors.device)
     vectors[rows] = new
     s["active"][order] = places.int()
     return codec.wide(old) - codec.wide(new)
@@ -360,7 +363,7 @@ def _add(p: Tensor, left: Tensor, right: Tensor, kept: Mapping[str, Tensor], o: 
     ``start`` is the index in the whole weight of p's first element.
     """
     left, right = left.double(), right.double()
-    rows = max(1, _BLOCK // p.shape[1])
+    rows = max(1, _BLOCK.get(p.device.type, _BLOCK["cuda"]) // p.shape[1])
     for i in range(0, len(p), rows):
         part = p[i:i + rows]
         x = part.double().addmm_(left[i:i + rows], right, alpha=o["scaling"])

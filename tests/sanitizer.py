@@ -8,6 +8,7 @@ in which
 - an access is outside the tensors that were given, or not aligned to its size,
 - two programs write to one place, or one reads what another writes,
 - a program reads what it has written, or writes there twice: its threads are not in step,
+- one thread writes a number that all of them read, with no sum in between for which they wait,
 - a pointer or number is not the multiple that the compiler was told.
 """
 
@@ -47,10 +48,16 @@ class _Launch:
 
     def __init__(self, name: str, extents: list[tuple[int, int]]) -> None:
         self.name, self.program, self.count = name, -1, 0
+        # Numbers that every thread of the program reads, since they last waited for each other.
+        self.common: set[int] = set()
         ordered = np.array(sorted(extents), dtype=np.uint64).reshape(-1, 2)
         self.begins, self.ends = ordered[:, 0], np.maximum.accumulate(ordered[:, 1])
         self.reads: list[Access] = []
         self.writes: list[Access] = []
+
+    def begin(self) -> None:
+        self.program += 1
+        self.common.clear()
 
     def use(self, what: str, into: list[Access], addresses: Array, size: int) -> None:
         """Note an access; AssertionError if it is outside all tensors, or not aligned."""
@@ -98,6 +105,7 @@ def watched() -> Iterator[None]:
     run, load, store, place = (grid.__call__, builder.create_masked_load,
                                builder.create_masked_store, builder.set_grid_idx)
     hint, make = interpreter.TensorHandle.set_attr, apart.Apart.__init__
+    reduce = interpreter.ReduceOps.apply
     known: list[tuple[int, int]] = []
     launches: list[_Launch] = []
 
@@ -115,17 +123,27 @@ def watched() -> Iterator[None]:
         size = ptrs.get_element_ty().primitive_bitwidth // 8
         launch = launches[-1]
         launch.use("reads", launch.reads, ptrs.data[mask.data.astype(bool)], size)
+        if ptrs.data.size == 1:
+            launch.common.add(int(ptrs.data.item()))
         return load(self, ptrs, mask, *rest, **options)
 
     def watched_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        size = ptrs.get_element_ty().primitive_bitwidth // 8
-        launch = launches[-1]
-        launch.use("writes", launch.writes, ptrs.data[mask.data.astype(bool)], size)
+        size, launch = ptrs.get_element_ty().primitive_bitwidth // 8, launches[-1]
+        addresses = ptrs.data[mask.data.astype(bool)]
+        launch.use("writes", launch.writes, addresses, size)
+        late = launch.common.intersection(np.atleast_1d(addresses).tolist()) if launch.common else 0
+        assert not late, f"{launch.name}: writes a number that its threads may not have read yet"
         return store(self, ptrs, value, mask, *rest)
 
     def watched_place(self: Any, *index: int) -> None:
-        launches[-1].program += 1
+        launches[-1].begin()
         place(self, *index)
+
+    def watched_reduce(self: Any, x: Any) -> Any:
+        out = reduce(self, x)
+        if not (out[0] if isinstance(out, tuple) else out).shape:
+            launches[-1].common.clear()
+        return out
 
     def watched_hint(self: Any, key: str, value: Any) -> None:
         if key == "tt.divisibility":
@@ -142,6 +160,7 @@ def watched() -> Iterator[None]:
                 (grid, "__call__", watched_run), (builder, "create_masked_load", watched_load),
                 (builder, "create_masked_store", watched_store),
                 (builder, "set_grid_idx", watched_place),
+                (interpreter.ReduceOps, "apply", watched_reduce),
                 (interpreter.TensorHandle, "set_attr", watched_hint),
                 (apart.Apart, "__init__", watched_make)):
             patch.setattr(owner, name, new)

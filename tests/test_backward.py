@@ -7,6 +7,7 @@ import gc
 import math
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,12 +29,14 @@ from lissom.optim import (
     SwitchLoRAAdamW,
     Trion,
     adapter_groups,
+    ddp,
     lora,
     param_groups,
     project_in_backward,
     update_in_backward,
 )
 from lissom.optim.codec import Decoded
+from lissom.optim.project import Bases
 from torch import nn
 
 from .cases import Case, apollo, dctadamw, first_of_each_class, galore, gradnormlorp
@@ -1059,3 +1062,55 @@ def test_a_bad_option_stops_before_the_hook_writes(handle, name):
         sum(p.square().sum() for p in ps).backward()
         optimizer.step()
         assert int(optimizer.state[ps[0]]["step"]) == 2
+
+
+# -------------------------------------------------------------------- what only a GPU would show
+
+
+@pytest.mark.parametrize("attach", [project_in_backward, update_in_backward])
+def test_no_hook_is_recorded_in_a_cuda_graph(attach, monkeypatch):
+    """Which would replay one step's count, rate and random bits, or train nothing at all."""
+    p = torch.nn.Parameter(torch.ones(6, 8))
+    attach(GaLoreAdamW([p], rank=2))
+    before = p.detach().clone()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=f"{attach.__name__}: group 0 has capturable=False"):
+        p.square().sum().backward()
+    assert torch.equal(p, before)
+
+
+def test_a_gradient_on_its_way_to_the_host_is_waited_for(monkeypatch):
+    """FSDP2 copies it there without waiting, and older ones call the hook before it has arrived
+    (pytorch/pytorch#180666).
+    """
+    p = torch.nn.Parameter(torch.ones(6, 8))
+    optimizer, seen = AdamW([p], lr=0.5), []
+    update_in_backward(optimizer)
+    stream = SimpleNamespace(synchronize=lambda: seen.append(bool((p == 1).all())))
+    monkeypatch.setattr("lissom.optim.sharding.offloaded", lambda x: x is p)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    p.square().sum().backward()
+    assert seen == [True]
+    assert not (p == 1).any()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sides", [(True, False), (False, True), (True, True)])
+def test_projected_means_are_written_in_blocks(kind, sides, monkeypatch):
+    """DDP's hook, of which each future may have memory of its own."""
+    m, n, r = 13, 9, 3
+    left, right = (torch.linalg.qr(x)[0] * 1.01 if there else None
+                   for x, there in zip(tensors([(m, r), (n, r)]), sides, strict=True))
+    g = torch.full((m, n), torch.nan, dtype=kind)
+    shape = (r if sides[0] else m, r if sides[1] else n)
+    low = tensors([shape], 1)[0]
+    monkeypatch.setattr(ddp, "_BLOCK", 4 * n)
+    ddp._Lift(Bases(left, right), torch.Size(shape), g)(low.flatten())
+    expected = low
+    if left is not None:
+        expected = left @ torch.linalg.solve(left.mT @ left, expected)
+    if right is not None:
+        expected = expected @ torch.linalg.solve(right.mT @ right, right.mT)
+    torch.testing.assert_close(g, expected.to(kind), rtol=1e-5 if kind == torch.float32 else 2**-7,
+                               atol=1e-6)

@@ -625,6 +625,7 @@ def test_where_kernels_are_compiled(monkeypatch):
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setattr(_triton, "EXACT", True)
     monkeypatch.setattr(_triton, "_CAPABILITY", {})
+    monkeypatch.setattr(_triton, "_DRIVER", [""])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
         major=found[device][0], minor=found[device][1]))
     for _ in range(2):
@@ -642,6 +643,33 @@ def test_where_kernels_are_compiled(monkeypatch):
     monkeypatch.setattr(_triton, "EXACT", False)
     assert not _triton.use_triton(None, cuda)
     with pytest.raises(RuntimeError, match=r"triton .* flushes subnormals, it must be >= 3\.6"):
+        _triton.use_triton("triton", cuda)
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="needs triton")
+def test_without_a_c_compiler_torch_does_the_work(monkeypatch, caplog):
+    """Triton compiles its driver when it is first used; slim containers have no compiler."""
+    class Driver:
+        tried = 0
+
+        @property
+        def active(self):
+            self.tried += 1
+            raise RuntimeError("Failed to find C compiler.")
+
+    driver, cuda = Driver(), torch.device("cuda")
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(_triton, "EXACT", True)
+    monkeypatch.setattr(_triton, "_CAPABILITY", {cuda: (9, 0)})
+    monkeypatch.setattr(_triton, "_DRIVER", [])
+    monkeypatch.setattr(_triton, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
+    assert not _triton.use_triton(None, cuda)
+    assert not _triton.use_triton(None, cuda)
+    assert driver.tried == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "triton's driver does not load (Failed to find C compiler.): it needs a C compiler and the "
+        "headers of Python; torch does the work of the kernels"]
+    with pytest.raises(RuntimeError, match="'triton' cannot run on cuda: triton's driver does not"):
         _triton.use_triton("triton", cuda)
 
 

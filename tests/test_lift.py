@@ -370,6 +370,14 @@ def test_reference_is_the_formula():
 # -------------------------------------------------------------------- norms, gains
 
 
+def test_norms_of_a_batch_are_those_of_each(device):
+    """Sums have one order: 3 x 9000 columns are read in parts, whose number once fell with b."""
+    x = torch.randn(7, 3, 9000, generator=torch.Generator().manual_seed(0)).to(device)
+    found = row_norms(x, backend="triton")
+    assert torch.equal(found, torch.stack([row_norms(y, backend="triton") for y in x]))
+
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (33, 300), (300, 33), (2, 3, 17, 129)])
 def test_row_norms(shape, dtype, device):

@@ -273,6 +273,23 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("mode", ["skip", "raise"])
+def test_gradients_are_looked_at_together(mode):
+    """Whether one is no number: a GPU is waited for once, not for each parameter."""
+    counts = []
+    for mode_ in ("propagate", mode):
+        ps = parameters([(6, 10)] * 10 + [(0, 3), ()])
+        optimizer = AdamW(ps, nonfinite=mode_)
+        feed(ps, 0)
+        optimizer.step()
+        mine = {x.data_ptr() for s in optimizer.state.values() for x in s.values()}
+        feed(ps, 1)
+        with Reads() as reads:
+            optimizer.step()
+        counts.append(sum(x not in mine for x in reads.read))
+    assert counts[1] - counts[0] == 1  # the answer for all
+
+
 @pytest.mark.parametrize("cls", [GaLoreAdamW, FiraAdamW, Muon, AdamW])
 def test_nothing_is_read_but_counters(cls):
     """What measuring reads are the state's counters, which are on the host."""

@@ -63,6 +63,24 @@ def _fill(table_ptr: tl.tensor, SIZE: tl.constexpr, KIND: tl.constexpr, ALIGN: t
     tl.store(x_ptr + tl.arange(0, SIZE), tl.full([SIZE], 1.0, tl.float32))
 
 
+@jit
+def _grow(x_ptr: tl.tensor, last_ptr: tl.tensor, EARLY: tl.constexpr) -> None:
+    last = tl.load(last_ptr)
+    total = tl.sum(tl.load(x_ptr + tl.arange(0, 8)), 0)
+    if not EARLY:
+        last = tl.load(last_ptr)
+    tl.store(last_ptr, tl.maximum(total, last))
+
+
+def test_a_number_that_all_threads_read() -> None:
+    """As the limiter's was, which on a GPU some of them would have read after it was written."""
+    x, last = torch.ones(8), torch.ones(1)
+    launch(_grow, 1, CPU, x, last, EARLY=True)
+    assert last.item() == 8
+    with pytest.raises(Exception, match="writes a number that its threads may not have read yet"):
+        launch(_grow, 1, CPU, x, last, EARLY=False)
+
+
 def test_tensors_apart() -> None:
     """Those behind a table of addresses are known, and their ends too."""
     x = Apart([torch.zeros(8), torch.zeros(8)])
