@@ -56,7 +56,8 @@ def held(model: nn.Module, optimizer: MatrixOptimizer, handle: Any) -> int:
     for state in optimizer.state.values():
         found += [x for k, x in state.items() if k.startswith("projected")]
     if isinstance(handle, ProjectInBackward):
-        found += [x for space in handle._pending.values() for x in _tensors(space)]
+        found += [x for now in handle._now.values() if now.pending is not None
+                  for x in _tensors(now.pending)]
     if isinstance(handle, UpdateInBackward) and handle._sent is not None:
         found.append(handle._sent[1].mean)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +29,28 @@ __all__ = ["ProjectInBackward", "project_in_backward"]
 _BASES = ("basis_left", "basis_right", "columns_")
 
 
+@dataclass
+class _Waiting:
+    """What is known of a parameter's gradient beside the buffers in its state.
+
+    Args:
+        pending: a refresh that was computed in a hook; the step writes it.
+        kept: micro-batches whose full gradient is kept, because the step will refresh the basis.
+        dense: with replicas, micro-batches of a parameter that gets AdamW.
+        norm: with ``exact``, that of the full gradient.
+        averaged: the gradient is a mean over ranks, or will be when what was sent has arrived.
+    """
+
+    pending: Projected | None = None
+    kept: int = 0
+    dense: int = 0
+    norm: Tensor | None = None
+    averaged: bool = False
+
+
+_NOTHING = _Waiting()
+
+
 class ProjectInBackward(InBackward):
     """Handle of :func:`project_in_backward`."""
 
@@ -37,16 +61,8 @@ class ProjectInBackward(InBackward):
                  exact: bool, scaler: Any, replicas: Replicas | None) -> None:
         super().__init__(optimizer, replicas)
         self.accumulation, self.limit, self.exact, self.scaler = accumulation, limit, exact, scaler
-        # Refreshes that were computed in a hook; the step writes them.
-        self._pending: dict[Tensor, Projected] = {}
-        # Micro-batches whose full gradient is kept, because the step will refresh the basis.
-        self._kept: dict[Tensor, int] = {}
-        # With ``exact``: norms of the full gradients.
-        self._norms: dict[Tensor, Tensor] = {}
-        # With replicas: micro-batches of parameters that get AdamW; whose gradients are means over
-        # ranks, or will be when what is on its way has arrived.
-        self._dense: dict[Tensor, int] = {}
-        self._averaged: set[Tensor] = set()
+        # Of each parameter, from its first micro-batch to the step.
+        self._now: defaultdict[Tensor, _Waiting] = defaultdict(_Waiting)
         self._sent: list[Sent] = []
         self._unscaled = False
         # GradScaler keeps its records by optimizer: this stands for one that has the buffers.
@@ -96,12 +112,12 @@ class ProjectInBackward(InBackward):
         if g is None or (dense and self.replicas is None):
             return
         check_gradient(p, g, name)  # what is sharded is refused
-        stored = optimizer.state[p]
+        stored, now = optimizer.state[p], self._now[p]
         count = 0 if dense else int(stored["projected_count"])
-        number = 1 + count + self._kept.get(p, 0) + self._dense.get(p, 0)
-        self._check_number(p, name, number)
+        number = 1 + count + now.kept + now.dense
+        self._check_number(now, name, number)
         if dense:
-            self._dense[p] = number
+            now.dense = number
             if number == self.accumulation:
                 self._send(p)
             return
@@ -113,21 +129,21 @@ class ProjectInBackward(InBackward):
                     f"{self.name}: {name!r} would get a new basis in the middle of an "
                     "accumulation, as update_proj_gap or refresh has changed; change them after "
                     "step()")
-            self._kept[p] = number
+            now.kept = number
             if number == self.accumulation:
                 self._send(p)
             return
         if due and self.replicas is not None:  # all ranks find the same basis
             g = self.replicas.send(g).arrive()
-            self._averaged.add(p)
+            now.averaged = True
         shape = optimizer.matrix_shape(p, o)
         s = codec.Decoded(stored, optimizer._layouts[p], p)
         s["weight"] = p.reshape(shape)
         space = optimizer.project_gradient(negated(g.reshape(shape), o), s, o, t)[1]
         if self.exact:
-            self._norms[p] = torch.linalg.vector_norm(g, dtype=codec.wide(g[:0]).dtype)
+            now.norm = torch.linalg.vector_norm(g, dtype=codec.wide(g[:0]).dtype)
         if space.writes:
-            self._pending[p] = self._early(space, s)
+            now.pending = self._early(space, s)
         for slot, x in {"projected": space.low, **space.more}.items():
             stored[slot].add_(x) if count else stored[slot].copy_(x)
         stored["projected_count"] += 1
@@ -135,7 +151,7 @@ class ProjectInBackward(InBackward):
         if number == self.accumulation:
             self._send(p)
 
-    def _check_number(self, p: Tensor, name: str, number: int) -> None:
+    def _check_number(self, now: _Waiting, name: str, number: int) -> None:
         """Refuse a gradient that comes after its step's last; raises RuntimeError."""
         if self._unscaled:
             raise RuntimeError(f"{self.name}: {name!r} got a gradient after unscale_(); take the "
@@ -146,7 +162,7 @@ class ProjectInBackward(InBackward):
                 f"but accumulation={self.accumulation}; call step() or zero_grad() of the "
                 "optimizer before, or give a larger accumulation (where one backward pass gives a "
                 "shared weight several, as reentrant checkpointing does, use_reentrant=False)")
-        if p in self._averaged:
+        if now.averaged:
             raise RuntimeError(f"{self.name}: {name!r} got a gradient after the mean over ranks "
                                "had been taken; call step() or zero_grad() of the optimizer before")
 
@@ -191,8 +207,8 @@ class ProjectInBackward(InBackward):
         found: list[Tensor] = []
         for p in self.optimizer._held:
             if waiting := self._waiting(p):
-                found += waiting
-                found += [self._norms[p]] if p in self._norms else []
+                norm = self._now.get(p, _NOTHING).norm
+                found += waiting if norm is None else [*waiting, norm]
         return found
 
     def lifted(self, p: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update | None:
@@ -201,7 +217,7 @@ class ProjectInBackward(InBackward):
         dtype = torch.float32 if p.dtype == torch.float16 else p.dtype
         # Shape, dtype and device of the gradient, without its bytes.
         g = p.new_empty((), dtype=dtype).expand(self.optimizer.matrix_shape(p, o))
-        space = self._pending.get(p)
+        space = self._now.get(p, _NOTHING).pending
         if space is None:
             space = Projected(Bases(None, None), s["projected"])
         if space.bases == Bases(None, None):
@@ -224,9 +240,10 @@ class ProjectInBackward(InBackward):
             Whether something was sent.
         """
         waiting = self._waiting(p)
-        if self.replicas is None or p in self._averaged or not (waiting or p.grad is not None):
+        if self.replicas is None or not (waiting or p.grad is not None) or (
+                self._now.get(p, _NOTHING).averaged):
             return False
-        self._averaged.add(p)
+        self._now[p].averaged = True
         self._sent += [self.replicas.send(x, in_place=True) for x in waiting]
         if p.grad is not None and not waiting:
             self._sent.append(self.replicas.send(p.grad))
@@ -276,17 +293,17 @@ class ProjectInBackward(InBackward):
         buffers = self._buffers()
         dense: list[Tensor] = []
         for name, p, _ in self.optimizer._named():
-            g = self.gradient(p)
+            g, norm = self.gradient(p), self._now.get(p, _NOTHING).norm
             if g is not None and g is p.grad:
                 dense.append(g)
-            elif g is not None and self.exact and p not in self._norms:
+            elif g is not None and self.exact and norm is None:
                 raise RuntimeError(f"{self.name}: exact_norm=True, but the gradient of {name!r} "
                                    "comes from a saved state, which has no such norm")
             if g is not None:
-                parts.append(self._norms.get(p, g))
-        norm = torch.nn.utils.get_total_norm(parts)
-        clip([*buffers, *dense], norm, limit)
-        return norm
+                parts.append(g if norm is None else norm)
+        total = torch.nn.utils.get_total_norm(parts)
+        clip([*buffers, *dense], total, limit)
+        return total
 
     @torch.no_grad()
     def unscale_(self) -> None:
@@ -345,33 +362,32 @@ class ProjectInBackward(InBackward):
         stored = self.optimizer._held[p]
         if "projected_count" in stored:
             stored["projected_count"].zero_()
-        self._pending.pop(p, None)
-        self._norms.pop(p, None)
-        self._dense.pop(p, None)
-        self._averaged.discard(p)
-        if self._kept.pop(p, 0):
+        if self._now.pop(p, _NOTHING).kept:
             p.grad = None
 
     def end(self) -> None:
         self._unscaled = False
+        for p in [p for p in self._now if not self.knows(p)]:  # others are in their place
+            del self._now[p]
 
     def clear(self) -> None:
         self._queued = False
         self.finish()
         for p in list(self.optimizer._held):
             self.consumed(p)
-        for kept in (self._dense, self._averaged):  # of parameters that have been replaced
-            kept.clear()
+        self._now.clear()  # of parameters that have been replaced, too
         self._unscaled = False
 
     def check_saved(self) -> None:
-        if self._pending:
+        pending = [self.place(p)[0] for p, now in self._now.items()
+                   if now.pending is not None and self.knows(p)]
+        if pending:
             raise RuntimeError(
-                f"{self.name}: {self.place(next(iter(self._pending)))[0]!r} has a new basis, which "
+                f"{self.name}: {pending[0]!r} has a new basis, which "
                 "is written by step(), so the state cannot be saved between backward and step(); "
                 "save it after step(), or after zero_grad() of the optimizer")
-        waits = self._buffers() or self._averaged or self._kept or self._dense
-        if self.replicas is not None and waits:
+        waits = any(now.averaged or now.kept or now.dense for now in self._now.values())
+        if self.replicas is not None and (waits or self._buffers()):
             raise RuntimeError(
                 f"{self.name}: gradients wait, of which each rank may have its own part, so the "
                 "state cannot be saved between backward and step() with a process_group; save it "
@@ -379,8 +395,7 @@ class ProjectInBackward(InBackward):
 
     def loaded(self) -> None:
         self.finish()
-        for kept in (self._pending, self._kept, self._norms, self._dense, self._averaged):
-            kept.clear()
+        self._now.clear()
         self._unscaled = False
 
 

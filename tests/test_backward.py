@@ -409,7 +409,7 @@ def test_a_norm_does_not_come_with_a_saved_state():
     train(optimizer, ps, range(3), 1)
     while True:  # to a step without a refresh, whose state can be saved
         backward(ps, 5)
-        if not handle._pending:
+        if not any(now.pending for now in handle._now.values()):
             break
         optimizer.step()
     saved = through_disk(optimizer.state_dict())
@@ -1062,6 +1062,26 @@ def test_a_bad_option_stops_before_the_hook_writes(handle, name):
         sum(p.square().sum() for p in ps).backward()
         optimizer.step()
         assert int(optimizer.state[ps[0]]["step"]) == 2
+
+
+def test_a_parameter_that_is_replaced_between_backward_and_step_leaves_nothing_behind():
+    """Its new basis once stayed after step() and zero_grad(), and no state could be saved."""
+    old, new = parameters([(6, 8)]), parameters([(6, 8)], 1)
+    optimizer = GaLoreAdamW(old, rank=2, update_proj_gap=2)
+    handle = project_in_backward(optimizer)
+    for _ in range(3):  # of which the last finds a new basis, that waits
+        old[0].square().sum().backward()
+        if optimizer.state[old[0]]["step"] < 2:
+            optimizer.step()
+    assert [now.pending is not None for now in handle._now.values()] == [True]
+    optimizer.param_groups[0]["params"][0] = new[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+    assert not handle._now
+    new[0].square().sum().backward()
+    optimizer.step()
+    assert optimizer.state_dict()["state"][0]["step"] == 1
 
 
 # -------------------------------------------------------------------- what only a GPU would show
