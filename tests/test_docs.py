@@ -118,8 +118,11 @@ def test_code_for_several_ranks():
         x = TOKENS % 30
         names: dict[str, Any] = {}
         blocks = python(ROOT / "docs/distributed.md")
-        assert len(blocks) == 3
-        for block, way in zip(blocks, ("fully_shard", "DistributedData", "WORLD"), strict=True):
+        assert len(blocks) == 4
+        ways = ("fully_shard", "set_requires_gradient_sync", "DistributedData", "WORLD")
+        micro = (x[:, :-1], x[:, 1:])
+        names |= {"loss_of": loss_of, "steps": [[micro, micro]] * 3}
+        for block, way in zip(blocks, ways, strict=True):
             assert way in block
             names["model"] = copy.deepcopy(start)
             exec(block, names)
