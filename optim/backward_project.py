@@ -21,12 +21,12 @@ from .lowrank import LowRankOptimizer
 from .options import boolean, integer, optional
 from .project import Bases
 from .replicas import Replicas, Sent, replicas_of
-from .subspace import Projected
+from .subspace import BASES, COLUMNS, Projected
 
 __all__ = ["ProjectInBackward", "project_in_backward"]
 
 # Of what a refresh writes: not read before the step that counts it, if there was no basis yet.
-_BASES = ("basis_left", "basis_right", "columns_")
+_BASES = (*BASES, *COLUMNS)
 
 
 @dataclass
@@ -179,9 +179,9 @@ class ProjectInBackward(InBackward):
         if int(s["basis_step"]):
             return space
         for name, x in space.writes.items():
-            if name.startswith(_BASES):
+            if name in _BASES:
                 codec.write(s, name, x)
-        writes = {k: x for k, x in space.writes.items() if not k.startswith(_BASES)}
+        writes = {k: x for k, x in space.writes.items() if k not in _BASES}
         return space._replace(bases=Bases(None, None), turns=None, writes=writes)
 
     def gradient(self, p: Tensor) -> Tensor | None:

@@ -66,6 +66,7 @@ class Slot(NamedTuple):
             of squares, or ``"linear"`` steps.
         stream: of the random bits that round it to 16, where it is an average of gradients, a
             moment, which the arithmetic sees in fp32; None where it is none.
+        optional: a saved state that has no such value is whole: it begins at zero.
     """
 
     shape: tuple[int, ...]
@@ -77,14 +78,12 @@ class Slot(NamedTuple):
     spread: bool = False
     code: Literal["signed", "unsigned", "linear"] = "linear"
     stream: int | None = None
+    optional: bool = False
 
     @property
     def nbytes(self) -> int:
         """Bytes that the slot's elements take."""
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def empty(self) -> Tensor:
         """The slot's first value: zeros."""

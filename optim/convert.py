@@ -48,16 +48,11 @@ from .layouts import slots_of
 from .loading import saved_groups
 from .plan import aligned
 from .project import side_of
-from .weights import MASTERS
+from .subspace import BASES, COLUMNS
 
 __all__ = ["Converted", "convert_state"]
 
 _LOG = logging.getLogger(__name__)
-# Slots that begin at zero where options add them: an energy of zero asks for a refresh.
-_AT_ZERO = ("limiter", "error", "basis_energy", "projected", "projected_count",
-            "projected_slope", *MASTERS)
-# Options that decide what a slot means.
-_MEANING = ("polar_first", "axis")
 _ORDERED = ("svd", "subspace", "randomized")
 
 
@@ -199,7 +194,7 @@ def _fitted(old: Saved, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, A
     rule = optimizer.algorithm if optimizer.own_rule(p, o) else "adamw"
     if low != ("basis_step" in values) or (not low and old.rule != rule):
         return None, f"saved by {old.rule or 'another rule'}, goes on as {rule}"
-    for name in _MEANING if rule != "adamw" else ():
+    for name in optimizer.meaning if rule != "adamw" else ():
         if name in old.options and name in o and old.options[name] != o[name]:
             return None, f"{name} was {old.options[name]!r}, is {o[name]!r}"
     changes: list[str] = []
@@ -210,7 +205,7 @@ def _fitted(old: Saved, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, A
             return None, reason
         if cut:
             moments = {k: slot.shape for k, slot in slots.items() if slot.stream is not None}
-            values = {k: x[..., :cut].contiguous() if k.startswith(("basis_l", "basis_r")) else
+            values = {k: x[..., :cut].contiguous() if k in BASES else
                       _leading(x, moments[k]) if k in moments else x for k, x in values.items()}
             changes.append(f"leading {cut} columns")
     if "max_exp_avg_sq" in slots and "exp_avg_sq" in values and "max_exp_avg_sq" not in values:
@@ -220,9 +215,9 @@ def _fitted(old: Saved, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, A
     for name, slot in slots.items():
         value = values.get(name)
         if value is None:
-            if name not in _AT_ZERO and name not in NUMBERS:
+            if not slot.optional and name not in NUMBERS:
                 return None, f"no {name} was saved"
-            if name in _AT_ZERO:
+            if slot.optional:
                 changes.append(f"{name} begins at zero")
             continue
         if value.shape != tuple(slot.shape):
@@ -256,7 +251,7 @@ def _subspaces(old: Saved, slots: Mapping[str, Slot], p: Tensor, o: Mapping[str,
         return f"dct_basis {old.options['dct_basis']}, now {o['dct_basis']}", 0
 
     def sides(names: Any) -> set[str]:
-        return {k for k in names if k.startswith(("basis_l", "basis_r", "columns_"))}
+        return {k for k in names if k in (*BASES, *COLUMNS)}
 
     m, n = optimizer.matrix_shape(p, o)[-2:]
     if sides(old.values) != sides(slots) or (

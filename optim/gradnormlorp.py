@@ -80,6 +80,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     """
 
     algorithm: ClassVar[str] = "gradnormlorp"
+    meaning: ClassVar[tuple[str, ...]] = ("axis",)
     apart: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Option]] = {
         **{k: v for k, v in LowRankOptimizer.options.items()

@@ -284,7 +284,8 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
                              "and not above step")
         if name in ("index", "key", "projected_count") and not value.item() >= 0:
             raise ValueError(f"{at}: {name}={value.item()}, but it must be >= 0")
-        if name.endswith(("_sq", "_sq_row", "_sq_col", ".scale")) and not value.is_meta and bool(
+        unsigned = slots[name].code == "unsigned" or name.endswith(".scale")
+        if unsigned and not value.is_meta and bool(
                 (value < 0).any()):
             raise ValueError(f"{at}: {name} has a negative entry, but it must be >= 0")
     optimizer.check_state(p, state, o, at)

@@ -176,7 +176,8 @@ class LowRankOptimizer(Batched, Subspace):
                 slots[f"basis_{name}"] = codec.basis((*batch, length, r), o["basis_bits"], p,
                                                      rows=name == "left")
         if o["keep_energy"] is not None:
-            slots["basis_energy"] = codec.counter()
+            # At zero it asks for a refresh.
+            slots["basis_energy"] = codec.counter()._replace(optional=True)
         return slots
 
     def buffers(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
@@ -186,8 +187,9 @@ class LowRankOptimizer(Batched, Subspace):
         """
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         shape = self._low_shape(p, o)
-        return {"projected": Slot(shape, dtype, p.device, rows=shape[0] == p.shape[0]),
-                "projected_count": codec.counter()}
+        return {"projected": Slot(shape, dtype, p.device, rows=shape[0] == p.shape[0],
+                                  optional=True),
+                "projected_count": codec.counter()._replace(optional=True)}
 
     def _low_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:
         """Shape of R."""

@@ -56,6 +56,8 @@ class Method:
     #: Why a CUDA graph cannot hold a step, for a message; None if it can: the rule then takes a
     #: tensor for t, and its update has no product.
     uncapturable: ClassVar[str | None] = None
+    #: Options that say what a slot holds: where one has changed, state begins anew.
+    meaning: ClassVar[tuple[str, ...]] = ()
     #: What to do where no parameter gets the class's own rule, for a warning.
     remedy: ClassVar[str] = "Give it parameters of 2 or more dimensions."
 

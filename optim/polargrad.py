@@ -81,6 +81,7 @@ class PolarGrad(MatrixOptimizer):
     """
 
     algorithm: ClassVar[str] = "polargrad"
+    meaning: ClassVar[tuple[str, ...]] = ("polar_first",)
     waits: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Option]] = {
         **polar.OPTIONS,

@@ -167,7 +167,8 @@ class ErrorFeedback(Residual):
     needs_gradient = True
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        return {"error": codec.basis(shape, o["error_feedback_bits"] or 32, p, rows=True)}
+        slot = codec.basis(shape, o["error_feedback_bits"] or 32, p, rows=True)
+        return {"error": slot._replace(optional=True)}
 
     def gradient(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Tensor:
         return codec.wide(g) + codec.read(s, "error")
@@ -196,7 +197,7 @@ def limiter_slot(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dic
     """The last norm that a limiter compares with, one per matrix."""
     if o["limiter"] is None:
         return {}
-    return {"limiter": Slot((*shape[:-2], 1, 1), torch.float32, p.device)}
+    return {"limiter": Slot((*shape[:-2], 1, 1), torch.float32, p.device, optional=True)}
 
 
 def _less(n: Tensor, low: Tensor, gain: Tensor) -> Tensor:

@@ -209,8 +209,10 @@ def new(slot: Slot, p: Tensor) -> Tensor:
 
     d = _dtensor(p)
     places = _places(slot, d)
-    # A tensor without bytes tells the shape of this rank's part.
-    model = torch.empty((), dtype=slot.dtype, device=slot.device).expand(slot.shape)
+    # A tensor without bytes tells the shape of this rank's part; elsewhere than on the mesh's
+    # devices, as where FSDP2 offloads to the host, it would be copied with all of them.
+    device = slot.device if slot.device.type == "meta" else d.device_mesh.device_type
+    model = torch.empty((), dtype=slot.dtype, device=device).expand(slot.shape)
     shape = distribute_tensor(model, d.device_mesh, places, src_data_rank=None).to_local().shape
     part = slot._replace(shape=tuple(shape)).empty()
     stride = torch.empty(slot.shape, device="meta").stride()

@@ -16,7 +16,10 @@ from .keys import key_of, keys_of
 from .project import Bases, Turn
 from .ranked import Ranked
 
-__all__ = ["Projected", "Subspace"]
+__all__ = ["BASES", "COLUMNS", "Projected", "Subspace"]
+
+#: Slots of bases, and of the indices of cosine columns.
+BASES, COLUMNS = ("basis_left", "basis_right"), ("columns_left", "columns_right")
 
 
 class Projected(NamedTuple):

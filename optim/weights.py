@@ -24,7 +24,7 @@ def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
     """What a bf16 weight lacks of fp32: 8 or 16 bits per element, as ``master_bits`` says."""
     if o["master_bits"] is None or p.dtype != torch.bfloat16:
         return {}
-    return {name: Slot(tuple(p.shape), kind, p.device, rows=p.ndim > 0)
+    return {name: Slot(tuple(p.shape), kind, p.device, rows=p.ndim > 0, optional=True)
             for name, kind in [*MASTERS.items()][:o["master_bits"] // 8]}
 
 

@@ -24,8 +24,11 @@ import torch
 from lissom.kernels import apart
 
 Array = np.ndarray[Any, Any]
-#: Addresses, the number of the program and that of the access.
-Access = tuple[Array, int, int]
+#: Addresses in order, each once, the first and the last program that used them, and the number of
+#: the last access.
+Used = tuple[Array, Array, Array, Array]
+# Accesses that are noted before they are put in order.
+_PENDING = 1 << 21
 
 
 def _extent(x: torch.Tensor) -> tuple[int, int]:
@@ -36,11 +39,38 @@ def _extent(x: torch.Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-def _joined(given: list[Access]) -> tuple[Array, Array, Array]:
-    """All addresses, and for each the numbers of program and access."""
-    sizes = [x.size for x, _, _ in given]
-    return (np.concatenate([x for x, _, _ in given]), np.repeat([p for _, p, _ in given], sizes),
-            np.repeat([a for _, _, a in given], sizes))
+class _Accesses:
+    """What programs have read, or written."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Array, int, int]] = []
+        self._count = 0
+        empty = np.empty(0, np.int64)
+        self._used: Used = (np.empty(0, np.uint64), empty, empty, empty)
+
+    def add(self, addresses: Array, program: int, number: int) -> None:
+        self._pending.append((addresses, program, number))
+        self._count += addresses.size
+        if self._count > _PENDING:
+            self.used()
+
+    def used(self) -> Used:
+        """All of it so far."""
+        if self._pending:
+            sizes = [x.size for x, _, _ in self._pending]
+            program, number = (np.repeat([entry[i] for entry in self._pending], sizes)
+                               for i in (1, 2))
+            old, first, last, latest = self._used
+            address = np.concatenate([old, *(x for x, _, _ in self._pending)])
+            order = np.argsort(address, kind="stable")
+            address = address[order]
+            begins = np.flatnonzero(np.append(True, address[1:] != address[:-1]))
+            self._used = (address[begins],
+                          np.minimum.reduceat(np.append(first, program)[order], begins),
+                          np.maximum.reduceat(np.append(last, program)[order], begins),
+                          np.maximum.reduceat(np.append(latest, number)[order], begins))
+            self._pending, self._count = [], 0
+        return self._used
 
 
 class _Launch:
@@ -52,15 +82,16 @@ class _Launch:
         self.common: set[int] = set()
         ordered = np.array(sorted(extents), dtype=np.uint64).reshape(-1, 2)
         self.begins, self.ends = ordered[:, 0], np.maximum.accumulate(ordered[:, 1])
-        self.reads: list[Access] = []
-        self.writes: list[Access] = []
+        self.reads, self.writes = _Accesses(), _Accesses()
+        self.written = 0
 
     def begin(self) -> None:
         self.program += 1
         self.common.clear()
 
-    def use(self, what: str, into: list[Access], addresses: Array, size: int) -> None:
+    def use(self, addresses: Array, size: int, write: bool) -> None:
         """Note an access; AssertionError if it is outside all tensors, or not aligned."""
+        what = "writes" if write else "reads"
         if not addresses.size:
             return
         ends = addresses + np.uint64(size)
@@ -71,29 +102,22 @@ class _Launch:
             assert not outside.any(), f"{self.name}: {what} {outside.sum()} elements outside"
         assert not (addresses & np.uint64(size - 1)).any(), f"{self.name}: {what} across alignment"
         self.count += 1
-        into.append((addresses, self.program, self.count))
+        self.written += write * addresses.size
+        (self.writes if write else self.reads).add(addresses, self.program, self.count)
 
     def end(self) -> None:
         """AssertionError if what was read or written depends on who came first."""
-        if not self.writes:
+        written, first, last, number = self.writes.used()
+        assert (first == last).all(), f"{self.name}: two programs write to one place"
+        assert len(written) == self.written, f"{self.name}: a program writes to one place twice"
+        read, lowest, highest, latest = self.reads.used()
+        if not len(written) or not len(read):
             return
-        written, by, at = _joined(self.writes)
-        order = np.argsort(written, kind="stable")
-        written, by, at = written[order], by[order], at[order]
-        twice = np.flatnonzero(written[1:] == written[:-1])
-        if len(twice):
-            a, b = twice[0], twice[0] + 1
-            who = ("two programs write" if by[a] != by[b] else
-                   "a program writes again" if at[a] != at[b] else "a store writes twice")
-            raise AssertionError(f"{self.name}: {who} to one place")
-        if not self.reads:
-            return
-        read, reader, then = _joined(self.reads)
         place = np.minimum(np.searchsorted(written, read), len(written) - 1)
-        both = written[place] == read
-        other = both & (by[place] != reader)
+        both, by = written[place] == read, first[place]
+        other = both & ((lowest != by) | (highest != by))
         assert not other.any(), f"{self.name}: a program reads what another one writes"
-        assert not (both & (at[place] < then)).any(), f"{self.name}: reads what it has written"
+        assert not (both & (number[place] < latest)).any(), f"{self.name}: reads what it wrote"
 
 
 @contextlib.contextmanager
@@ -122,7 +146,7 @@ def watched() -> Iterator[None]:
     def watched_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         size = ptrs.get_element_ty().primitive_bitwidth // 8
         launch = launches[-1]
-        launch.use("reads", launch.reads, ptrs.data[mask.data.astype(bool)], size)
+        launch.use(ptrs.data[mask.data.astype(bool)], size, write=False)
         if ptrs.data.size == 1:
             launch.common.add(int(ptrs.data.item()))
         return load(self, ptrs, mask, *rest, **options)
@@ -130,7 +154,7 @@ def watched() -> Iterator[None]:
     def watched_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         size, launch = ptrs.get_element_ty().primitive_bitwidth // 8, launches[-1]
         addresses = ptrs.data[mask.data.astype(bool)]
-        launch.use("writes", launch.writes, addresses, size)
+        launch.use(addresses, size, write=True)
         late = launch.common.intersection(np.atleast_1d(addresses).tolist()) if launch.common else 0
         assert not late, f"{launch.name}: writes a number that its threads may not have read yet"
         return store(self, ptrs, value, mask, *rest)

@@ -1352,6 +1352,9 @@ def test_keys_of_the_users_own_stay_in_a_group(case):
     ps = case.parameters([(8, 6)])
     optimizer = case(ps)
     optimizer.param_groups[0]["lr_scale"] = 0.5
+    optimizer.param_groups[0]["mine"] = np.array([1.0, 2.0])  # which torch.optim.AdamW takes
+    run(optimizer, ps, range(2))
+    del optimizer.param_groups[0]["mine"]
     twin = copy.deepcopy(optimizer)
     assert twin.param_groups[0]["lr_scale"] == 0.5
     optimizer.load_state_dict(optimizer.state_dict())

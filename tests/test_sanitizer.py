@@ -45,9 +45,9 @@ def test_what_is_right() -> None:
 @pytest.mark.parametrize(("fault", "options", "message"), [
     ("", {"n": 24}, "reads 4 elements outside"),
     ("", {"step": 6}, "two programs write to one place"),
-    ("repeat", {}, "a store writes twice"),
-    ("again", {}, "a program writes again"),
-    ("back", {}, "reads what it has written"),
+    ("repeat", {}, "to one place"),
+    ("again", {}, "a program writes to one place twice"),
+    ("back", {}, "reads what it wrote"),
     ("neighbour", {}, "a program reads what another one writes"),
     ("hint", {}, "no multiple of"),
 ])
