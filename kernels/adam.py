@@ -7,8 +7,8 @@ rounded stochastically) or 32 (fp32, scales None). Arithmetic is fp32:
     N = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps);  P <- (1 - lr weight_decay) P - lr N
 
 with M and V as they are before they are encoded. Finite entries of G are brought to where their
-squares are finite; infinities and NaN stay what they are. At 8 and 4 bits, whose codes are right to
-a hundredth, a GPU's root and quotient are its fast ones, right to two units in the last place.
+squares are finite; infinities and NaN stay what they are. At 8 and 4 bits, where codes have errors
+of a hundredth, a GPU's fast root and quotient are used, right to two units in the last place.
 
 Sources: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101; Dettmers et al.,
 arXiv 2110.02861.
@@ -84,11 +84,11 @@ _LONGEST = 1 << 30
 
 
 class Step(NamedTuple):
-    """What a step is told beside its tensors, as :func:`adam8` and :func:`adamw8` say.
+    """Arguments of a step that are not tensors: see :func:`adam8` and :func:`adamw8`.
 
     Args:
-        lr: learning rate of a weight; None where the direction is wanted.
-        key: of one tensor, or one for each of several.
+        lr: learning rate of a weight; None to compute the direction.
+        key: one key, or one for each of several tensors.
     """
 
     bits: int
@@ -104,15 +104,15 @@ class Step(NamedTuple):
     start: int = 0
 
 
-#: The target (a weight, or the direction's place), the gradient, M, V and their scales or None. Of
-#: several tensors moments and scales lie apart, target and gradient do or are stacked.
+#: The target (a weight, or the direction's output), the gradient, M, V and their scales or None.
+#: For several tensors moments and scales are ``Apart``, target and gradient too or a stack.
 Tensors = tuple[Any, ...]
 
 
 def _numbers(step: Step) -> tuple[Any, Any, Any]:
     """sqrt(1 - b2^t), 1 - lr weight_decay and -lr / (1 - b1^t); 1 and 1 / (1 - b1^t) without lr.
 
-    Of the host, or with a t on a device 0-d tensors there, in float64 too.
+    Python numbers, or 0-d float64 tensors where t is a tensor on a device.
     """
     t, lr = step.t, step.lr
     if isinstance(t, Tensor):
@@ -150,7 +150,7 @@ def _moments_ref(g: Tensor, stored: Sequence[Any], step: Step, root: float | Ten
         new = (source < 0).unsqueeze(-1 if rows_move else -2)
         old_m, old_v = (x.index_select(dim, source.clamp(min=0)).masked_fill_(new, 0.0)
                         for x in (wide_m, wide_v))
-        # At 32 bits what is decoded is the store itself.
+        # At 32 bits the decoded moment is the stored tensor itself.
         wide_m, wide_v = (x.copy_(y) if step.bits == 32 else y
                           for x, y in ((wide_m, old_m), (wide_v, old_v)))
     wide_m.lerp_(g, 1 - step.beta1)
@@ -246,8 +246,8 @@ def _decoded(ptr: tl.tensor, scale_ptr: tl.tensor, book_ptr: tl.tensor, offset: 
              mask: tl.tensor, row: tl.tensor, first: tl.tensor, block: tl.tensor,
              inside: tl.tensor, width: tl.tensor, BITS: tl.constexpr, W: tl.constexpr
              ) -> tl.tensor:
-    """A stored moment of a program's blocks, fp32 [R, W]; what codes beyond a row's end stand for
-    comes with it.
+    """A stored moment of a program's blocks, fp32 [R, W]; at 8 and 4 bits not masked beyond the end
+    of a row.
     """
     if BITS < 16:
         codes = load_codes(ptr, row, first, inside, width, BITS, W)
@@ -290,15 +290,15 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
                  TARGET: tl.constexpr = None, GRADIENT: tl.constexpr = None,
                  MOMENT: tl.constexpr = None, ALIGN: tl.constexpr = 1,
                  KEYED: tl.constexpr = False, MOVED: tl.constexpr = 0) -> None:
-    # Weights are those of G and its square in M and V: 1 - b1 and 1 - b2. The correction is of the
-    # root of V: at 8 and 4 bits its factor, else its divisor.
-    if HELD:  # what changes from step to step is read, not given
+    # weight1 and weight2 are 1 - b1 and 1 - b2. The root of V is multiplied by the correction at 8
+    # and 4 bits, else divided by it.
+    if HELD:  # numbers that change from step to step are in memory, for CUDA graphs
         keep = tl.load(correction + 1)
         factor = tl.load(correction + 2)
         correction = tl.load(correction)
         step = tl.load(step).to(tl.int32)
     item = tl.program_id(1).to(tl.int64)
-    if MOMENT is not None:  # several tensors, of which each program has a part of one
+    if MOMENT is not None:  # several tensors; each program works on a part of one
         size = tl.cast(rows, tl.int64) * columns
         target_ptr = item_ptr(target_ptr, item, size, TARGET, ALIGN)
         g_ptr = item_ptr(g_ptr, item, size, GRADIENT, ALIGN)
@@ -323,7 +323,7 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
     # Infinities and NaN stay.
     g = tl.where(tl.abs(g) < float("inf"), tl.clamp(g, -limit, limit), g)
 
-    if MOVED > 0:  # from copies of what is stored, which other programs write to
+    if MOVED > 0:  # read from copies, as other programs overwrite the stored moments
         per_row = (columns + W - 1) // W
         if MOVED == 1:
             source = tl.load(source_ptr + item * rows + row, mask=inside, other=-1)[:, None]
@@ -348,10 +348,10 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
         v = _decoded(v_ptr, v_scale_ptr, v_book_ptr, offset, mask, row, first, block, inside, width,
                      BITS, W)
         if BITS < 16:
-            # Beyond a row's end codes are 0: M's lowest value, which would count in its scale, and
-            # V's smallest, which cannot.
+            # Beyond a row's end codes are 0: M's lowest value, which would raise its scale, and V's
+            # smallest, which cannot.
             m = tl.where(mask, m, 0.0)
-    # torch.lerp, which is exact at both ends.
+    # As torch.lerp, which is exact at both ends.
     nearer = tl.where(weight1 < 0.5, m, g)
     m = nearer + tl.where(weight1 < 0.5, weight1, weight1 - 1) * (g - m)
     v = v * beta2 + weight2 * g * g
@@ -376,9 +376,9 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
 
 
 def _pieces(tensors: Tensors, step: Step, elements: int) -> Iterator[tuple[Tensors, Step]]:
-    """Views that hold the same rows of all tensors, about as many elements, and their step."""
+    """Views of the same rows of all tensors, of about ``elements`` elements, and their step."""
     given = [x for x in tensors if x is not None]
-    columns = given[0].shape[-1] if step.bits < 16 else 1  # without scales rows mean nothing
+    columns = given[0].shape[-1] if step.bits < 16 else 1  # without scales rows do not matter
     rows, start = max(1, elements // columns), step.start
     for part in zip(*((x.view(-1, x.shape[-1]) if step.bits < 16 else x.view(-1)).split(rows)
                       for x in given), strict=True):
@@ -404,14 +404,14 @@ def _by_torch(tensors: Tensors, step: Step, source: Tensor | None, rows_move: bo
 
 @functools.lru_cache(maxsize=32)
 def _tables(bits: int, device: torch.device) -> tuple[Tensor, ...]:
-    """What a kernel decodes and encodes codes of both moments with."""
+    """Tables for decoding and encoding both moments in a kernel."""
     return (codebook(bits, True, device), codebook(bits, False, device),
             *lines(bits, True, device), *lines(bits, False, device))
 
 
 def _kernel_numbers(step: Step) -> tuple[Any, ...]:
-    """Count, correction, keep and factor as the kernel takes them: where the count is a tensor,
-    the rest are one beside it.
+    """Count, correction, keep and factor for the kernel; if the count is a tensor, the rest are
+    together in a second one.
     """
     root, keep, factor = _numbers(step)
     correction = 1 / root if step.bits < 16 else root
@@ -457,9 +457,8 @@ def _adam8(target: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Mat
            lr: float | None, weight_decay: float, maximize: bool, key: Keys, stochastic: bool,
            start: int, triton: bool, held_lr: Tensor | None = None, held_t: Tensor | None = None,
            source: Tensor | None = None, rows_move: bool = False) -> None:
-    """Both operations, as an operator can be told them; ``held_t`` is t, ``held_lr`` lr.
-
-    With ``source`` columns of moments, or with ``rows_move`` rows, come from where it says.
+    """Both operations, with the arguments of a torch operator: ``held_t`` and ``held_lr`` are t and
+    lr in tensors. See :func:`adam8` for ``source`` and ``rows_move``.
     """
     tensors = target, g, m, v, m_scale, v_scale
     step = Step(bits, beta1, beta2, eps, t if held_t is None else held_t,
@@ -537,10 +536,10 @@ def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
         start: index in the whole parameter of g's first element.
         out: where N goes, of g's shape, such as g itself, rounded to nearest in 16 bits; None for a
             new fp32 tensor.
-        source: int64 (columns,), or (count, columns) for several: the columns that moments go on
-            from, -1 for a new one that starts at zero; None where each stays. With ``rows_move``
-            (rows,) or (count, rows).
-        rows_move: it is rows that ``source`` tells of, of matrices.
+        source: int64 (columns,), or (count, columns) for several: for each column, the old column
+            whose moments it continues, or -1 to start at zero; None where each stays. With
+            ``rows_move`` (rows,) or (count, rows).
+        rows_move: ``source`` is about rows of matrices instead of columns.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
     Returns:
@@ -606,7 +605,7 @@ def adamw8(p: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices
         ValueError: a shape, layout or option is wrong.
         RuntimeError: "triton" was asked for and cannot run there.
     """
-    # An operator's argument is a number or a tensor.
+    # An operator's argument has one type: a number or a tensor.
     count, held_t = (1, t) if isinstance(t, Tensor) else (t, None)
     rate, held_lr = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
     if held_t is not None:

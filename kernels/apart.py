@@ -23,7 +23,7 @@ __all__ = ["Apart", "Keys", "Matrices", "address", "alignment", "item_ptr", "key
 #: (seed, parameter) of random bits, or one such pair for each tensor.
 Keys = tuple[int, int] | Sequence[tuple[int, int]]
 
-# Bytes that addresses of a table are multiples of, where they are, so that loads are wide.
+# Bytes of alignment that makes loads wide, if all addresses of a table have it.
 _ALIGNED = 16
 
 
@@ -98,12 +98,12 @@ class Apart:
         return self if dtype == self.dtype else torch.stack([x.to(dtype) for x in self])
 
 
-#: A stack, or what is as good as one.
+#: A stack, or tensors that are used as one.
 Matrices = Tensor | Apart
 
 
 def _products(a: Matrices, b: Matrices) -> Tensor:
-    """A B of each pair, which a library computes as it does a single one."""
+    """A B of each pair, by one library call each: the same bits as for a single one."""
     out = torch.empty((len(a), a.shape[-2], b.shape[-1]), dtype=a.dtype, device=a.device)
     for x, y, z in zip(a, b, out.unbind(), strict=True):
         torch.mm(x, y, out=z)
@@ -122,8 +122,10 @@ def parts_of(x: Any, count: int) -> Sequence[Any]:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Numbers on a device, written there in order of a stream: gradients may move at each step,
-    and nothing waits for it.
+    """The numbers as a tensor on the device, cached; copied without a synchronization.
+
+    ``stream`` is not read: it is part of the cache's key, because a copy is ordered on one stream
+    only.
     """
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64, device=device)
@@ -171,7 +173,7 @@ def key_words(key: Keys, like: Matrices) -> tuple[Any, Any]:
 
 
 def writable(*given: Matrices | None) -> list[Tensor]:
-    """All tensors of these, whose versions count up when a kernel has written to them."""
+    """All tensors of these; a kernel that wrote to them must increment their versions."""
     found: list[Tensor] = []
     for x in given:
         if isinstance(x, Apart):
@@ -184,7 +186,7 @@ def writable(*given: Matrices | None) -> list[Tensor]:
 @jit
 def item_ptr(ptr: tl.tensor, item: tl.tensor, stride: tl.tensor, KIND: tl.constexpr,
              ALIGN: tl.constexpr) -> tl.tensor:
-    """Where tensor number ``item`` begins: in a stack, or of type KIND by a table."""
+    """Pointer to tensor number ``item``: in a stack, or from a table of addresses of type KIND."""
     if KIND is None:
         return ptr + item * stride
     else:

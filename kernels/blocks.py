@@ -69,10 +69,10 @@ def store_shapes(shape: tuple[int, ...], bits: int) -> tuple[tuple[int, ...], tu
 
 
 def tile(rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of what one program works on: parts of rows, each within a block.
+    """Rows and columns of one program's tile; the columns are within one quantization block.
 
     Raises:
-        ValueError: rows are longer, or in all more of those parts, than int32 counts.
+        ValueError: too many columns or tiles for int32.
     """
     if columns >= 2**31:
         raise ValueError(f"expected rows of fewer than 2**31 elements, got {columns}")
@@ -87,9 +87,9 @@ def tile(rows: int, columns: int) -> tuple[int, int]:
 
 @jit
 def block_place(rows: tl.tensor, columns: tl.tensor, R: tl.constexpr, W: tl.constexpr) -> tl.tensor:
-    """Which R blocks a program works on: their rows, first columns, scales, and what is inside."""
+    """The R blocks of a program: their rows, first columns, numbers, and which of them exist."""
     per_row = (columns + W - 1) // W
-    # Blocks and columns are int32, in which a division takes a tenth of the instructions.
+    # In int32, where a division takes a tenth of the instructions of int64.
     block = tl.program_id(0) * R + tl.arange(0, R)  # [R]
     row = block // per_row
     return row.to(tl.int64), (block - row * per_row) * W, block, row < rows

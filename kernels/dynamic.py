@@ -8,10 +8,10 @@ codes to a byte, low half first.
 The codebooks spend their entries on a dynamic exponent and what bits are left on a fraction:
 Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv 1511.04561; Dettmers et
 al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861. At 8 bits they are those of
-bitsandbytes. A second moment that vanished beside a first one that does not would move a weight by
-their quotient with epsilon, thousands of times the learning rate: the unsigned codebook of 4 bits
-has no zero (Li et al., "Memory Efficient Optimizers with 4-bit States", arXiv 2309.01507), and in
-that of 8 bits nothing but zero gets the code of zero; what is nearest to it gets the least.
+bitsandbytes. A second moment rounded to zero beside a first moment that is not zero would move the
+weight by M / eps, thousands of times the learning rate. So the unsigned codebook of 4 bits has no
+zero (Li et al., "Memory Efficient Optimizers with 4-bit States", arXiv 2309.01507), and in that of
+8 bits only zero gets the code of zero; numbers nearest to zero get the smallest positive code.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .blocks import (
 __all__ = ["block_codes", "block_values", "codebook", "dequantize_dynamic",
            "dequantize_dynamic_ref", "lines", "quantize_dynamic", "quantize_dynamic_ref"]
 
-# Lines by which cell ends are counted: eight for each of 32 powers of two.
+# Lines that count cell ends: eight for each of 32 powers of two.
 _LINES = 256
 
 
@@ -80,14 +80,14 @@ def _ends(bits: int, signed: bool) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def lines(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Slopes and levels of straight lines that nearly count cell ends, and these ends.
+    """Straight lines that nearly count the cell ends below a number, and these ends.
 
-    Eight lines for each power of two, of which the last are of [1, 2): floor(slope x + level) is
-    the number of positive ends below x, or one less. One comparison with an end settles it.
+    Eight lines for each power of two, the last eight for [1, 2): floor(slope x + level) is the
+    number of positive ends below x, or one less. One comparison with an end decides.
 
     Returns:
-        Slopes and levels, fp32, beside each other as one int64 (256,), and the upper ends of all
-        cells, the last infinite, fp32.
+        Slopes and levels, a pair of fp32 in each int64 of (256,); and the upper ends of all cells,
+        the last infinite, fp32.
     """
     positive = [x for x in _ends(bits, signed).tolist() if x > 0]
     both = []
@@ -125,13 +125,15 @@ def _line(ends: list[float], after: float, high: float) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=32)
 def _carries(bits: int, signed: bool, device: torch.device) -> Tensor:
-    """A search as one sum of integers: code = (table[upper] + ordered) >> 16.
+    """Table of a search as one sum of integers: code = (table[upper] + ordered) >> 16.
 
-    ``upper`` is the upper half of a number's bits; no two cell ends share one. ``ordered`` are all
-    bits; below zero, where numbers fall as their bits rise, those of the signed codebook are
-    inverted. The table's entry takes the upper half of ``ordered`` off, adds the code of the
-    smallest number with that upper half to its place, and to the lower half so much that what is
-    above the end of that code's cell carries one into it.
+    Finds the nearest code without comparisons: the upper 16 bits of a number pick the code of its
+    cell, and adding the lower 16 bits carries into the code exactly where the number is beyond the
+    cell's end. ``upper`` are the upper 16 bits; no two cell ends share them. ``ordered`` are all
+    bits, inverted for negative numbers of the signed codebook, so that they rise with the number.
+    The entry is code << 16, with the code of the smallest number that has these upper bits, less
+    the upper half of ``ordered``, plus 0xFFFF less the lower half of the cell's end, if that end
+    has these upper bits.
     """
     ends = functional.pad(_ends(bits, signed), (0, 1), value=torch.inf)
     upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int64, device="cpu")
@@ -148,7 +150,7 @@ def _carries(bits: int, signed: bool, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def _twos(bits: int, signed: bool, device: torch.device) -> Tensor:
-    """The values of any two codes beside each other, as one int64: entry low + high * 2^bits."""
+    """The values of each pair of codes, two fp32 in one int64, at index low + high * 2^bits."""
     book = codebook(bits, signed, device)
     low, high = book.repeat(len(book)), book.repeat_interleave(len(book))
     return torch.stack([low, high], -1).view(torch.int64).view(-1)
@@ -223,10 +225,10 @@ def dequantize_dynamic_ref(codes: Tensor, scale: Tensor, columns: int, bits: int
 
 @jit
 def _look_up(table_ptr: tl.tensor, index: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
-    """Entries of a table of SIZE, by way of shared memory.
+    """Entries of a table of SIZE, by a gather from shared memory.
 
-    Loads by pointer would be laid out for themselves, one element to a thread, and all that they
-    depend on turned to that layout and back.
+    Loads by pointer would have a layout of their own, one element per thread, and index and result
+    would have to be converted to it and back.
     """
     table = tl.load(table_ptr + tl.arange(0, SIZE))
     flat = tl.reshape(index, [index.numel])

@@ -31,12 +31,12 @@ from .tiles import Tiles, dot_tile, place_tile, precision, stacked, strides, til
 
 __all__ = ["lift", "lift_ref"]
 
-# What follows the product needs registers and time. It is done a few columns after another, which
-# leaves registers for two programs on a processor: one multiplies while the other rounds. Chosen by
-# bench.machine, which counts them; bench.tiles has yet to time it against others.
+# After the product, the rest is done on a slice of columns at a time: this leaves registers for two
+# programs per multiprocessor, so that one multiplies while the other rounds. Chosen by the register
+# counts of bench.machine; not yet timed against others (bench.tiles).
 _SHARED = Tiles(128, 128, 64, 8, 8, 3)
 _SLICES = 4
-# Without a product rows are long, so that loads of all terms are.
+# Without a product: long rows, so that loads are wide.
 _FLAT = Tiles(16, 256, 16, 8, 4, 1)
 
 
@@ -70,7 +70,7 @@ def _half(x: tl.tensor, RIGHT: tl.constexpr) -> tl.tensor:
 @jit
 def _factors(ptr: tl.tensor, row: tl.tensor, column: tl.tensor, m: tl.tensor, n: tl.tensor,
              x_row: tl.tensor, x_column: tl.tensor, VARY: tl.constexpr) -> tl.tensor:
-    """What multiplies a tile: one number for each row, for each column, or for each element."""
+    """The factors of a tile: one for each row (VARY 1), column (2) or element (3)."""
     if VARY == 1:
         return tl.load(ptr + row * x_row, mask=row < m, other=0.0)[:, None]
     elif VARY == 2:
@@ -103,7 +103,7 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
     tile_m, tile_n = place_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
     row = tile_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     first = tile_n.to(tl.int64) * BN
-    # Elements of a batch are counted on from one matrix to the next, of several weights anew.
+    # Index of the matrix's first element: in a batch it counts on, for several weights it is 0.
     begin = batch * m * n
     if WEIGHT is not None:
         begin = 0
@@ -150,7 +150,7 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
 
 
 def _vary(x: Tensor | None) -> int:
-    """0 for nothing, 1 if all columns of x are one, 2 if all its rows are, else 3."""
+    """0 for None, 1 if all columns of x are the same (expanded), 2 if all rows are, else 3."""
     if x is None:
         return 0
     return 1 if x.stride(-1) == 0 else 2 if x.stride(-2) == 0 else 3
@@ -159,15 +159,15 @@ def _vary(x: Tensor | None) -> int:
 def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Matrices | None,
           gains: Tensor | None, keeps: Tensor | None, alpha: float, beta: float, keep: float,
           key: Keys, stochastic: bool, t: int, start: int, held_t: Tensor | None = None) -> None:
-    """All tensors are (m, n) or batches (b, m, n), of those that are not p any strides.
+    """All tensors are (m, n) or batches (b, m, n), with any strides except for p.
 
-    Where ``held_t`` is given it is t. Where p lies apart there is a key for each matrix.
+    ``held_t`` is t in a tensor. Where p is an ``Apart`` there is a key for each matrix.
     """
     batch, (m, n) = len(p) if p.ndim == 3 else 1, p.shape[-2:]
     if not p.numel():
         return
     k = 0 if left is None else left.shape[-1]
-    # Of several weights as of each alone, so that sums have one order.
+    # The tiles of a single weight for several too, so that the order of sums is the same.
     tiles = _FLAT if left is None else tiles_for(
         left, 1 if isinstance(p, Apart) else batch, m, n, (_SHARED,))
     tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
@@ -197,8 +197,8 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
          t: int | Tensor = 1, start: int = 0, backend: str | None = None) -> None:
     """P <- keep o P + alpha A B + beta gain o D in place, rounded once.
 
-    Several weights may lie :class:`lissom.kernels.apart.Apart`, with a key for each; what else they
-    have is stacked or lies apart.
+    p may be several weights (:class:`lissom.kernels.apart.Apart`) with a key for each; the other
+    tensors then are stacked or ``Apart`` too.
 
     Args:
         p: weight (..., m, n), contiguous, fp32, bf16 or fp16.
@@ -208,7 +208,7 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
         keep: multiplies P: a number, or an fp32 tensor that broadcasts to it.
         dense: D, of p's shape, any strides; None for no such term.
         gain: multiplies D: a number, or an fp32 tensor that broadcasts to it.
-        beta: multiplies that once more.
+        beta: multiplies the third term.
         key: (seed, parameter) of the random bits that round a bf16 or fp16 weight; None rounds to
             nearest.
         t: the random stream's step: a number, or a 0-d int64 tensor on the device, which a CUDA
@@ -252,7 +252,7 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
         return
 
     def batched(x: Any) -> Any:
-        """A view (b, ...) of what may lack leading dimensions; a matrix is what it is."""
+        """A view (b, ...) of x, expanded to p's leading dimensions; a matrix stays as it is."""
         if x is None or isinstance(x, Apart) or p.ndim == x.ndim == 2:
             return x
         return stacked(x.expand(*p.shape[:-2], *x.shape[-2:]))

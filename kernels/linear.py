@@ -1,4 +1,4 @@
-"""Linear block quantization to 8 or 4 bits, for values without long tails: bases and residues.
+"""Linear block quantization to 8 or 4 bits, for values without long tails: bases, error feedback.
 
 Blocks of 256 run along the last dimension and restart at each row, so that a shard of rows never
 cuts a block. A block is stored as round(x / scale) with scale = absmax / 127 (or / 7), two 4-bit
@@ -51,7 +51,7 @@ def quantize_linear_ref(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     columns = x.shape[-1]
     levels = _LEVELS[bits]
     blocks = functional.pad(x.float(), (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
-    # absmax / levels is what one step is worth; a denormal step would lose the largest entry.
+    # A step is absmax / levels; a denormal step would lose the largest entry.
     # CUDA multiplies by the inverse of a number, and divides by a tensor.
     scale = blocks.abs().amax(-1)
     scale = scale / torch.full_like(scale, levels)
@@ -97,7 +97,7 @@ def _quantize_linear_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: t
     if BITS == 8:
         tl.store(codes_ptr + row[:, None] * columns + column, codes.to(tl.int8), mask=mask)
     else:
-        # What pads a row of odd length is 0 as it is stored.
+        # The half byte that pads a row of odd length is stored as 0.
         store_codes(codes_ptr, codes + 8, row, first, inside, columns, width, BITS, R, W)
     tl.store(scale_ptr + block, scale, mask=inside)
 
@@ -107,7 +107,7 @@ def _dequantize_linear_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_pt
                               rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
                               BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
                               CODES: tl.constexpr = None, ALIGN: tl.constexpr = 1) -> None:
-    if CODES is not None:  # several tensors, of which each program has a part of one
+    if CODES is not None:  # several tensors; each program works on a part of one
         item = tl.program_id(1).to(tl.int64)
         codes_ptr = item_ptr(codes_ptr, item, 0, CODES, ALIGN)
         scale_ptr = item_ptr(scale_ptr, item, 0, tl.float32, ALIGN)
@@ -138,7 +138,7 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, triton: bool) 
 
 
 def _dequantize(codes: Matrices, scale: Matrices, out: Tensor, bits: int, triton: bool) -> None:
-    """Of several tensors codes and scales lie apart, and what they stand for is stacked."""
+    """Codes and scales of several tensors are ``Apart``; their values are stacked in ``out``."""
     columns = out.shape[-1]
     if not triton:
         each: Any = zip(codes, scale, out, strict=True) if isinstance(codes, Apart) else [

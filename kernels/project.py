@@ -1,11 +1,11 @@
-"""Projection of a gradient, with the norms of what comes out of it taken in the same pass.
+"""Projection of a gradient, and the norms of the result's columns in the same pass.
 
-C = A B, with A (..., m, k) and B (..., k, n) of any strides, so that R = G Q is ``(G, Q)`` and the
-transpose of R = P^T G is ``(G^T, P)``, and norms of C's columns, by which a cosine basis is chosen.
-Sums are in fp32 and in an order that does not change from run to run; C is rounded once.
+C = A B, with A (..., m, k) and B (..., k, n) of any strides: R = G Q is ``(G, Q)``, the transpose
+of R = P^T G is ``(G^T, P)``. The norms of C's columns choose columns of a cosine basis. Sums are in
+fp32 and in an order that does not change from run to run; C is rounded once.
 
-Norms of A's rows, which Fira needs of G, are no part of it: on an H100 a product that took them too
-was slower than cuBLAS's and :mod:`.norms` one after the other.
+Norms of A's rows, which Fira needs of G, are not computed here: on an H100 such a product was
+slower than cuBLAS's followed by :mod:`.norms`.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, scores
 
 
 def _tiles(a: Any, m: int, n: int) -> Tiles:
-    """For a matrix or a batch; for several as for each alone, so that sums have one order."""
+    """Tiles for a matrix or a batch; for several matrices those of one, for one order of sums."""
     return tiles_for(a, len(a) if a.ndim == 3 and not isinstance(a, Apart) else 1, m, n)
 
 
 def _project(a: Any, b: Tensor, c: Tensor, scores: Tensor | None, largest: Tensor | None,
              order: int) -> None:
-    """Fill c, and scores (batch, tiles of c's rows, n) with parts, of matrices or batches."""
+    """Fill c, and scores (batch, row tiles of c, n) with partial sums."""
     batch, (m, k) = len(a) if a.ndim == 3 else 1, a.shape[-2:]
     n = b.shape[-1]
     t = _tiles(a, m, n)
@@ -100,8 +100,8 @@ def project(a: Matrices, b: Tensor, *, dtype: torch.dtype = torch.float32,
         dtype: of C.
         scores: 1 for the sums of absolute values of C's columns, 2 for the sums of their squares
             divided by ``largest`` squared, None for neither.
-        largest: a positive fp32 number on the device by which squares come into range.
-        transposed: C is laid out as its transpose is contiguous.
+        largest: a positive fp32 number on the device; keeps the squares in range.
+        transposed: lay C out so that its transpose is contiguous.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
     Returns:

@@ -19,10 +19,10 @@ __all__ = ["newton_schulz_step", "newton_schulz_step_ref", "symm_muladd", "symm_
            "syrk_ref"]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Below this many rows launches and idle processors cost more than half a product.
+# With fewer rows, launches and idle processors cost more than half a product saves.
 _ROWS = 256
-# From this many rows on two halves of fp32 rows are multiplied apart on a CPU, at 3/4 of the
-# operations: 0.8 of the time measured with MKL at 768 to 1376 rows. bf16 on AMX gains nothing.
+# From this many rows on, an fp32 product on a CPU is split into two halves of rows, at 3/4 of the
+# operations: 0.8 of the time with MKL at 768 to 1376 rows. bf16 on AMX gains nothing.
 _HALVES = 768
 # Programs of the large tile that keep an H100's or H200's 132 processors busy.
 _BUSY = 132
@@ -31,8 +31,8 @@ _BUSY = 132
 class SquareTiles(NamedTuple):
     """How a product is cut: square tiles of ``size`` rows, ``depth`` terms of their sums at once.
 
-    ``side`` rows are a square of tiles that run one after the other: 8 x 8 tiles read 16 panels
-    where a row of 64 would read 65, and 16 panels stay in the cache.
+    Tiles run in squares of ``side`` rows: 8 x 8 tiles read 16 panels where a row of 64 tiles would
+    read 65, and 16 panels stay in the cache.
     """
 
     size: int
@@ -52,7 +52,7 @@ _WIDE = SquareTiles(64, 32, 512, 4, 3)  # fp32: twice the bytes
 
 
 def _tiles(left: Tensor, adds: bool) -> SquareTiles:
-    """Large tiles where they fit and are enough, with other ones where ``alpha A`` is added."""
+    """Large tiles where they fit and fill the GPU; ``adds``: alpha A is added, other sizes."""
     if left.dtype == torch.float32:
         return _WIDE
     large, side = _ADDING if adds else _LARGE, cdiv(left.shape[1], _LARGE.size)
@@ -96,8 +96,8 @@ def _symmul_kernel(left_ptr: tl.tensor, right_ptr: tl.tensor, out_ptr: tl.tensor
     # out = beta L R, and with ADD alpha L more; L (m, k), R (k, m)
     batch = (tl.program_id(0) // programs).to(tl.int64)
     place = tl.program_id(0) % programs
-    # Squares of TILES x TILES tiles of the lower triangle, counted along its rows: number
-    # s (s + 1) / 2 + h is the h-th of row s. The root is exact wherever it is whole.
+    # Squares of TILES x TILES tiles cover the lower triangle. They are numbered along its rows:
+    # s (s + 1) / 2 + h is the h-th square of row s. The square root is exact for square numbers.
     square = place // (TILES * TILES)
     s = ((tl.sqrt_rn((8 * square + 1).to(tl.float32)) - 1) / 2).to(tl.int32)
     h = square - s * (s + 1) // 2
@@ -128,7 +128,7 @@ def _symmul(left: Tensor, right: Tensor, alpha: float | None, beta: float, out: 
     if not out.numel():
         return
     t = _tiles(left, alpha is not None)
-    # A small matrix is one square of no more tiles than it needs.
+    # A small matrix is one square with just the tiles it needs.
     tiles = min(t.side // t.size, 1 << (cdiv(m, t.size) - 1).bit_length())
     squares = cdiv(m, tiles * t.size)
     programs = squares * (squares + 1) // 2 * tiles * tiles
@@ -158,7 +158,7 @@ def _use_triton(x: Tensor, backend: str | None) -> bool:
         return able
     if not able or x.element_size() != 2 or min(x.shape[-2:]) < _ROWS:
         return False
-    # Loads of 16 bytes: neighbours along one dimension, the other's at multiples of 8.
+    # For loads of 16 bytes: stride 1 along one dimension, a multiple of 8 along the other.
     along = sorted(x.stride()[-2:])
     return along[0] == 1 and along[1] % 8 == 0
 
@@ -174,7 +174,7 @@ def _muladd(c: Tensor | None, a: Tensor, b: Tensor, beta: float, alpha: float) -
 
 
 def _product(x: Tensor, y: Tensor, alpha: float | None, beta: float, triton: bool) -> Tensor:
-    """Beta X Y, and alpha X more where it is given; symmetric by what X and Y are."""
+    """Beta X Y, plus alpha X if alpha is given; X and Y are such that the result is symmetric."""
     m = x.shape[-2]
     if triton:
         out = torch.empty(*x.shape[:-1], m, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""What the kernels of matrix products share: the loop over terms, the order of tiles, the sizes."""
+"""Shared parts of the matrix product kernels: inner loop, order of tiles, tile sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ __all__ = ["LARGE", "MEDIUM", "SMALL", "WIDE", "Tiles", "dot_tile", "fits", "pla
 class Tiles(NamedTuple):
     """A product is cut into tiles of ``rows`` x ``columns``, with ``depth`` terms at once.
 
-    ``group`` rows of tiles run column by column, so that what they read stays in the cache.
+    Within ``group`` rows of tiles, tiles run column by column, so that their input stays in the
+    cache.
     """
 
     rows: int
@@ -29,8 +30,8 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# The fastest of several on an H100. Where there are fewer tiles than this, the next smaller ones
-# keep its 132 processors busy.
+# With fewer tiles than this an H100's 132 multiprocessors would be idle: the next smaller ones are
+# taken. All are the fastest of several on an H100.
 _ENOUGH = 120
 LARGE = Tiles(128, 256, 64, 8, 8, 3)
 MEDIUM = Tiles(128, 128, 64, 8, 4, 3)
@@ -40,8 +41,8 @@ WIDE = Tiles(64, 64, 32, 8, 4, 2)  # fp32: twice the bytes
 
 @functools.lru_cache(maxsize=64)
 def fits(device: torch.device, size: int) -> bool:
-    """Whether a program can have this many bytes of shared memory there: 227 KiB on an H100, 99 on
-    a consumer's GPU.
+    """Whether a program can have this many bytes of shared memory: up to 227 KiB on an H100, 99 on
+    a consumer GPU.
     """
     if device.type != "cuda":
         return True
@@ -54,12 +55,12 @@ def tiles_for(x: Matrices, batch: int, m: int, n: int,
     """Tiles of a product of 16-bit panels, or of fp32 ones.
 
     Args:
-        x: a factor, of which dtype and device count.
+        x: a factor; only its dtype and device are used.
         batch: number of products.
         m: rows of a product.
         n: its columns.
-        sizes: of which the first is taken that the device can hold and that gives enough tiles to
-            occupy it; else small ones are.
+        sizes: candidates; the first that fits the device and gives enough tiles is taken, else
+            small tiles.
     """
     if x.dtype == torch.float32:
         return WIDE
@@ -71,8 +72,8 @@ def tiles_for(x: Matrices, batch: int, m: int, n: int,
 
 
 def precision() -> str:
-    """How fp32 products are taken: as torch takes its own on CUDA."""
-    # Once this was set, which came with torch 2.9, the older question raises.
+    """Precision of fp32 products: that of torch's own on CUDA (TF32 or not)."""
+    # torch 2.9 added this setting; once it is set, reading the older one raises.
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     if setting is None:
         setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -80,7 +81,7 @@ def precision() -> str:
 
 
 def widened(x: Matrices) -> bool:
-    """Whether a kernel must multiply in fp32: the interpreter takes bf16's bits for integers."""
+    """Whether a kernel must multiply in fp32: the interpreter treats bf16 as integers."""
     return INTERPRETED and x.dtype == torch.bfloat16
 
 
@@ -90,8 +91,8 @@ def stacked(x: Tensor) -> Tensor:
 
 
 def strides(*given: Matrices | None) -> list[int]:
-    """Of each three: from matrix to matrix, 0 where it is one, from row to row, from column to
-    column; zeros where there is nothing.
+    """Three strides of each: from matrix to matrix (0 for a single one), row to row, column to
+    column; zeros for None.
     """
     return [s for x in given for s in ((0, 0, 0) if x is None else x.stride() if x.ndim == 3 else
                                        (0, *x.stride()))]
@@ -112,7 +113,7 @@ def dot_tile(left_ptr: tl.tensor, right_ptr: tl.tensor, row: tl.tensor, column: 
              m: tl.tensor, n: tl.tensor, k: tl.tensor, left_row: tl.tensor, left_column: tl.tensor,
              right_row: tl.tensor, right_column: tl.tensor, BM: tl.constexpr, BN: tl.constexpr,
              BK: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> tl.tensor:
-    """Rows x columns of the product of an m x k and a k x n matrix, in fp32; zero beyond its ends.
+    """A tile of the product of an m x k and a k x n matrix, in fp32; zero beyond its ends.
 
     row is int64 [BM], column int64 [BN]; the result is [BM, BN].
     """

@@ -110,16 +110,16 @@ def _of_peft(module: nn.Module, layer: str) -> tuple[dict[str, Tensor], float] |
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The base weights of all pairs, named as in the model without them.
+    """The frozen weights beside all pairs, to save with an adapter that SwitchLoRA has trained.
 
-    Switching moves them, and ``peft``'s ``save_pretrained`` leaves them out: save these beside it,
-    and ``load_state_dict(..., strict=False)`` them into the model that the adapter is put on.
+    Switching changes them, and ``peft``'s ``save_pretrained`` leaves them out. Save these too, and
+    load them by ``load_state_dict(..., strict=False)`` into the model that the adapter is put on.
 
     Args:
         model: with layers of :func:`lissom.optim.lora` or of ``peft``.
 
     Returns:
-        {name: weight (m, n)}; the tensors are those of the model, not copies.
+        {name: weight (m, n)}, named as in the model without pairs; not copies.
 
     Raises:
         TypeError, ValueError: a pair that :func:`adapter_groups` would refuse.
@@ -138,13 +138,14 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def adapter_groups(model: nn.Module, rank: int | None = None, *, weight_decay: float | None = None,
                    **options: Any) -> list[dict[str, Any]]:
-    """Groups with names and declared roles, for SwitchLoRAAdamW and GradNormLoRPAdamW.
+    """Make parameter groups of a model with LoRA layers, for SwitchLoRAAdamW or GradNormLoRPAdamW.
 
-    Plain pairs are in groups of (A, B, base, A, B, base, ...) with ``roles=("A", "B", "base")``
-    and their ``scaling``, without decay unless you set a group's ``weight_decay`` afterwards: it
-    would undo half of what a switch has moved into the base. Normalized ones are (A, B, A, B, ...)
-    with ``roles=("A", "B")``, and their magnitudes in a group that gets AdamW without decay. All
-    else that needs a gradient gets AdamW, as :func:`lissom.optim.param_groups` groups it.
+    The groups have names, and ``roles`` that say what each parameter is. Plain pairs are in groups
+    of (A, B, base, A, B, base, ...) with ``roles=("A", "B", "base")`` and their ``scaling``,
+    without decay unless you set a group's ``weight_decay`` afterwards: it would undo half of what a
+    switch has moved into the base. Normalized ones are (A, B, A, B, ...) with ``roles=("A", "B")``,
+    and their magnitudes in a group that gets AdamW without decay. All else that needs a gradient
+    gets AdamW, as :func:`lissom.optim.param_groups` groups it.
 
     Args:
         model: with layers of :func:`lissom.optim.lora`, or a ``peft`` model with LoRA or DoRA.

@@ -54,7 +54,7 @@ class APOLLOOptions(SubspaceOptions, total=False):
 
 
 class APOLLO(LowRankOptimizer):
-    """AdamW-like training with the state of SGD: the low rank only tells how much to scale G.
+    """AdamW-like training with the state of SGD: SGD with a scale for each channel.
 
     R = P G with a random P of r rows, N = Adam(R), u = scale * G diag(s) with s_j = |N_j| / |R_j|
     for each channel j of the longer side, held by Fira's limiter. P is drawn anew every
@@ -73,7 +73,7 @@ class APOLLO(LowRankOptimizer):
         limiter: default 1.01; None is off.
 
     A channel whose R vanishes while its N does not would get an unbounded s: it is capped, as in
-    :class:`FiraAdamW`, which a random P of rank 1 meets now and then.
+    :class:`FiraAdamW`. With a random P of rank 1 this happens now and then.
 
     Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270.
     """

@@ -25,16 +25,16 @@ _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 class Update(NamedTuple):
     """The update u = factor * left @ right + gain * dense.
 
-    No full-size tensor of the product exists, and neither of the other term where ``dense`` is
-    the gradient itself. Of several parameters each is stacked, or lies
+    The product is never formed at full size. Where ``dense`` is the gradient itself, neither is
+    the second term. For several parameters each tensor is stacked, or one
     :class:`lissom.kernels.apart.Apart`.
 
     Args:
         left, right: (..., m, r) and (..., r, n), or None for no such term.
         factor: multiplies their product.
         dense: (..., m, n), or None for no such term.
-        gain: multiplies it, a number or a tensor that broadcasts to it.
-        keep: what is left of p, p <- keep * p - lr * u: a tensor that broadcasts to p, or None
+        gain: multiplies ``dense``: a number or a tensor that broadcasts to it.
+        keep: the decay factor in p <- keep * p - lr * u: a tensor that broadcasts to p, or None
             for 1 - lr * weight_decay.
     """
 
@@ -57,7 +57,7 @@ def block_of(x: Tensor) -> int:
 
 
 def _in_one_pass(p: Matrices, u: Update, kept: Mapping[str, Tensor]) -> bool:
-    """Whether a kernel applies the update: on a GPU, but for products in fp32 and split weights."""
+    """Whether a kernel applies the update: on a GPU, except products in fp32 and split weights."""
     product = u.left is None or (u.left.element_size() == 2 and p.element_size() == 2)
     return (product and by_kernel(p) and p.dtype != torch.float64 and "master" not in kept
             and p.is_contiguous())
@@ -82,7 +82,7 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
     if _in_one_pass(p, u, kept):
         lift(p, u.left, u.right, alpha=-lr * u.factor, keep=keep, dense=u.dense, gain=u.gain,
              beta=-lr, key=keys_of(kept, o) if random_rounding(p, o) else None, t=t, start=start)
-    elif isinstance(p, Apart):  # in fp32, whose product a library computes
+    elif isinstance(p, Apart):  # fp32: the library computes each product
         assert isinstance(kept, codec.Together)
         for p_, u_, kept_ in zip(p.parts, _each(u, p), kept.states, strict=True):
             apply(p_, u_, kept_, o, t, start)
@@ -97,7 +97,7 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
 
 
 def _with_rate(p: Matrices, u: Update, o: Mapping[str, Any]) -> Update:
-    """The update times a rate that is in a tensor, and decay by it, without a number read."""
+    """The update with a rate from a tensor multiplied in, and its decay: nothing is read back."""
     assert u.keep is None
     assert u.left is None
     lr = o["lr"].double()
@@ -120,13 +120,13 @@ def _each(u: Update, p: Matrices) -> list[Update]:
 
 
 def _masters(p: Tensor, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the state keeps of a weight, as the update sees that."""
+    """The extra bits of the weight in the state (``master_bits``), in the shape of p."""
     return {k: kept[k].view(p.shape) for k in MASTERS if k in kept}
 
 
 def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Tensor],
                o: Mapping[str, Any], t: int | Tensor, start: int) -> None:
-    """By torch, on blocks of rows where there is something to be held for them."""
+    """By torch operations; on blocks of rows where temporaries are needed."""
     lr, rows = o["lr"], p.shape[-2]
     if u.dense is not None or codec.wide(p) is not p:
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.

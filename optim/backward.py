@@ -1,4 +1,4 @@
-"""What works in the backward pass of an optimizer: one hook on each parameter, and a handle.
+"""Work in the backward pass of an optimizer: one hook on each parameter, and a handle.
 
 Autograd calls the hook when the gradient is complete: once for a shared weight.
 """
@@ -33,7 +33,7 @@ Self = TypeVar("Self", bound="InBackward")
 
 
 class InBackward:
-    """Handle of what works in the backward pass of one optimizer; also a context manager."""
+    """Handle of the work in one optimizer's backward pass; also a context manager."""
 
     #: The function that makes it, for messages.
     name = ""
@@ -42,13 +42,13 @@ class InBackward:
         self.optimizer, self.replicas = optimizer, replicas
         self._hooks: dict[Tensor, RemovableHandle] = {}
         self._places: dict[Tensor, tuple[str, dict[str, Any]]] = {}
-        # The list of groups that _places is of, and its length: loading makes a new one.
+        # The list of groups that _places was made from, and its length; loading replaces the list.
         self._groups: tuple[Any, int] = (None, 0)
         # Whether autograd will call finish() at the end of the backward pass that runs.
         self._queued = False
 
     def attach(self: Self) -> Self:
-        """Check all parameters, then hang the hooks."""
+        """Check all parameters, then register the hooks."""
         optimizer = self.optimizer
         if optimizer._backward is not None:
             raise RuntimeError(f"{self.name}: this optimizer already has {optimizer._backward.name}"
@@ -60,7 +60,7 @@ class InBackward:
                 self.check(name, p, o)
         except (TypeError, ValueError) as error:
             failure = error
-        if self.replicas is not None:  # the others wait
+        if self.replicas is not None:  # the other ranks wait in a reduction
             self.replicas.agree(failure, self.name)
             self.replicas.check(optimizer, self.name)
         elif failure is not None:
@@ -77,7 +77,7 @@ class InBackward:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of gradients that this rank has given to reductions of ``process_group``."""
+        """Bytes of gradients that this rank has put into reductions of ``process_group``."""
         return 0 if self.replicas is None else self.replicas.bytes_sent
 
     def remove(self) -> None:
@@ -99,14 +99,14 @@ class InBackward:
         self.remove()
 
     def _changed(self) -> None:
-        """The slots of every parameter may be others now."""
+        """The slots of every parameter may have changed."""
         self.optimizer._layouts.forget()
         self.optimizer._sync_state()
 
     # ---------------------------------------------------------------- hooks
 
     def follow(self) -> None:
-        """Hang hooks on new parameters and take them from those that are gone."""
+        """Register hooks on new parameters, and remove those of parameters that are gone."""
         present = {p for _, p, _ in self.optimizer._named()}
         for p in self._hooks.keys() - present:
             self._hooks.pop(p).remove()
@@ -128,7 +128,7 @@ class InBackward:
         return p in self._places
 
     def place(self, p: Tensor) -> tuple[str, dict[str, Any]]:
-        """Name and options of a parameter, its state in step with them."""
+        """Name and options of a parameter, after its state has been brought up to date."""
         assert self.knows(p)
         name, o = self._places[p]
         optimizer = self.optimizer
@@ -138,7 +138,7 @@ class InBackward:
         return name, o
 
     def _check_setting(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
-        """Refuse CUDA graphs, and gradients that nobody averages over ranks, or too late."""
+        """Refuse CUDA graphs, and gradients that are averaged over ranks too late or not at all."""
         if o["capturable"]:
             raise ValueError(f"{self.name}: {name!r} has capturable=True, but it must be False: "
                              "hooks count micro-batches on the host")
@@ -174,11 +174,11 @@ class InBackward:
     # ---------------------------------------------------------------- what the optimizer asks
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        """State beside the rule's own."""
+        """Slots beside the rule's own."""
         return {}
 
     def gradient(self, p: Tensor) -> Tensor | None:
-        """What a step finds of p's gradient, if it has one."""
+        """What a step takes as p's gradient, or None."""
         return p.grad
 
     def begin(self, closure: Any) -> bool:
@@ -191,10 +191,10 @@ class InBackward:
         return True
 
     def before(self, work: Sequence[Work]) -> None:
-        """After the checks of a step, before its first write; without work it is skipped."""
+        """Called after the checks of a step, before its first write; a skipped step has no work."""
 
     def lifted(self, p: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update | None:
-        """The update of p if it is not to be made from p.grad."""
+        """The update of p, or None if it is to be made from p.grad."""
         return None
 
     def consumed(self, p: Tensor) -> None:
@@ -207,14 +207,14 @@ class InBackward:
         """Forget gradients."""
 
     def check_saved(self) -> None:
-        """Raise RuntimeError if the state does not tell all."""
+        """Raise RuntimeError if something that the state does not hold would be lost."""
 
     def loaded(self) -> None:
-        """Another state is there now."""
+        """A state dict has been loaded."""
 
 
 def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
-    """What autograd calls; nothing where the optimizer is gone or has p no more."""
+    """The hook; does nothing if the optimizer is gone or p is no longer in it."""
     found = handle()
     if found is not None and p.grad is not None and found.knows(p):
         check_capture(found.optimizer.param_groups, found.name)
@@ -225,7 +225,7 @@ def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:
 
 
 def _finish(handle: weakref.ref[InBackward]) -> None:
-    """What autograd calls at the end of a backward pass."""
+    """Callback at the end of a backward pass."""
     found = handle()
     if found is not None:
         found._queued = False
@@ -241,6 +241,6 @@ def clip(tensors: Sequence[Tensor], norm: Tensor, limit: float) -> None:
 
 
 def forget_scaler(optimizer: MatrixOptimizer) -> None:
-    """Take from an optimizer what GradScaler left, which it does itself unless step() raises."""
+    """Remove GradScaler's attributes from an optimizer, as it does itself unless step() raises."""
     for name in ("grad_scale", "found_inf"):
         optimizer.__dict__.pop(name, None)

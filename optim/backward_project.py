@@ -1,4 +1,4 @@
-"""Gradients that are projected as soon as they are ready; the step works from the projections."""
+"""project_in_backward: gradients are projected in the backward pass; steps use the projections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .subspace import BASES, COLUMNS, Projected
 
 __all__ = ["ProjectInBackward", "project_in_backward"]
 
-# Of what a refresh writes: not read before the step that counts it, if there was no basis yet.
+# Slots of a first basis, which may be written early: see ProjectInBackward._early.
 _BASES = (*BASES, *COLUMNS)
 
 
@@ -52,7 +52,10 @@ _NOTHING = _Waiting()
 
 
 class ProjectInBackward(InBackward):
-    """Handle of :func:`project_in_backward`."""
+    """Handle of :func:`project_in_backward`: projects gradients as they are ready, until removed.
+
+    R = P^T G Q is summed in a buffer of the state and the gradient is freed.
+    """
 
     name = "project_in_backward"
     optimizer: LowRankOptimizer
@@ -133,7 +136,7 @@ class ProjectInBackward(InBackward):
             if number == self.accumulation:
                 self._send(p)
             return
-        if due and self.replicas is not None:  # all ranks find the same basis
+        if due and self.replicas is not None:  # the mean, so that all ranks find the same basis
             g = self.replicas.send(g).arrive()
             now.averaged = True
         shape = optimizer.matrix_shape(p, o)
@@ -152,7 +155,7 @@ class ProjectInBackward(InBackward):
             self._send(p)
 
     def _check_number(self, now: _Waiting, name: str, number: int) -> None:
-        """Refuse a gradient that comes after its step's last; raises RuntimeError."""
+        """Refuse a gradient that comes after the last one of its step; raises RuntimeError."""
         if self._unscaled:
             raise RuntimeError(f"{self.name}: {name!r} got a gradient after unscale_(); take the "
                                "step with grad_scaler.step(optimizer) before")
@@ -168,11 +171,10 @@ class ProjectInBackward(InBackward):
 
     @staticmethod
     def _early(space: Projected, s: State) -> Projected:
-        """What is to be kept of a refresh until the step; the first basis is stored at once.
+        """What must be kept of a refresh until :meth:`step`.
 
-        Nobody reads a basis whose ``basis_step`` is 0, so nothing but that is lost if the step is
-        never taken. At the first step all matrices are refreshed: bases that waited would take
-        as much as the buffers.
+        A first basis is written now: while ``basis_step`` is 0 nobody reads it, and waiting copies
+        of all first bases would take as much as the buffers.
         """
         # R itself is in the buffer.
         space = space._replace(low=space.low.new_empty(0), more={})
@@ -203,7 +205,7 @@ class ProjectInBackward(InBackward):
                 if k.startswith("projected") and k != "projected_count"]
 
     def _buffers(self) -> list[Tensor]:
-        """Everything in which gradients wait, and the norms that stand for them."""
+        """All buffers in which gradients wait, and the exact norms kept beside them."""
         found: list[Tensor] = []
         for p in self.optimizer._held:
             if waiting := self._waiting(p):
@@ -230,11 +232,11 @@ class ProjectInBackward(InBackward):
     # ---------------------------------------------------------------- means over ranks
 
     def _send(self, p: Tensor, later: bool = True) -> bool:
-        """Begin to average what there is of p's gradient, if there is any, once.
+        """Begin to average p's gradient over ranks, if there is one, once per step.
 
         Args:
             p: the parameter.
-            later: in the backward pass, at whose end it has arrived.
+            later: the backward pass is running: wait for the mean at its end.
 
         Returns:
             Whether something was sent.
@@ -258,7 +260,7 @@ class ProjectInBackward(InBackward):
         self._sent.clear()
 
     def _average(self) -> bool:
-        """Average what no backward pass has, of a step that comes early; whether there was any."""
+        """Average what is still local when a step comes early; whether there was anything."""
         if self.replicas is None:
             return False
         late = [self._send(p, later=False) for _, p, _ in self.optimizer._named()]
@@ -270,9 +272,10 @@ class ProjectInBackward(InBackward):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their joint norm is at most ``max_norm``.
 
-        In place of ``torch.nn.utils.clip_grad_norm_``, which sees only what is in ``p.grad``. Of
-        a projected gradient R counts, or the full one with ``exact_norm=True``; what is in
-        ``p.grad`` counts in full, the matrices that keep theirs for a refresh included.
+        In place of ``torch.nn.utils.clip_grad_norm_``, which sees only what is in ``p.grad``. A
+        projected gradient counts with the norm of R, or of the full gradient with
+        ``exact_norm=True``; what is in ``p.grad`` counts in full, also that of matrices that keep
+        theirs for a refresh.
 
         Args:
             max_norm: > 0.
@@ -400,13 +403,13 @@ class ProjectInBackward(InBackward):
 
 
 class _StandIn:
-    """What GradScaler takes for an optimizer: parameters whose gradients are given tensors."""
+    """An optimizer as GradScaler sees one: its parameters' gradients are the given tensors."""
 
     def __init__(self) -> None:
         self.param_groups: list[dict[str, Any]] = []
 
     def give(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor as the gradient of one without bytes of its own."""
+        """Make each tensor the gradient of a parameter without storage of its own."""
         params = [x.new_empty(()).expand(x.shape) for x in tensors]
         for p, x in zip(params, tensors, strict=True):
             p.grad = x

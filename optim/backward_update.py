@@ -22,7 +22,10 @@ __all__ = ["UpdateInBackward", "update_in_backward"]
 
 
 class UpdateInBackward(InBackward):
-    """Handle of :func:`update_in_backward`."""
+    """Handle of :func:`update_in_backward`: applies each update in the backward pass until removed.
+
+    The gradient is freed after its update.
+    """
 
     name = "update_in_backward"
 
@@ -31,7 +34,7 @@ class UpdateInBackward(InBackward):
         super().__init__(optimizer, replicas)
         self.limit = limit
         self._done: set[Tensor] = set()
-        # With replicas: whose gradient is on its way while that of the next is computed.
+        # With replicas: the parameter whose gradient is being averaged while the next is computed.
         self._sent: tuple[Tensor, Sent] | None = None
         self._warned = False
 
@@ -77,7 +80,7 @@ class UpdateInBackward(InBackward):
             return
         optimizer, (name, o) = self.optimizer, self.place(p)
         if self.limit is not None:
-            # A copy: what is in p.grad may lie where the gradient of another lies, which flows on.
+            # A copy: p.grad may share memory with a gradient that is still propagated.
             g = g.clone()
             clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
         work = Work(name, p, g, numbers(o, optimizer.table()))
@@ -86,7 +89,7 @@ class UpdateInBackward(InBackward):
         try:
             optimizer._run([[work]], moved)
         finally:
-            if moved:  # a failure later than that, in a measurement, does not bring it back
+            if moved:  # p has been updated, although something after it (metrics) failed
                 self._done.add(p)
                 p.grad = None
 
@@ -100,12 +103,12 @@ class UpdateInBackward(InBackward):
                 "project_in_backward(optimizer, grad_scaler=scaler)")
         if self.replicas is not None:
             with without_autocast():
-                self.finish()  # of a backward pass that failed, whose others have been applied
+                self.finish()  # the last gradient of a backward pass that failed
             self._average()
         return True
 
     def _average(self) -> None:
-        """Take the mean of gradients that no hook has seen, as of one that was frozen before."""
+        """Average gradients that no hook has seen, e.g. of a parameter that was frozen."""
         assert self.replicas is not None
         for name, p, _ in self.optimizer._named():
             if p.grad is not None and p in self._done:
@@ -140,9 +143,9 @@ class UpdateInBackward(InBackward):
 
 def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | None = None,
                        process_group: Any = None) -> UpdateInBackward:
-    """Update each parameter as soon as its gradient is ready, and free that.
+    """Update each parameter during ``backward()``, and free its gradient at once.
 
-    One gradient exists at a time. ``step()`` must follow each backward pass: it counts the step
+    So one gradient exists at a time. ``step()`` must follow each backward pass: it counts the step
     for schedulers, and does nothing else. Options are read when the hook runs, so schedules hold;
     state is the ordinary one, and a run may go on with or without this. Under FSDP2 micro-batches
     before which ``set_requires_gradient_sync(False)`` was called are summed by FSDP2, unsharded,

@@ -66,7 +66,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                 torch about how a step runs.
         """
         defaults, dense = constructor_options(type(self), given)
-        # Rates that were given as tensors, which CUDA graphs read: of the groups, of AdamW's part.
+        # Rates that were given as tensors, which CUDA graphs read: the groups' and AdamW's part's.
         rates = {k: v for k, v in given.items() if k in ("lr", "lr_adamw")
                  and isinstance(v, Tensor)}
         self._prepare(dense, rates)
@@ -76,12 +76,15 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             warnings.warn(text, stacklevel=3)
 
     def _prepare(self, dense: dict[str, Any], rates: Mapping[str, Tensor]) -> None:
-        """What is neither state nor options; nothing of it but the arguments is saved."""
+        """Set up what is not saved: caches, and who works in the backward pass.
+
+        Only the two arguments go into a pickle.
+        """
         self._adamw, self._rates = dense, rates
-        # Parameters that were trained when they were added, by id: they get state even if they
-        # are frozen before it is made.
+        # By id, parameters that needed gradients when they were added: they get state even if
+        # they are frozen before it is made.
         self._first: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        # Who works in the backward pass for it: :mod:`lissom.optim.backward`.
+        # The handle that works in the backward pass, if any: :mod:`lissom.optim.backward`.
         self._backward: InBackward | None = None
         self._layouts = Layouts(self.table())
         # Options of each group, by its id, when they were last checked.
@@ -98,12 +101,13 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
 
     @state.setter
     def state(self, value: defaultdict[Any, Any]) -> None:
-        # As it is, which may be none yet. Not the dictionary's "state": wrappers of Lightning have
-        # a class derived from this one and find attributes, but no properties, in the optimizer.
+        # Stored under another name: Lightning's wrappers derive their class from this one, so the
+        # property runs on the wrapper. Their __getattr__ finds "_held" in the optimizer; an entry
+        # "state" of __dict__ would be missing in theirs.
         self._held = value
 
     def advice(self, given: Mapping[str, Any]) -> Iterator[str]:
-        """What the constructor warns of once all groups are there.
+        """Warnings of the constructor, given once all groups are added.
 
         Args:
             given: options of the constructor.
@@ -138,7 +142,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         group["params"] = [p for _, p in named]
         explicit = {self.spellings.get(k, k) for k in group}
         names = [name for name, _ in named]
-        # for messages: torch writes the names into the group itself
+        # Names are for messages only here: torch adds them to the group itself.
         group = checked_group(self, {**group, "param_names": names} if all(names) else group, where)
         group.pop("param_names", None)
         group["params"] = params
@@ -168,13 +172,13 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         self._count(self.param_groups[count:])
 
     def _count(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Count what is in new groups, before others may put something else there."""
+        """Count the parameters of new groups, before wrappers such as FSDP2 replace them."""
         own = [self.own_rule(p, o) for o in groups for p in o["params"]]
         self._layouts.size += len(own)
         self._layouts.matrices |= self.algorithm != "adamw" and any(own)
 
     def _remember(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Keep the options of groups as they are now; parameters would be kept in memory."""
+        """Keep a copy of the groups' options; not of ``params``, which would stay in memory."""
         self._seen.update((id(g), {k: v for k, v in g.items() if k != "params"}) for g in groups)
 
     def _split(self, group: dict[str, Any], explicit: set[str]) -> Iterator[dict[str, Any]]:
@@ -227,7 +231,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             self._backward.follow()
 
     def _before_capture(self) -> None:
-        """State for parameters whose steps are captured: what a graph allocates is the graph's."""
+        """Make the state of capturable groups now: a graph would own what it allocates."""
         if any(group["capturable"] for group in self.param_groups):
             self._sync_state()
 
@@ -270,6 +274,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                 self._backward.before(work)
             before = self.before_updates(work)
             moved: list[str] = []
+            # A list: a method's `together` may raise, which must come before the first write.
             for window in [*windows(self, work)]:
                 self._run(window, moved, before)
             if self._backward is not None:
@@ -317,7 +322,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         moved += [w.name for w in window]
 
     def _touched(self, p: Tensor) -> list[Tensor]:
-        """What an update of p writes to: p and its state, of which this rank holds."""
+        """What an update of p writes to: this rank's parts of p and its state."""
         tensors = [p, *self.state[p].values()]
         return [*map(sharding.local, tensors)] if sharding.is_sharded(p) else tensors
 
@@ -356,18 +361,18 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             return None
         if self.own_rule(p, o):
             able = self.by_rows(p, self.state[p], o, int(self.state[p]["step"]) + 1)
-        else:  # the blocks of a quantized vector go over the cuts
+        else:  # the quantization blocks of a vector cross the cuts between ranks
             able = p.ndim > 1 or not any(slot.bits for slot in self._layouts[p].values())
         return rows if able else None
 
     def _step_batch(self, batch: Sequence[Work]) -> Waiting[None]:
         """From gradient to parameter, for one parameter or several that are alike.
 
-        It waits where the update does. Several are one matrix with a leading dimension.
+        A generator that yields the update's requests. Several parameters are treated as one stack.
         """
         p, o = batch[0].p, batch[0].o
         state, rows = self.state[p], self._rows(p, o)
-        # On the host, or where it is captured a tensor.
+        # An int, or a tensor on the device where a CUDA graph is to read it.
         t: Any = state["step"].long() + 1 if o["capturable"] else int(state["step"]) + 1
         spread = self._layouts.spread(p)
         x, g, stored = operands(batch, [self.state[w.p] for w in batch], spread, rows)
@@ -426,8 +431,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State by parameter number, and groups, as torch has them; plain tensors and values.
 
-        Before the state's first use it has none, as in torch, unless parameters are sharded; its
-        groups then say ``format=0``.
+        Before the state is first used the dict holds none, as in torch, unless parameters are
+        sharded; its groups then have ``format=0``.
         """
         layouts = self._layouts
         if layouts.made or any(sharding.is_sharded(p) for _, p, _ in self._named()):
@@ -436,7 +441,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             self._backward.check_saved()
         begun = layouts.made
         layouts.made = True  # torch's method reads the state, and packs what the groups say
-        # It fails where a parameter is in no group, as between two steps of DeepSpeed's.
+        # torch's method fails on state of a parameter in no group, which DeepSpeed has between
+        # steps.
         present = {p for g in self.param_groups for p in g["params"]}
         away = {p: self._held.pop(p) for p in [*self._held] if p not in present}
         strange = [(g, g.pop("param_names")) for g in self.param_groups
@@ -501,7 +507,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             warnings.warn(f"{type(self).__name__}.load_state_dict: the saved options go on: "
                           f"{replaced}. {REMEDY}.", stacklevel=2)
         for mine, group in zip(self.param_groups, groups, strict=True):
-            if isinstance(mine["lr"], Tensor):  # which stays the tensor that others hold
+            if isinstance(mine["lr"], Tensor):  # keep the tensor: others hold a reference to it
                 group["lr"] = mine["lr"].copy_(group["lr"])
         super().__setstate__({"param_groups": groups})
         self._held.clear()
@@ -578,7 +584,7 @@ def checked_optimizer(optimizer: Any, where: str) -> MatrixOptimizer:
     """One of this package, also out of Lightning's wrapper, or a TypeError."""
     inner = getattr(optimizer, "optimizer", None)
     if isinstance(optimizer, MatrixOptimizer) and isinstance(inner, MatrixOptimizer):
-        # The wrapper has its class, but what is written to it stays there.
+        # A wrapper passes isinstance, but attributes set on it do not reach the optimizer.
         optimizer = inner
     if not isinstance(optimizer, MatrixOptimizer):
         raise TypeError(f"{where}: optimizer is a {type(optimizer).__name__}, but it must be one "

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Work", "operands", "windows"]
 
-# Elements of all parameters whose updates wait together, or as many as the largest of them has:
-# batches are worth a fifth of Muon's step on LLaMA-60M, and their temporaries stay below 150 MiB.
-# Of sharded ones a rank's rows count, so that there is work for every rank at once. What the
-# updates of a batch hold has the same bound.
+# Elements of the parameters in one window, or of the largest parameter if that is more. Windows
+# save a fifth of Muon's step on LLaMA-60M, with temporaries below 150 MiB. Of a sharded parameter
+# only this rank's rows count, so that there is work for every rank at once. The temporaries of a
+# batch have the same bound.
 _WINDOW = 1 << 22
 # Parameters of a batch: more save nothing, and tables of addresses stay small.
 _MOST = 64
-# Elements of a dense parameter that gains nothing by company.
+# Dense parameters of more elements gain nothing from a batch.
 _LARGE = 1 << 26
 
 
@@ -39,7 +39,11 @@ class Work(NamedTuple):
 
 
 def windows(optimizer: MatrixOptimizer, work: Sequence[Work]) -> Iterator[list[list[Work]]]:
-    """Batches that run together: one, or as many as fit where their updates may wait.
+    """Groups of batches in the order of the step.
+
+    A group has one batch, except where updates wait for functions of whole matrices (``waits``):
+    then as many as ``_WINDOW`` elements allow, so that equal shapes are computed together; those of
+    AdamW come first.
 
     Args:
         optimizer: of the parameters.
@@ -73,12 +77,11 @@ def operands(batch: Sequence[Work], states: Sequence[Mapping[str, Tensor]],
     Args:
         batch: one parameter, or several that are alike.
         states: of each.
-        spread: names in the state of a sharded parameter of what is gathered in any case.
-        rows: of a sharded parameter those that are updated where they are; None for all of it,
-            which then is gathered.
+        spread: names of the slots of a sharded parameter that are always gathered.
+        rows: the rows of a sharded parameter that are updated where they are; None to gather it.
 
     Returns:
-        Plain tensors, or of several :class:`lissom.kernels.apart.Apart`.
+        Plain tensors, or for several parameters :class:`lissom.kernels.apart.Apart`.
     """
     p, g, state = batch[0].p, batch[0].g, states[0]
     if len(batch) > 1:
@@ -99,13 +102,13 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
              ) -> Iterator[list[Work]]:
     """Parameters of one update: one, or on a GPU those that are alike.
 
-    There a launch costs Python as much as a small matrix costs the device.
+    A launch takes Python as long as a small matrix takes the GPU.
 
     Args:
         optimizer: of the parameters.
         work: some of a step.
         dense: which of them get AdamW.
-        most: elements that the updates of a batch may hold.
+        most: elements of temporaries that the updates of a batch may keep alive.
     """
     begun: dict[Hashable, tuple[list[Work], int]] = {}
     places: set[int] = set()
@@ -115,7 +118,9 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
         place = p.data_ptr() or id(w.p)
         again = place in places
         places.add(place)
-        if size and again:  # what is there twice is updated twice, one after the other
+        # A parameter that is listed twice is updated twice, so the first update must run before
+        # the second is batched.
+        if size and again:
             yield from (batch for batch, _ in begun.values())
             begun.clear()
         if again or not size:
@@ -150,10 +155,10 @@ def _held(optimizer: MatrixOptimizer, w: Work, p: Tensor, g: Tensor, dense: bool
     rows = None
     if p is not w.p:
         rows = optimizer._rows(w.p, o)
-        if rows is None or optimizer._layouts.spread(w.p):  # gathered, one after the other
+        if rows is None or optimizer._layouts.spread(w.p):  # gathered parameters go one by one
             return 0, None
     common: Hashable = False
-    if dense:  # whose updates hold next to nothing
+    if dense:  # 1 element: these updates have next to no temporaries
         size = int(p.dtype != torch.float64 and not o["amsgrad"] and p.numel() <= _LARGE)
     else:
         size, common = optimizer.together(w.p, state, o, int(state["step"]) + 1, rows)
@@ -161,7 +166,7 @@ def _held(optimizer: MatrixOptimizer, w: Work, p: Tensor, g: Tensor, dense: bool
 
 
 def _by_address(p: Tensor, g: Tensor) -> bool:
-    """Whether kernels work on p, and find it and its gradient by an address alone."""
+    """Whether kernels work on p, and need only the addresses of it and its gradient."""
     plain = (Tensor, torch.nn.Parameter)
     return (type(p) in plain and type(g) in plain and by_kernel(p) and p.numel() > 0
             and p.is_contiguous() and g.is_contiguous())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["check_capture", "check_gradient", "check_module", "check_parameter", "listed",
            "spoilt", "without_autocast"]
 
-# Devices whose autocast a step may find on.
+# Devices whose autocast may be on during a step.
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -28,7 +28,7 @@ def check_module(model: Any, where: str) -> None:
 
 
 def listed(params: Any, where: str) -> list[Any]:
-    """What a group has as ``params``: tensors and (name, tensor) pairs, in an order."""
+    """A group's ``params`` as a list: tensors or (name, tensor) pairs; sets are refused."""
     if isinstance(params, set):
         raise TypeError(f"{where}: params is a set, whose order changes between runs; use a list")
     if not isinstance(params, Iterable):
@@ -74,9 +74,9 @@ def check_gradient(p: Tensor, g: Tensor, name: str) -> Tensor:
     """A gradient must be dense and like its parameter.
 
     Returns:
-        It, or where tensor parallelism leaves it otherwise on the mesh of its parameter (of tables
-        cut by rows, of norms beside a sequence that is cut) another, placed as that is; a
-        collective operation then.
+        The gradient. If tensor parallelism has left it on the parameter's mesh with other
+        placements (embeddings sharded by rows, norms under sequence parallelism), a copy with the
+        parameter's; that is a collective operation.
     """
     if g.layout != torch.strided:
         raise TypeError(f"the gradient of {name!r} is sparse ({g.layout}), but it must be dense "
@@ -129,7 +129,7 @@ def _nonfinite(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def check_capture(groups: list[dict[str, Any]], where: str) -> None:
-    """Refuse to be recorded in a CUDA graph that would freeze what changes from step to step.
+    """Refuse to be captured in a CUDA graph, which would freeze what changes from step to step.
 
     Args:
         groups: of the optimizer.
@@ -148,7 +148,7 @@ def check_capture(groups: list[dict[str, Any]], where: str) -> None:
 
 
 def without_autocast() -> contextlib.AbstractContextManager[Any]:
-    """Products have the dtypes of their factors, also where a step is taken inside autocast."""
+    """Autocast off, so that a step taken inside it computes in the dtypes of its tensors."""
     kinds = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
     if not kinds:
         return contextlib.nullcontext()

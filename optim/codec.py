@@ -6,9 +6,9 @@ stochastically, because to nearest a second moment with beta2 = 0.999 never deca
 block of 256 (:mod:`lissom.kernels.dynamic`). Blocks restart at each row of the last dimension, so
 that shards of rows cut between them. Moments of fewer than 4096 elements stay in fp32 where
 8 or 4 bits are asked for, and rows of 4 or fewer in bf16. Bases and error feedback are stored
-linearly in blocks (:mod:`lissom.kernels.linear`) where they are asked for in 8 or 4 bits. What is
-in codes has them under its name and its scales under ``name.scale``. How it is stored a
-:class:`Slot` says, and nothing else: names mean nothing here.
+linearly in blocks (:mod:`lissom.kernels.linear`) where they are asked for in 8 or 4 bits. Codes
+are kept under the slot's name, their scales under ``name.scale``. Only the :class:`Slot` says how
+a value is stored; names have no meaning here.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ __all__ = ["SMALL", "SPREAD", "Decoded", "Slot", "State", "Together", "basis", "
 
 #: Moments of fewer elements are not quantized: their scales and their noise would not pay.
 SMALL = 4096
-#: Nor are rows of so few: a scale for each is larger than the half of bf16, in which they are kept.
+#: Nor are rows of so few, which are kept in bf16: with a 4-byte scale for each, codes save little.
 SHORT = 4
-#: What has fewer elements is not spread over ranks: gathering it costs more than it saves.
+#: Slots of fewer elements are not spread over ranks: gathering costs more than it saves.
 SPREAD = 4096
 # Elements that are quantized at once on a CPU; elsewhere all are.
 _PIECE = 1 << 17
@@ -60,13 +60,13 @@ class Slot(NamedTuple):
         bits: 8 or 4 for codes: it is then kept in the two tensors that :func:`stored` gives.
         pinned: on the host, where there is CUDA.
         rows: its first dimension is the parameter's: it is sharded with it.
-        spread: it is not, and large: ranks that share the parameter have some of its rows each, and
-            gather it when it is used.
-        code: of the codes: entries of the dynamic codebook, which are ``"unsigned"`` for averages
-            of squares, or ``"linear"`` steps.
-        stream: of the random bits that round it to 16, where it is an average of gradients, a
-            moment, which the arithmetic sees in fp32; None where it is none.
-        optional: a saved state that has no such value is whole: it begins at zero.
+        spread: its rows are not the parameter's, and it is large (e.g. moments of r rows): each
+            rank keeps a part of its rows, and all of it is gathered for an update.
+        code: what the codes mean: entries of the dynamic codebook, ``"signed"`` or (for averages of
+            squares) ``"unsigned"``, or ``"linear"`` steps.
+        stream: for a moment, the stream of the random bits that round it to bf16; None for a slot
+            that is not a moment.
+        optional: a saved state without this value is complete: it starts at zero.
     """
 
     shape: tuple[int, ...]
@@ -119,7 +119,7 @@ def moment(shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any], stream: int,
 
 
 def basis(shape: tuple[int, ...], bits: int | None, p: Tensor, rows: bool = False) -> Slot:
-    """A slot for a tensor that is no average: a basis, a residue.
+    """A slot for a tensor that is not a moment: a basis, or error feedback.
 
     Args:
         shape: of the tensor.
@@ -152,7 +152,7 @@ def stored(name: str, slot: Slot) -> dict[str, Slot]:
 
 def _decode(kept: Mapping[str, Any], name: str, slot: Slot, dtype: torch.dtype = torch.float32
             ) -> Tensor:
-    """What is stored under a name: the tensor itself, or in ``dtype`` what its codes stand for."""
+    """The value stored under a name: the tensor itself, or its codes decoded to ``dtype``."""
     if not slot.bits:
         plain: Tensor = kept[name]
         return plain
@@ -167,7 +167,9 @@ def _decode(kept: Mapping[str, Any], name: str, slot: Slot, dtype: torch.dtype =
 
 
 def fill(kept: Mapping[str, Any], name: str, value: Tensor, slot: Slot) -> None:
-    """Write a value to its store, whole and to nearest; for several parameters what is no code.
+    """Write a whole value to its store, rounded to nearest.
+
+    For several parameters (``Apart``) only slots without codes.
 
     Args:
         kept: the store.
@@ -187,7 +189,7 @@ def fill(kept: Mapping[str, Any], name: str, value: Tensor, slot: Slot) -> None:
 
 
 def _readable(slot: Slot, x: Tensor) -> Tensor:
-    """What :func:`_quantize` takes of x."""
+    """x contiguous, in a dtype that :func:`_quantize` takes."""
     narrow = slot.code == "linear" and x.dtype != torch.float64
     return (x if narrow else x.float()).contiguous()
 
@@ -213,12 +215,12 @@ def slots_of(s: Mapping[str, Tensor]) -> Mapping[str, Slot]:
 
 
 def read(s: Mapping[str, Tensor], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a slot that is no moment has stored.
+    """The stored value of a slot that is not a moment.
 
     Args:
         s: state that is being updated.
         name: of the slot.
-        dtype: of what comes out of codes.
+        dtype: of the result, if it is decoded from codes.
 
     Returns:
         The stored tensor itself if it is not in codes, else a new one.
@@ -228,7 +230,7 @@ def read(s: Mapping[str, Tensor], name: str, dtype: torch.dtype = torch.float32)
 
 
 def write(s: Mapping[str, Tensor], name: str, value: Tensor) -> None:
-    """Store a value at once in a slot that is no moment: see :func:`fill`."""
+    """Store a value at once in a slot that is not a moment: see :func:`fill`."""
     assert isinstance(s, Decoded)
     fill(s.kept, name, value, s.slots[name])
 
@@ -242,10 +244,10 @@ def rounded(s: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of tensors of equal leading dimensions, so many that temporaries stay small.
+    """Cut tensors of equal leading dimensions into pieces of rows, so that temporaries stay small.
 
-    They are views of contiguous tensors; of others they may be copies, to be read only. Where one
-    piece is all, it is the tensors themselves.
+    Pieces of contiguous tensors are views; those of others may be copies, only to be read. A single
+    piece is the tensors themselves.
     """
     first = tensors[0]
     count = first.numel()
@@ -261,14 +263,14 @@ def wide(x: Tensor) -> Tensor:
 
 
 def counter(dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Slot:
-    """A number kept on the host, where reading it waits for no device, or on one."""
+    """A slot for one number: on the host, where a read does not synchronize, or on a device."""
     return Slot((), dtype, device or torch.device("cpu"))
 
 
 class Together(Mapping[str, Tensor]):
     """State of several parameters of one layout: each slot is an :class:`Apart` of theirs.
 
-    Of sharded ones it is of what this rank holds.
+    For sharded parameters, of the parts that this rank holds.
 
     Args:
         states: one for each parameter.
@@ -297,8 +299,9 @@ class Together(Mapping[str, Tensor]):
 class Decoded(MutableMapping[str, Tensor]):
     """State as the arithmetic sees it: a moment is decoded to fp32 when it is first read.
 
-    What is stored in the precision of the arithmetic is the store itself. What else is in codes
-    is decoded at each reading.
+    A moment stored in fp32 is returned as it is, so writing to it writes the state. Other moments
+    are decoded once and written back by :func:`encode`. Bases and error feedback are decoded at
+    every read.
 
     Args:
         kept: state of a parameter, or of a block of its rows.
@@ -313,8 +316,8 @@ class Decoded(MutableMapping[str, Tensor]):
         self.dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         #: What has been read or set.
         self.opened: dict[str, Tensor] = {}
-        #: Where moments are to come from as a kernel reads them: (source, rows_move) of
-        #: :func:`lissom.kernels.adam.adam8`.
+        #: A move of the moments to new columns, which the kernel makes as it reads them:
+        #: (source, rows_move) of :func:`lissom.kernels.adam.adam8`.
         self.moved: tuple[Tensor | None, bool] = (None, False)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -347,8 +350,8 @@ class Decoded(MutableMapping[str, Tensor]):
     def stored_pair(self, g: Tensor, o: Mapping[str, Any]) -> dict[str, Any] | None:
         """Adam's moments as they are stored, for a kernel that decodes and encodes in one pass.
 
-        None where there is none: in float64, with a third moment, after one has been decoded, or
-        where the gradient is not contiguous.
+        None where the kernel cannot be used: in float64, with ``amsgrad``, after a moment has been
+        decoded, or where the gradient is not contiguous.
         """
         names = ("exp_avg", "exp_avg_sq")
         if (o["amsgrad"] or self.dtype != torch.float32 or g.dtype == torch.float64
@@ -367,13 +370,13 @@ class Decoded(MutableMapping[str, Tensor]):
         return {} if source is None else {"source": source, "rows_move": rows_move}
 
     def offset(self, name: str) -> int:
-        """Index in the whole slot of the first element of what is here of it."""
+        """Index in the whole slot of the first element that this rank has."""
         slot = self.slots[name]
         return self.rows.start * math.prod(slot.shape[1:]) if self.rows and slot.rows else 0
 
 
 def one_of(s: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The state itself, or of several parameters that of the first one."""
+    """The state itself, or that of the first parameter where s is of several."""
     kept = s.kept if isinstance(s, Decoded) else s
     return kept.states[0] if isinstance(kept, Together) else s
 
@@ -384,13 +387,13 @@ def rows_of(s: Mapping[str, Tensor]) -> Rows | None:
 
 
 def whole_shape(x: Tensor, s: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Shape of the matrix of which x is all, or the rows that the state ``s`` is of."""
+    """Shape of the whole matrix, where x has all its rows or those that the state s is of."""
     rows = rows_of(s)
     return tuple(x.shape) if rows is None else (*x.shape[:-2], rows.total, x.shape[-1])
 
 
 def row_sum(x: Tensor, s: Mapping[str, Tensor]) -> Tensor:
-    """The sum over all rows, of which x is one over those that the state ``s`` is of."""
+    """The sum over all rows, from x, the sum over the rows that the state s is of."""
     rows = rows_of(s)
     return x if rows is None else rows.sum(x)
 

@@ -33,12 +33,12 @@ COMMON: dict[str, Option] = {
 }
 #: Kept in the groups by this package, not given by users.
 BOOKKEEPING = {"format": integer(FORMAT, 1), "skipped_steps": integer(0, 0)}
-#: Of the options of every class those that decide what the state holds.
+#: Options of every class that decide which slots there are, or their dtype.
 LAYOUT = {"amsgrad", "state_bits", "master_bits"}
 #: Written into groups by torch's schedulers, or by people for their own use.
 FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum",
             "param_names", "name", "lr_scale"}
-#: What param_groups puts into groups for some rules, and others pass over.
+#: Keys that ``param_groups`` writes for some classes; the others ignore them.
 OF_SOME = {"rank", "matricize"}
 #: Options of the parameters that get AdamW, which then are groups of their own.
 ADAMW_PART = {"lr_adamw": "lr", "betas_adamw": "betas", "weight_decay_adamw": "weight_decay"}

@@ -1,7 +1,7 @@
 """States that were saved under other options, by another rule or by another package.
 
-:func:`convert_state` makes of such a state one that ``load_state_dict`` takes. What is kept for a
-parameter, and what begins anew:
+:func:`convert_state` turns such a state into one that ``load_state_dict`` takes. What is kept of a
+parameter's state, and what begins anew:
 
 =============================================  ===================================================
 change                                         what happens
@@ -74,8 +74,9 @@ class Converted(dict[str, Any]):
 
 def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
                   names: Sequence[str] | None = None) -> Converted:
-    """Turn a saved state into one of this optimizer, whose own options stay as they are.
+    """Continue from a state saved with other options, another method or another package.
 
+    Returns what ``load_state_dict`` of this optimizer takes; its own options stay as they are.
     ``optimizer.load_state_dict(convert_state(torch.load(file), optimizer))``. The module's text
     says what is kept; ``print`` the result to see it by parameter. Nothing is written to either
     argument.
@@ -124,7 +125,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
             old = decoded_state(entry, source[1], optimizer, p, o, at)
             kept, why = _fitted(old, optimizer, p, o)
         states[key] = kept or {k: torch.zeros_like(x) for k, x in own.items()}
-        for number in ("index", "key"):  # of the saved one where it is this package's
+        for number in ("index", "key"):  # the saved ones, if this package saved them
             mark = entry.get(number) if kept and entry else None
             states[key][number] = own[number].clone().copy_(
                 own[number] if mark is None else torch.as_tensor(plain_value(mark)))
@@ -138,7 +139,7 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: MatrixOptimizer,
 
 def _matched(saved: Mapping[str, Any], optimizer: MatrixOptimizer, names: Sequence[str] | None,
              where: str) -> list[tuple[Any, Mapping[str, Any]] | None]:
-    """Of each parameter the one that was saved, as its key and group, or None.
+    """For each parameter, key and group of the saved one that it continues, or None.
 
     By their names, else by their order; see :func:`convert_state`, whose errors these are.
     """
@@ -173,7 +174,7 @@ def _matched(saved: Mapping[str, Any], optimizer: MatrixOptimizer, names: Sequen
 
 def _distinct(states: dict[Any, dict[str, Tensor]], result: Mapping[str, Any],
               keys: Sequence[Any]) -> None:
-    """Take this optimizer's own numbers of all parameters where saved ones are there twice."""
+    """Take this optimizer's own ``index`` or ``key`` everywhere if saved ones occur twice."""
     for number in ("index", "key"):
         held = [int(s[number]) for s in states.values()]
         if len(set(held)) != len(held):
@@ -239,7 +240,7 @@ def _fitted(old: Saved, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, A
 
 def _subspaces(old: Saved, slots: Mapping[str, Slot], p: Tensor, o: Mapping[str, Any],
                optimizer: MatrixOptimizer) -> tuple[str, int]:
-    """Why a saved subspace cannot go on, or "", and the columns that are left where some go."""
+    """Why a saved subspace cannot be kept, or "", and the number of columns if it gets smaller."""
     before, now = old.options["projection"], o["projection"]
     if before != now and not {before, now} <= set(_ORDERED):
         return f"bases by {before!r}, now by {now!r}", 0

@@ -32,10 +32,10 @@ OPTIONS: dict[str, Option] = {
     "column_norm": choice(1, 1, 2),
     "similarity": choice("auto", "auto", "matmul", "fft"),
 }
-# Where the FFT beats the product: measured with bench.projections on 2 cores (from n = 128 on;
-# lengths with large prime factors too). On CUDA an fp32 product holds its own to about 2048
-# (arXiv 2505.17967); in 16 bits it is 2 n operations for each element at some 700 TFLOP/s, against
-# some 40 bytes that the FFT's passes move at 3 TB/s: they meet at about 4700. Not measured yet.
+# From which length n on the FFT is faster than the product. CPU: measured with bench.projections
+# on 2 cores, also for lengths with large prime factors. CUDA in fp32: about 2048 (arXiv
+# 2505.17967). CUDA in 16 bits, not measured yet: per element, 2 n operations at some 700 TFLOP/s
+# take as long at n = 4700 as the FFT's 40 bytes at 3 TB/s.
 _FFT_FROM = {"cpu": 129, "cuda": 2049}
 _FFT_FROM_16 = {"cpu": 129, "cuda": 4673}
 # Elements of a piece that is transformed at once on the CPU: 512 KiB in fp32.
@@ -52,19 +52,20 @@ def rows(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     d = torch.cos(steps * (math.pi / (2 * n)))[phase]
     d *= math.sqrt(2 / n)
     d[0] *= math.sqrt(0.5)
-    # Whole before it goes to a device: work there would belong to the stream of the first caller.
+    # Made on the CPU: work on a GPU would be ordered only on the first caller's stream, but the
+    # result is cached for all.
     return (d if kind == 2 else d.mT).to(dtype).contiguous().to(device)
 
 
 def columns(index: Matrices, n: int, kind: int, like: Tensor) -> Tensor:
     """The chosen columns of Q: index (..., r) to (..., n, r), in the dtype and place of ``like``.
 
-    Its transpose is contiguous, which is the factor that a lift multiplies with.
+    Its transpose, the factor of the lift, is contiguous.
     """
     table = rows(n, kind, like.dtype, like.device)
     index = stack(index)
     index = index if index.device == table.device else index.to(table.device)
-    # Unlike an index in brackets this takes int32 as it is.
+    # Unlike indexing with brackets, index_select takes int32 indices without a copy.
     chosen: Tensor = table.index_select(0, index) if index.ndim == 1 else table[index]
     return chosen.mT
 
@@ -87,7 +88,7 @@ def _twiddles(n: int, kind: int, dtype: torch.dtype, device: torch.device
 
 @functools.lru_cache(maxsize=64)
 def _packing(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where coefficient k stands in what the FFT left, and the sign that it has there."""
+    """Position of coefficient k in the packed result of the FFT, and its sign there."""
     k = torch.arange(n, device="cpu")
     if kind == 3:
         order, _ = _twiddles(n, kind, dtype, torch.device("cpu"))
@@ -98,7 +99,7 @@ def _packing(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> tup
 
 
 def _forward_fft(x: Tensor, dim: int) -> Tensor:
-    """DCT-II along dim, packed: coefficient k at 2 k, and n - k at 2 k + 1 with its sign turned.
+    """DCT-II along dim, packed: coefficient k at 2 k, and minus coefficient n - k at 2 k + 1.
 
     Returns:
         x with dim of n replaced by two: n // 2 + 1, and 2 at the very end.
@@ -135,26 +136,28 @@ def by_fft(n: int, x: Matrices, similarity: str) -> bool:
 
 def project(x: Matrices, r: int, *, kind: int, dim: int, norm: int, similarity: str,
             old: Tensor | None = None, cut: Rows | None = None) -> tuple[Tensor, Tensor]:
-    """The r basis vectors along dim that x has most of, and x on them, from one transform.
+    """The r basis vectors with the largest coefficients of x along dim, and x projected on them.
+
+    Both from one transform.
 
     Args:
-        x: (..., m, n), or several that lie apart. fp32 and float64 have that arithmetic; 16 bits
-            have fp32, but for their product with a basis on CUDA.
+        x: (..., m, n), or an ``Apart``. Arithmetic is in x's dtype for fp32 and float64, else in
+            fp32, except for the product of 16-bit x with a basis on CUDA.
         r: how many.
         kind: 2 or 3; see the module's text.
         dim: -1 for a right basis, -2 for a left one.
         norm: 1 or 2, the norm of a column of x Q (a row of Q^T x) that ranks it. With 2 the
             choice minimizes what is left of x.
         similarity: ``"matmul"``, ``"fft"`` or ``"auto"``, how x Q is computed.
-        old: the last choice, which stays where x is zero or not finite.
-        cut: which rows of a matrix x has, if not all, or with ``dim=-2`` which ranks have some of
-            its columns each; norms are summed over all.
+        old: the last choice, kept where x is zero or not finite.
+        cut: the sharding of a matrix x: into rows, or with ``dim=-2`` into columns, one share per
+            rank; norms are those of the whole matrix. None: x is whole.
 
     Returns:
         Indices (..., r), int32, in ascending order, and R = x Q or Q^T x on them.
     """
     n, other = x.shape[dim], -1 if dim == -2 else -2
-    # MKL refuses to transform nothing, which a rank without rows may have.
+    # MKL fails on empty input, which a rank without rows may have.
     fast = by_fft(n, x, similarity) and x.numel() > 0
     if not fast and x.element_size() == 2 and use_triton(None, x.device):
         return _in_one_pass(x, r, kind, dim, norm, old, cut)
@@ -169,7 +172,7 @@ def project(x: Matrices, r: int, *, kind: int, dim: int, norm: int, similarity: 
         else:
             q = rows(n, kind, x.dtype, x.device)
             full = (part @ q.mT if dim == -1 else q @ part).unsqueeze(-1)
-        # (..., m, n) with a last dimension of what is packed together
+        # (..., m, n, 1), or (..., m, n, 2) with n or m halved where the FFT has packed pairs
         sizes = full.abs() if norm == 1 else (full / largest).square_()
         scores = scores + sizes.sum(other - 1).flatten(-2)
         kept.append(full)
@@ -213,14 +216,14 @@ def _parts(x: Tensor, other: int, fast: bool) -> Sequence[Tensor]:
 
 
 def _largest(x: Tensor, cut: Rows | None) -> Tensor:
-    """The largest entry, by which squares of 1e30 or 1e-30 come into range."""
+    """The largest magnitude, to divide by so that squares of 1e30 or 1e-30 stay in range."""
     low, high = torch.aminmax(x if x.numel() else x.new_zeros(1))
     largest = torch.maximum(-low, high).clamp_min(torch.finfo(x.dtype).tiny)
     return largest if cut is None else cut.max(largest)
 
 
 def _best(scores: Tensor, r: int, old: Tensor | None) -> Tensor:
-    """Indices of the r largest, ascending; the old ones where nothing or no number is scored."""
+    """Indices of the r largest scores, ascending; the old ones if all are 0 or one not finite."""
     best = scores.topk(r, dim=-1, sorted=False).indices.sort(-1).values
     if old is None:
         return best
@@ -229,7 +232,7 @@ def _best(scores: Tensor, r: int, old: Tensor | None) -> Tensor:
 
 
 def _take(full: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Columns (dim -1) or rows (dim -2), of each matrix its own, with packed ones unpacked."""
+    """The chosen columns (dim -1) or rows (dim -2) of each matrix, unpacked if by FFT."""
     packed = full.shape[-1]
     if dim == -1:
         x = full.flatten(-2)

@@ -1,4 +1,4 @@
-"""DCT-AdamW: Adam on the cosine-basis columns that the gradient has most of, chosen every step."""
+"""DCT-AdamW: Adam on the columns of a cosine basis that are largest in the gradient."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["DCTAdamW"]
 
 
 class DCTAdamW(LowRankOptimizer):
-    """AdamW on r columns of G Q, Q a fixed cosine basis; no SVD, no QR, no stored basis.
+    """GaLore with a fixed cosine basis: no SVD, no QR, no basis in the state.
 
-    At each step (or each ``update_proj_gap``) the r columns of G Q with the largest norm are
-    taken; the moments move to the new columns exactly, by matching indices. State is Adam's on
+    At each step (or each ``update_proj_gap``) Adam works on the r columns of G Q with the largest
+    norm, Q the n x n cosine basis; moments of columns that stay are kept. State is Adam's on
     an m x r matrix and r indices. Arguments, defaults and errors are those of
     :class:`lissom.optim.LowRankOptimizer`, but for these:
 

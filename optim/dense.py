@@ -30,14 +30,14 @@ Options = Mapping[str, Any]
 
 def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mapping[str, Slot],
                o: dict[str, Any], t: int | Tensor, rows: Rows | None = None) -> None:
-    """AdamW in one operation, or on row blocks: no temporary is larger than a block.
+    """AdamW by one kernel, or on row blocks: no temporary is larger than a block.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101; decay before the update, as in torch.
     """
     first = 0 if rows is None else rows.start * math.prod(p.shape[1:])
     if not p.numel():
         return
-    # Traced, the operator would be compiled anew for each rate.
+    # Not under torch.compile, which would recompile for each rate.
     fused = None if torch.compiler.is_compiling() else codec.Decoded(
         stored, slots, p, rows).stored_pair(g, o)
     if fused is not None and p.is_contiguous() and "master" not in stored:
@@ -55,7 +55,7 @@ def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mappin
         x = read_weight(p_, block)
         u = adam(negated(codec.wide(g_), o), s, o, t)
         x.mul_(keep)
-        if isinstance(u.factor, Tensor):  # addcdiv would read it
+        if isinstance(u.factor, Tensor):  # addcdiv would read the tensor back to the host
             x += (u.numerator * (-lr * u.factor)).div_(u.denominator)
         else:
             x.addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
@@ -77,7 +77,7 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     rows = max(1, block // first[0].numel())
     if all(x.is_contiguous() for x in tensors):
         tensors = tuple(x.view(-1) if alike else x.view(-1, x.shape[-1]) for x in tensors)
-        # codes take more temporaries to decode and to encode
+        # halved: codes need more temporaries to decode and encode
         rows = block if alike else max(1, block // 2 // first.shape[-1])
     elif first.ndim == 1 and not alike:
         return [tensors]
@@ -93,13 +93,13 @@ class Quotient(NamedTuple):
 
 
 def representable(g: Tensor, state_bits: int = 32, terms: int = 1) -> Tensor:
-    """g, its finite entries brought to where sums of ``terms`` squares are finite in the state too.
+    """g, its finite entries clamped so that a sum of ``terms`` squares is finite in the state too.
 
     Adam's direction depends on the ratio of g to the root of its mean square, so an entry of
     1e30 that enters as 1.8e19 still moves its weight by the learning rate, where the plain
     formula gets g / inf = 0. Infinities and NaN stay what they are.
     """
-    # Squares of larger numbers are infinite. The range of fewer bits is fp32's.
+    # Squares of larger numbers are infinite. Moments of fewer bits have fp32's range.
     largest = torch.finfo(g.dtype if state_bits == 32 else torch.float32).max
     return within(g, math.sqrt(largest / terms))
 

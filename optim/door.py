@@ -1,7 +1,7 @@
-"""The one door for options: of a constructor, a new group, a saved one, a group edited in place.
+"""Checks of all options on their way in: from a constructor, a new, a saved or an edited group.
 
-Everything is checked before anything changes. A message gives the place, the option, the value that
-came and the rule.
+Everything is checked before anything changes. A message gives the place, the option, the value
+received and the rule.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _USE_MUON = boolean(True)
 
 def constructor_options(cls: type[Method], given: Mapping[str, Any]
                         ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a constructor was given, checked.
+    """Check the options that a constructor was given.
 
     Args:
         cls: of the optimizer.
@@ -40,7 +40,7 @@ def constructor_options(cls: type[Method], given: Mapping[str, Any]
             a step runs.
 
     Returns:
-        The defaults of all groups, and the options in which parameters that get AdamW differ.
+        The defaults of all groups, and the options that AdamW's part has instead.
     """
     table, where = cls.table(), f"{cls.__name__}()"
     _refuse_torch_only(given, where)
@@ -62,8 +62,8 @@ def checked_group(optimizer: MatrixOptimizer, group: Mapping[str, Any], where: s
     """A copy of a group with every option present and checked.
 
     Args:
-        optimizer: whose group it is or is to be.
-        group: options, ``params`` and what others keep in it.
+        optimizer: the group's, or to be.
+        group: options, ``params`` and foreign keys.
         where: beginning of a message.
         entering: the group is new, not saved.
         foreign: keys beside the known foreign ones that are passed on as they are.
@@ -77,7 +77,7 @@ def checked_group(optimizer: MatrixOptimizer, group: Mapping[str, Any], where: s
         if name in others or name in TORCH_ONLY:
             continue
         if name not in table and (name in OF_SOME or (name == "scaling" and "roles" in group)):
-            continue  # from param_groups or adapter_groups, for other rules
+            continue  # written by param_groups or adapter_groups for other classes
         name = optimizer.spellings.get(name, name)
         if name == "use_muon":  # Keller Jordan's group key
             value = optimizer.algorithm if _USE_MUON.check(name, value, where) else "adamw"
@@ -94,7 +94,7 @@ def checked_group(optimizer: MatrixOptimizer, group: Mapping[str, Any], where: s
     full = known | {k: v for k, v in optimizer.defaults.items() if k in known} | own
     rate = group.get("lr", optimizer._rates.get("lr") if entering else None)
     if full["capturable"] and isinstance(rate, Tensor):
-        # schedulers and graphs want one of its own in each group
+        # each new group gets a tensor of its own, as schedulers and graphs change it in place
         full["lr"] = rate.detach().clone() if entering else rate
     _check_together(optimizer, full, group, set(own) if entering else set(), where)
     return {**{k: v for k, v in group.items() if k in others}, **full}
@@ -121,15 +121,15 @@ def check_masters(o: Mapping[str, Any], params: Iterable[Tensor], where: str) ->
 
 def changed_options(optimizer: MatrixOptimizer, group: dict[str, Any], last: dict[str, Any]
                     ) -> None:
-    """Check a group some of whose options were changed in place, and keep them as plain values.
+    """Check the options of a group that were changed in place, and store them as plain values.
 
-    The rate, which schedulers change at every step, may be any number, as in torch; a real number
-    in a tensor stays there, as its owner may change it.
+    The rate, which schedulers change at every step, may be any number, as in torch. A numeric
+    option in a tensor stays in it, as its owner may change it.
 
     Args:
         optimizer: whose group it is.
         group: the group.
-        last: its options when they were last checked, brought up to date.
+        last: its options when they were last checked; updated here.
     """
     table, rate = optimizer.table(), group.get("lr", 0.0)
     names = [k for k, v in group.items() if k in table and k != "lr" and v is not last.get(k)]
@@ -157,8 +157,8 @@ def _is_number(value: Any) -> bool:
 
 
 def plain_options(group: Mapping[str, Any], table: Mapping[str, Option]) -> dict[str, Any]:
-    """What a group is saved with: ``torch.load(weights_only=True)`` reads none of the numbers of
-    numpy that schedules leave. A tensor stays, unless it is in the place of what is no real number.
+    """The options to save: numpy's numbers, which schedules leave, become plain ones, because
+    ``torch.load(weights_only=True)`` refuses them. Tensors stay in numeric options only.
     """
     return {k: plain_value(v) for k, v in group.items() if k != "params" and not (
         isinstance(v, Tensor) and (k not in table or table[k].number))}
@@ -174,7 +174,7 @@ def plain_value(value: Any) -> Any:
 
 
 def numbers(group: dict[str, Any], table: Mapping[str, Option]) -> dict[str, Any]:
-    """The group, with Python's numbers where schedules have put tensors or numpy's into options.
+    """The group, with tensors and numpy's numbers in options replaced by Python's numbers.
 
     A rate that a CUDA graph reads stays a tensor.
     """
@@ -184,7 +184,7 @@ def numbers(group: dict[str, Any], table: Mapping[str, Option]) -> dict[str, Any
 
 
 def _refuse_torch_only(given: Mapping[str, Any], where: str) -> None:
-    """Torch's switches about how a step runs are taken where they ask for nothing else."""
+    """Refuse values of torch's switches that ask for what this package does not do."""
     if given.get("differentiable"):
         raise ValueError(f"{where}: differentiable={given['differentiable']!r}, but it must be "
                          "False: this step is not differentiated through")
@@ -198,7 +198,7 @@ def _refuse_torch_only(given: Mapping[str, Any], where: str) -> None:
 
 def _check_capturable(o: Mapping[str, Any], params: list[Tensor], reason: str | None, where: str
                       ) -> None:
-    """What a step in a CUDA graph needs: nothing of it is decided or counted on the host.
+    """Refuse what a CUDA graph would freeze: whatever is decided or counted on the host.
 
     Args:
         o: all options of a group with ``capturable=True``, and its ``param_names`` or None.

@@ -30,8 +30,8 @@ class FiraAdamW(LowRankOptimizer):
 
     A column whose R vanishes while its N does not would get an unbounded phi: it is capped where
     S would exceed 10 times what is expected of that column. A limiter that has seen only a zero
-    or tiny gradient limits nothing. |S| comes from the norms of G and R: with bf16 weights, the
-    less of the gradient is outside the subspace, the less exact is the scale of that part.
+    or tiny gradient limits nothing. |S| is computed from the norms of G and R; with bf16 weights
+    the scale of S gets less exact the less of the gradient is outside the subspace.
 
     Source: Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
     Constraint?", arXiv 2410.01623.

@@ -1,6 +1,6 @@
-"""States as they were saved, by this package under other options or by others, decoded.
+"""Decoding of saved states: of this package under other options, and of other packages.
 
-What becomes of them says :mod:`lissom.optim.convert`.
+:mod:`lissom.optim.convert` fits them into an optimizer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Saved(NamedTuple):
 
     Args:
         values: by slot, in the arithmetic's precision, ``step`` included.
-        rule: that saved it; ``"adamw"``, another's name, or None where nothing is known of it.
-        options: of its group, where it was this package's; else none.
-        stored: as it was saved, in this package's slots: what is stored alike is copied, since
-            decoding and encoding once more would round once more.
+        rule: the rule that saved it: ``"adamw"``, another name, or None if unknown.
+        options: of its group, if this package saved it; else none.
+        stored: the tensors as saved, in this package's slots. Slots that are stored alike are
+            copied from here, as decoding and encoding would round once more.
     """
 
     values: dict[str, Tensor]
@@ -44,7 +44,7 @@ class Saved(NamedTuple):
 
 
 def check_numbers(entry: Mapping[str, Any], at: str) -> None:
-    """Refuse a saved state whose counts are none: ValueError."""
+    """Refuse a saved state whose counts are no integers >= 0: ValueError."""
     for name in NUMBERS:
         value = entry.get(name, 0)
         if not isinstance(value, Tensor) or not value.is_meta:
@@ -61,7 +61,7 @@ def decoded_state(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer:
     Args:
         entry: the state.
         group: in which it was saved.
-        optimizer: that is to go on.
+        optimizer: the one to continue with.
         p: its parameter.
         o: options of that one's group.
         at: beginning of a message.
@@ -80,7 +80,8 @@ def decoded_state(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer:
     if "index" not in entry:  # torch
         if "exp_avg_sq" in values:
             return Saved(values, "adamw")
-        if set(values) == {"momentum_buffer"} and "dampening" not in group:  # SGD's is no average
+        # SGD, whose groups have "dampening", keeps a sum; Muon an average.
+        if set(values) == {"momentum_buffer"} and "dampening" not in group:
             return Saved({**values, "step": _count(1)}, "muon")
         raise ValueError(f"{at}: saved state has {sorted(map(str, entry))}, which is of no "
                          "optimizer that is known here")
@@ -89,17 +90,17 @@ def decoded_state(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer:
     own = optimizer.algorithm
     options: dict[str, Any] = {"algorithm": rule} if rule in (own, "adamw") else {}
     slots_ = {k.removesuffix(".scale") for k in values} - {*NUMBERS, "max_exp_avg_sq", *MASTERS}
-    if slots_ == {"exp_avg", "exp_avg_sq"}:  # a vector's, say, in a group of another rule, whose
-        # options of the same names need not be this one's
+    if slots_ == {"exp_avg", "exp_avg_sq"}:
+        # AdamW's, e.g. of a vector in a group of another rule, whose options may mean other things
         table, options["algorithm"] = COMMON, "adamw"
     elif isinstance(optimizer, LowRankOptimizer) and "basis_step" in values:
-        options["algorithm"] = own  # a relative's state has the same slots
+        options["algorithm"] = own  # a related class, with the same slots
     elif rule not in (own, "adamw") or (
             tuple(group.get("roles") or ()) != tuple(o.get("roles") or ())):
         return Saved({k: values[k] for k in NUMBERS if k in values}, None)
     options |= {k: v for k, v in group.items() if k in table and k != "algorithm"}
     full = checked_group(optimizer, {**options, "params": []}, at, entering=False)
-    full["params"] = o["params"]  # of which a rule may say what each is to the others
+    full["params"] = o["params"]  # with roles, slots depend on a parameter's position among them
     dense = not optimizer.own_rule(p, full)
     rule = "adamw" if dense else rule
     slots = {k: slot for k, slot in slots_of(optimizer, p, full).items() if k in values}
@@ -112,13 +113,13 @@ def decoded_state(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer:
 
 
 def _count(steps: float) -> Tensor:
-    """A count as states keep it, whatever torch's defaults are."""
+    """A count as states keep it, independent of torch's default dtype and device."""
     return torch.tensor(float(steps), dtype=torch.float32, device="cpu")
 
 
 def _bitsandbytes(entry: Mapping[str, Any], shape: tuple[int, ...], at: str
                   ) -> dict[str, Tensor]:
-    """Both moments; 8-bit codes index a map, with a scale for each 256 of the flattened tensor."""
+    """Both moments; 8-bit codes index a map, with a scale per 256 elements of the flat tensor."""
     values = {"step": _count(entry["step"])}
     for name, i in (("exp_avg", "1"), ("exp_avg_sq", "2")):
         x = entry.get(f"state{i}")
@@ -137,14 +138,14 @@ def _bitsandbytes(entry: Mapping[str, Any], shape: tuple[int, ...], at: str
 
 
 def _least(codes: Tensor, i: str) -> Tensor:
-    """Codes of bitsandbytes, second moments not zero: beside first ones that are not, they would
-    move a weight by their quotient with epsilon. Of a block of zeros all codes mean zero.
+    """bitsandbytes' codes, with the code of zero in second moments raised to the next one: a zero V
+    beside a nonzero M would move a weight by M / eps. In a block of zeros all codes mean zero.
     """
     return codes if i == "1" else codes.clamp_min(1)
 
 
 def _same_codes(entry: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
-    """Codes of bitsandbytes that are this package's: the same map, and no block over two rows."""
+    """Codes that can be taken over as they are: the same map, and no block crosses rows."""
     stored: dict[str, Tensor] = {}
     for name, i in (("exp_avg", "1"), ("exp_avg_sq", "2")):
         codes, scale, book = entry[f"state{i}"], entry.get(f"absmax{i}"), entry.get(f"qmap{i}")

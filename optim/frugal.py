@@ -32,9 +32,9 @@ class _Free(Sign):
 
 def _coordinates(n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int,
                  like: Tensor) -> Tensor:
-    """The columns of the identity that belong to r of n coordinates, drawn anew: (..., n, r)."""
-    # Where they are used, if that is CUDA, as project.gaussian does: nothing is waited for. (Nor by
-    # a comparison, where functional.one_hot would check the indices.)
+    """The columns of the identity for r of n coordinates, drawn at random: (..., n, r)."""
+    # Drawn on the GPU if it is used there, as by project.gaussian, so that nothing synchronizes. A
+    # comparison for the same reason: functional.one_hot would check the indices on the host.
     place = like.device if like.device.type == "cuda" else torch.device("cpu")
     drawn = torch.rand((*batch, n), generator=project.generator(key, stream, place), device=place,
                        dtype=torch.float32)

@@ -26,7 +26,7 @@ __all__ = ["GradNormLoRPAdamW"]
 
 # Slots of the magnitude's moments begin with this.
 _MAGNITUDE = "magnitude_"
-# The first one's stream of random bits, after those of the inner rules.
+# Stream of the random bits of its first moment, after those of the inner rules.
 _STREAM = 6
 # The buffer of dL/dmu, where gradients are projected in the backward pass.
 _SLOPE = "projected_slope"
@@ -42,7 +42,7 @@ class GradNormLoRPOptions(SubspaceOptions, total=False):
 
 
 class GradNormLoRPAdamW(LowRankOptimizer):
-    """AdamW on the magnitudes of a weight, low-rank Adam on its direction.
+    """GaLore with weight normalization: magnitudes get AdamW, directions low-rank Adam.
 
     W = V diag(mu / c), c the norms of V's columns. With G = dL/dW and V^ = V diag(1 / c):
     dL/dmu_j = <G_j, V^_j>, and D = dL/dV = (G - V^ diag(V^^T G)) diag(mu / c), whose columns are
@@ -120,12 +120,12 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         return o["roles"] is not None
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
-        # Of a plain weight the lengths of columns are sums over rows at many places.
+        # Column norms of a plain weight are sums over rows, which this code does not exchange.
         return o["roles"] is not None and super().by_rows(p, s, o, t)
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
                  rows: Rows | None) -> tuple[int, Hashable]:
-        # A plain weight is looked at itself.
+        # With a plain weight the update reads W itself, so it is not batched.
         return (0, False) if o["roles"] is None else super().together(
             p, s, o, t, rows)
 
@@ -198,7 +198,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
 
 
 def _columns(w: Tensor, o: Mapping[str, Any]) -> tuple[int, Tensor, Tensor]:
-    """The dimension that a magnitude's vector runs along, c of each vector, and 1 / c or 0."""
+    """The dimension that c is a norm along, c of each column (row), and 1 / c or 0."""
     dim = -2 if o["axis"] == "input" else -1
     c = torch.linalg.vector_norm(w, dim=dim, keepdim=True)
     return dim, c, torch.where(c > 0, 1 / c, 0.0)

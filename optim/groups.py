@@ -15,17 +15,18 @@ from .options import either, integer, nearest, optional, real
 
 __all__ = ["param_groups"]
 
-# Parts of names of parameters of two and more dimensions that are tables or pairs.
+# Parts of the names of parameters of 2 or more dimensions that are no weight matrices: positions
+# and low-rank pairs.
 _NO_MATRICES = ("lora_", "pos_embed", "position", "rel_pos", "A_log")
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
-# Linear maps under another name: GPT-2's in transformers, whose weight is in x out.
+# Linear layers of other classes: GPT-2's in transformers, whose weight is in x out.
 _LINEAR_NAMES = {"transformers.pytorch_utils.Conv1D"}
 # A rank, or a fraction of a matrix's shorter side.
 _RANK = optional(either(integer(None, 1), real(None, 0.0, 1.0, above=True, below=True)))
 
 
 def _has_matrix(module: nn.Module, short: str) -> bool:
-    """Whether a parameter of that name is the matrix of a module that is known."""
+    """Whether the parameter ``short`` of a module is the weight matrix of a known class."""
     kind = type(module)
     if isinstance(module, nn.MultiheadAttention):
         return short.endswith("proj_weight")
@@ -45,17 +46,17 @@ def param_groups(
     model: nn.Module, rank: int | float | None = 128, *, weight_decay: float | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None, **options: Any,
 ) -> list[dict[str, Any]]:
-    """Groups with names for any optimizer of this package.
+    """Make parameter groups of a model for any optimizer of this package.
 
-    Weights of ``nn.Linear`` (the output head apart), of GPT-2's ``Conv1D`` in transformers, of
-    convolutions and the packed input projection of ``nn.MultiheadAttention`` go to the matrix rule.
-    Embeddings, the head, norms, biases and parameters that no known module owns get AdamW, with a
-    warning where matrices are among the last; those of fewer than two dimensions and all parameters
-    of norms without decay. A weight used twice (a tied head) appears once, as
+    Groups have names. Weights of ``nn.Linear`` (the output head apart), of GPT-2's ``Conv1D`` in
+    transformers, of convolutions and the packed input projection of ``nn.MultiheadAttention`` go to
+    the matrix rule. Embeddings, the head, norms, biases and parameters that no known module owns
+    get AdamW, with a warning where matrices are among the last; those of fewer than two dimensions
+    and all parameters of norms without decay. A weight used twice (a tied head) appears once, as
     the embedding that it is. Parameters that need no gradient are left out. A head is told by its
     name (:func:`output_heads` in the code), the model's ``get_output_embeddings()`` or
-    ``get_classifier()``, or as many outputs as a table has entries. Names may deceive: ``plan()``
-    shows what became of each, and an override says otherwise.
+    ``get_classifier()``, or as many outputs as an embedding has entries. This may be wrong for a
+    model with other names: ``plan()`` shows what each parameter gets, and ``overrides`` change it.
 
     Args:
         model: any module.
@@ -116,7 +117,7 @@ def param_groups(
                 chosen["weight_decay"] = 0.0
             elif weight_decay is not None:
                 chosen["weight_decay"] = weight_decay
-            # Of one row or column it is a learnt token or a scale; adapter_groups knows of pairs.
+            # One row or column: a learnt token or a scale. Pairs are for adapter_groups.
             if not (is_matrix or is_norm or id(p) in heads or isinstance(module, _TABLES)
                     or sum(x > 1 for x in p.shape) < 2 or any(x in name for x in _NO_MATRICES)):
                 strange[name] = type(module).__name__

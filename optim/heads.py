@@ -19,24 +19,25 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
 _HEAD_NAMES = {"lm_head", "head", "output", "embed_out", "classifier", "score", "output_projection",
                "head_dist", "classification_head", "qa_outputs", "dense_prediction",
                "seq_relationship"}
-# Those of heads in general, which may be several layers, or a convolution.
+# Module names of heads that may have several layers, or be a convolution.
 _HEAD = re.compile(r"(^|_)(head|classifier|score)(_dist)?$")
-# Methods by which models of Hugging Face and of timm tell theirs.
+# Methods of Hugging Face's and timm's models that return the head.
 _DECLARING = ("get_output_embeddings", "get_classifier")
-# The number of a layer in a dotted name, which other names follow.
+# The number of a block in a dotted name: "3." in "layers.3.mlp".
 _LAYER = re.compile(r"(?<![^.])\d+(?=\.)")
-# Tables of these names have an entry for a position, which no head gives.
+# Embeddings of positions: their number of entries is no vocabulary.
 _POSITIONS = re.compile(r"pos|wpe")
 
 
 def output_heads(model: nn.Module) -> set[int]:
     """Ids of the weights of output heads.
 
-    Those are tied or declared, go by a head's name (of several layers the last one does, of a list
-    of layers each), are a last layer named ``fc``, or have as many outputs as a table has entries.
-    This says nothing of what several layers have alike, nor of one layer that is as wide as a
-    table: where a model is as wide as its table of bytes is long, that would be most of it. The
-    name ``output`` says nothing of what is in a layer.
+    A weight is a head if (1) it is an embedding's, hence tied, (2) the model declares it
+    (``get_output_embeddings``, ``get_classifier``), (3) it lies under a head's name, the last layer
+    if there are several, each of a ``ModuleList``, (4) it is the model's last layer and called
+    ``fc``, or (5) it has as many outputs as an embedding has entries. (5) is not used for layers
+    that repeat, nor inside a block where the width equals the vocabulary; the name ``output``
+    counts only outside blocks.
     """
     tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     vocabularies = {m.num_embeddings for name, m in tables.items()
@@ -60,7 +61,7 @@ def output_heads(model: nn.Module) -> set[int]:
 
 
 def _declared(model: nn.Module) -> Iterator[nn.Module]:
-    """The heads that a model tells, or what is wrapped in it."""
+    """The heads that a model, or a module in it, declares."""
     for module in model.modules():
         for name in _DECLARING:
             try:
@@ -68,22 +69,22 @@ def _declared(model: nn.Module) -> Iterator[nn.Module]:
                 if not callable(method) or inspect.signature(method).parameters:
                     continue
                 told = method()
-            except Exception:  # one that cannot tell, or has something else under that name
+            except Exception:  # not implemented, or another method of that name
                 continue
-            # Of models with several outputs it is a list, or modules in one.
+            # Models with several outputs return a list, or a module of modules.
             yield from (m for m in (told if isinstance(told, (list, tuple)) else [told])
                         if isinstance(m, nn.Module) and m is not module)
 
 
 def _last_layers(model: nn.Module, more: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
-    """Layers that a head's output comes from, by its name.
+    """The last layer of each module with a head's name, and a last layer called ``fc``.
 
-    Those within layers are no heads, nor is what has as many outputs as inputs: a pooling, or a
-    layer before the head.
+    Not inside blocks, and not where the module has as many outputs as inputs: that is a pooling, or
+    a layer before the head.
 
     Args:
         model: their model.
-        more: what a head may be beside linear.
+        more: classes of layers that count beside ``nn.Linear``.
     """
     kinds: tuple[type[Any], ...] = (nn.Linear, *more)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: an optimizer from its arguments, and gradients that never pile up in it.
+"""Hugging Face's Trainer: its optimizer from its arguments, and work in the backward pass.
 
 Needs ``transformers`` (extra ``hf``), which nothing else of this package imports.
 """
@@ -28,17 +28,18 @@ def trainer_optimizer(
     cls: type[MatrixOptimizer], args: Any, rank: int | float | None = 128, *,
     groups: Callable[[nn.Module], Groups] | None = None, **options: Any,
 ) -> tuple[Callable[[], Build], dict[str, Any]]:
-    """What a ``Trainer`` takes as ``optimizer_cls_and_kwargs``.
+    """Use an optimizer of this package in a ``Trainer``, as its ``optimizer_cls_and_kwargs``.
 
-    The Trainer's own groups know of decay alone: a class and a rank given to it would project
-    embeddings and head too. This makes the groups of :func:`lissom.optim.param_groups` when the
-    Trainer asks for its optimizer, from the model that it has then (``model_init``, FSDP).
+    The Trainer's own groups distinguish only weight decay, so a low-rank class would project
+    embeddings and head too. This makes the groups of :func:`lissom.optim.param_groups`, when the
+    Trainer creates its optimizer, from the model that it has then (``model_init``, FSDP).
 
     Args:
         cls: any class of this package.
         args: the Trainer's ``TrainingArguments``; ``learning_rate``, ``adam_beta1``,
             ``adam_beta2``, ``adam_epsilon`` and ``weight_decay`` (0 where it was not given) are
-            the optimizer's. Of Muon, PolarGrad and Trion all but the matrices has ``lr_adamw``.
+            the optimizer's. With Muon, PolarGrad and Trion, ``learning_rate`` is that of the
+            matrices; the rest has ``lr_adamw``.
         rank: of every matrix, as :func:`lissom.optim.param_groups` takes it. Default 128.
         groups: from the model to groups, in place of ``param_groups(model, rank=rank)``:
             ``adapter_groups`` for pairs, ``lambda model: param_groups(model, overrides=...)``.
@@ -74,7 +75,7 @@ class _InBackwardCallback(TrainerCallback):
     def __init__(self, max_grad_norm: float | None) -> None:
         self.max_grad_norm: float | None = optional(NORM).check(
             "max_grad_norm", max_grad_norm, type(self).__name__)
-        #: What is on the optimizer during training, else None.
+        #: The handle during training, else None.
         self.handle: InBackward | None = None
 
     def attach(self, optimizer: Any, args: Any, scaler: Any) -> InBackward:
@@ -84,7 +85,7 @@ class _InBackwardCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None,
                        **kwargs: Any) -> None:
         """Attach; raises what the handle's function raises, ValueError where the Trainer clips."""
-        self._remove()  # that of a training which an error has ended
+        self._remove()  # left by a training that ended with an error
         name = type(self).__name__
         if args.max_grad_norm:
             raise ValueError(

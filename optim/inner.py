@@ -48,7 +48,7 @@ class Rule(NamedTuple):
 
 
 def _decoded_pair(r: Tensor, s: State, o: Options) -> dict[str, Any] | None:
-    """Moments that a new basis has turned, in fp32, for the kernel; None where it does not fit."""
+    """Moments in fp32, after a change of basis, for the kernel; None where it cannot be used."""
     m, v = s["exp_avg"], s["exp_avg_sq"]
     if o["amsgrad"] or r.dtype == torch.float64 or m.dtype != torch.float32 or not all(
             x.is_contiguous() for x in (r, m, v)):

@@ -1,6 +1,7 @@
-"""What keys a parameter's random numbers: its name and the seed.
+"""Keys of random numbers.
 
-A parameter's ``key`` is of its name, so that it draws the same wherever it stands among others.
+A parameter's key is a hash of its name, so it draws the same numbers wherever it stands among the
+others. Random bits depend on the key and on the option ``seed``.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from ..kernels.apart import Apart, Keys, Matrices
 
 __all__ = ["key_of", "keys_of", "name_key", "names_of", "plain_name"]
 
-# Put into names by what wraps a module; DDP's is at the beginning alone.
+# Parts of names that wrappers add; DDP's "module" is removed only at the beginning.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def plain_name(name: str) -> str:
-    """A parameter's dotted name without what wrapping the model has put into it.
+    """A parameter's dotted name without the prefixes that wrappers of the model have added.
 
-    That is done by torch.compile, DDP, FSDP1 and activation checkpointing.
+    Those of torch.compile, DDP, FSDP1 and activation checkpointing.
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
 
 
 def names_of(group: Mapping[str, Any]) -> Sequence[str] | None:
-    """The names that a group has of its parameters.
+    """The names of a group's parameters.
 
-    None where it has none, and where they are of what DeepSpeed has put into one parameter.
+    None where it has none, or not one for each (DeepSpeed flattens several into one parameter).
     """
     names: Sequence[str] | None = group.get("param_names")
     return names if names and len(names) == len(group["params"]) else None

@@ -140,7 +140,7 @@ def _normalized(w: Tensor, a: Tensor, b: Tensor, mu: Tensor, scaling: float, axi
     """V mu / c, V, mu / c and 1 / c, the last two zero where c is; not in 16 bits."""
     v = _summed(w, a, b, scaling)
     c = _norms(v, axis)
-    # where twice: the gradient of 1 / c must not be seen where c is zero
+    # Two `where`: a zero c must not reach 1 / c, whose gradient would be NaN.
     alive = c > 0
     inverse = torch.where(alive, 1 / torch.where(alive, c, 1.0), 0.0)
     factor = mu.to(v.dtype).view(c.shape) * inverse
@@ -148,7 +148,7 @@ def _normalized(w: Tensor, a: Tensor, b: Tensor, mu: Tensor, scaling: float, axi
 
 
 class _NormalizedProduct(torch.autograd.Function):
-    """y = (V mu / c) x + bias, whose backward pass finds V anew: autograd would keep copies of it.
+    """y = (V mu / c) x + bias; the backward pass recomputes V, of which autograd would keep copies.
 
     With the gradient G of the weight, f = mu / c and S, the sum of V o G along the axis:
     dmu = S / c and dV = f G - f / c^2 S V.
@@ -224,10 +224,10 @@ def lora(
     init: str = "switchlora", alpha: float | None = None, normalize: str | None = None,
     preserve: bool = True, dtype: torch.dtype | None = None, seed: int = 0,
 ) -> nn.Module:
-    """Put a pair A, B beside the weights of ``nn.Linear`` layers and freeze those, in place.
+    """Add a trainable low-rank pair to each ``nn.Linear`` of a model and freeze its weight.
 
-    What else the model has stays as trainable as it was: call ``model.requires_grad_(False)``
-    first to train the pairs alone.
+    In place: each layer computes (W + s B A) x + bias with W frozen. Other parameters stay as
+    trainable as they were: call ``model.requires_grad_(False)`` first to train the pairs alone.
 
     Args:
         model: any module; its layers are replaced by :class:`LoRALinear`, whose state_dict has the
@@ -292,7 +292,9 @@ def lora(
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Turn every layer of :func:`lora` back into a plain ``nn.Linear``, in place; no cost is left.
+    """Turn every layer of :func:`lora` back into a plain ``nn.Linear`` with the trained weight.
+
+    In place: W <- W + s B A, or V mu / c with normalization. Inference then costs nothing extra.
 
     Args:
         model: any module. Layers of ``peft`` are left alone: they have ``merge_and_unload``.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Layouts", "slots_of", "stored_slots"]
 
-# Values of ``index`` from here on are of parameters that get AdamW.
+# Parameters that get AdamW have an ``index`` from here on.
 _DENSE = 1 << 31
 
 
@@ -40,7 +40,7 @@ def slots_of(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> dic
 
 
 def stored_slots(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-    """The same as the state has them: of a quantized moment codes and scales."""
+    """The same as the state has them: a quantized moment as codes and scales."""
     kept: dict[str, Slot] = {}
     for name, slot in slots_of(optimizer, p, o).items():
         kept |= codec.stored(name, slot)
@@ -50,8 +50,8 @@ def stored_slots(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) ->
 class Layouts:
     """The slots of each parameter of one optimizer, by parameter.
 
-    It holds no reference to the optimizer, which then is gone, and its state with it, when nobody
-    needs it any more.
+    Holds no reference to the optimizer, so there is no cycle and its memory is freed as soon as it
+    is dropped.
     """
 
     def __init__(self, table: Mapping[str, Option]) -> None:
@@ -60,17 +60,17 @@ class Layouts:
         Args:
             table: every option of the optimizer's groups.
         """
-        # Options, and whether only their presence can matter to the slots: that of numbers.
+        # (option, is a number): for numbers only None or not None can change the slots.
         self._kinds = [(k, x.number) for k, x in table.items() if k not in BOOKKEEPING]
         self._slots: dict[Tensor, dict[str, Slot]] = {}
         # What each parameter and its options looked like when its state was last checked.
         self._forms: dict[Tensor, tuple[Any, ...]] = {}
-        # Next value of ``index``, of the own rule and of AdamW; None is to be counted.
+        # Next ``index`` for the own rule and for AdamW; None: count again when needed.
         self._next_index: list[int] | None = None
         # Every ``key`` in the state, counted with it.
         self._keys: set[int] = set()
-        # Whether there is state. Before its first use there is none, so that it does not keep
-        # parameters in memory in whose place Accelerate puts shards.
+        # Whether state has been made. It is made at its first use: made earlier, it would keep
+        # whole parameters in memory that Accelerate replaces by shards.
         self.made = False
         # How many parameters the groups have had, and whether one had the class's own rule.
         self.size, self.matrices = 0, False
@@ -80,7 +80,7 @@ class Layouts:
         return self._slots[p]
 
     def spread(self, p: Tensor) -> list[str]:
-        """Names in the state of a sharded p of what ranks have parts of that are not its rows."""
+        """State names of a sharded p's spread slots (:attr:`Slot.spread`)."""
         if not sharding.is_sharded(p):
             return []
         return [name for key, slot in self._slots[p].items() if slot.spread
@@ -105,14 +105,14 @@ class Layouts:
         self._forms.clear()
 
     def restart(self, made: bool) -> None:
-        """All state has been replaced, by one that is ``made`` or is yet to be."""
+        """All state has been replaced; ``made`` says whether there is any."""
         self.made = made
         self._slots.clear()
         self._forms.clear()
         self.recount()
 
     def recount(self) -> None:
-        """Parameters have gone: numbers for new ones follow those that are left."""
+        """Count the next free ``index`` and ``key`` again, from what is in the state."""
         self._next_index = None
 
     def sync(self, optimizer: MatrixOptimizer) -> None:
@@ -132,7 +132,7 @@ class Layouts:
             count += 1
             present.add(p)
             form, last = _form(p, structures[id(group)]), self._forms.get(p)
-            if not states.get(p):  # who reads the state of another leaves an empty one
+            if not states.get(p):  # reading state[p] of a defaultdict leaves an empty entry
                 if _trained(p) or (not self.made and self.keeps(optimizer, p)):
                     missing.append((name, p, group, form))
             elif last != form:
@@ -146,7 +146,7 @@ class Layouts:
             _check_replaced(optimizer)
         if count >= self.size:
             self._drop([p for p in states if p not in present], states, optimizer)
-        # Those first that were trained from the start, whenever the state is made.
+        # Parameters that were trained from the start are numbered first, whenever state is made.
         missing.sort(key=lambda entry: optimizer._first.get(id(entry[1])) is not entry[1])
         for name, p, group, form in missing:
             if not states.get(p):
@@ -227,7 +227,7 @@ def _form(p: Tensor, structure: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _count(state: Mapping[str, Tensor], name: str = "step") -> int:
-    """Updates so far, or another number; none where nothing has a value yet."""
+    """A number of the state, by default the updates so far; 0 where it has no value (meta)."""
     return int(state[name]) if name in state and not state[name].is_meta else 0
 
 
@@ -236,13 +236,13 @@ def _followed(optimizer: MatrixOptimizer, p: Tensor, state: dict[str, Tensor],
     """The state of a parameter that may have changed under it."""
     check_masters(o, [p], repr(name))
     slots = stored_slots(optimizer, p, o)
-    if "master" in state and p.dtype != torch.bfloat16:  # nothing is lacking any more
+    if "master" in state and p.dtype != torch.bfloat16:  # p now holds all bits itself
         state = {k: x for k, x in state.items() if k not in weights.MASTERS}
     if state.keys() == slots.keys() and all(
             (*state[k].shape, state[k].dtype, state[k].device) == (*x.shape, x.dtype, x.device)
             for k, x in slots.items()):
         return state
-    # What project_in_backward has put there counts before the first step.
+    # A gradient in the buffers of project_in_backward counts as state, even before the first step.
     if not _count(state) and not _count(state, "projected_count"):
         fresh = {k: sharding.new(x, p) for k, x in slots.items()}
         for number in ("index", "key"):

@@ -59,7 +59,7 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
         names = names_of(merged) or [f"parameter {j}" for j in range(len(mine["params"]))]
         owners: dict[Any, Tensor] = {}
         for name, p, key in zip(names, mine["params"], group["params"], strict=True):
-            # One that is in a group twice, which torch allows, has one number.
+            # torch allows a parameter twice in a group; both entries have one key.
             if owners.setdefault(key, p) is not p:
                 raise ValueError(f"{at}, {name!r}: parameter {key!r} is saved twice")
             entry = state_dict["state"].get(key)
@@ -68,7 +68,7 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
                 states[p] = checked_state(optimizer, p, entry, merged, f"{at}, {name!r}")
             elif entry is not None and not isinstance(entry, Mapping):
                 raise ValueError(f"{at}, {name!r}: its state is a {type(entry).__name__}")
-            # FSDP1 keeps none of a parameter of which a rank has nothing; it begins anew there.
+            # Under FSDP1 a rank saves no state of a parameter of which it has no elements.
             elif "format" in group and begun and p.requires_grad and p.numel():
                 hint = "" if state_dict["state"] else (
                     ", as that of all is: torch.distributed.checkpoint reads what state_dict() "
@@ -78,10 +78,10 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
 
 
 def _check_order(optimizer: MatrixOptimizer, saved: list[Any], where: str) -> None:
-    """Refuse a state whose names are this optimizer's in another order: it is read by place.
+    """Refuse a state with this optimizer's names in another order, as it is read by position.
 
-    Keys that are names, as torch.distributed.checkpoint has them, count before ``param_names``:
-    those it puts into the order of this optimizer, these stay as they were saved.
+    torch.distributed.checkpoint uses names as keys and puts them into this optimizer's order, but
+    leaves ``param_names`` as saved: so keys that are names are compared, else ``param_names``.
     """
     field = "params" if any(isinstance(key, str) for group in saved for key in group["params"]
                             ) else "param_names"
@@ -97,14 +97,14 @@ def _check_order(optimizer: MatrixOptimizer, saved: list[Any], where: str) -> No
 def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[str, Any], at: str
             ) -> dict[str, Any]:
     """A group of this optimizer with the options of a saved one, checked."""
-    # What parameters are called is this optimizer's to say, where it has names.
+    # This optimizer's own names win, where it has them.
     options = {k: v for k, v in saved.items()
                if k != "params" and not (k == "param_names" and k in mine)}
     ours = "format" in options
     if options.get("format") == 0:  # of a state that has not begun
         del options["format"]
-    # How a step runs is this optimizer's to say, not what it computes: a rate is read where this
-    # one has it, in a tensor or not.
+    # `capturable` is how a step runs, so this optimizer's value stays, and so does the form of its
+    # rate, a tensor or a number.
     optimizer.table()["capturable"].check("capturable", options.pop("capturable", False), at)
     if isinstance(mine["lr"], Tensor) and isinstance(options.get("lr"), (int, float, Tensor)):
         options["lr"] = torch.full_like(mine["lr"], float(options["lr"]))
@@ -132,11 +132,11 @@ def _numbered(entry: Mapping[str, Any], optimizer: MatrixOptimizer, p: Tensor, o
 
 def agreed_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
                 ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Tensor]]]:
-    """:func:`checked_load`, whose error is one on every rank that shares a parameter."""
+    """:func:`checked_load`; an error on one rank is raised on all that share a parameter."""
     failure, loaded = None, None
     try:
         loaded = checked_load(optimizer, state_dict)
-    except Exception as error:  # whatever it is, the others wait to hear of it
+    except Exception as error:  # raised below: the other ranks wait in a reduction
         failure = error
     begun = loaded is not None and bool(loaded[1])
     said = torch.tensor([failure is not None, begun, not begun], dtype=torch.int64, device="cpu")
@@ -198,7 +198,7 @@ def _format(state_dict: Mapping[str, Any]) -> int:
 
 
 def overruled(optimizer: MatrixOptimizer, groups: list[dict[str, Any]]) -> str:
-    """Which options of an optimizer saved groups replace by others, in words; rates aside.
+    """Which options saved groups replace by other values, in words; rates aside.
 
     Args:
         optimizer: before it is loaded.
@@ -207,7 +207,7 @@ def overruled(optimizer: MatrixOptimizer, groups: list[dict[str, Any]]) -> str:
     Returns:
         ``"rank=4 (group 0: 8)"`` and so on, the saved values first; empty where there are none.
     """
-    # Those that say what the state is or how it is found, not how fast weights move.
+    # Options that say what the state holds or how it is found; not rates.
     structural = [k for k, x in optimizer.table().items() if not x.number and k not in BOOKKEEPING
                   and (k not in COMMON or k in LAYOUT)]
     found: dict[str, None] = {}

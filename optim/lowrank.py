@@ -46,7 +46,7 @@ class SubspaceOptions(AdamWPart, total=False):
 
 
 class LowRankOptions(SubspaceOptions, total=False):
-    """Options of the other ones; see :class:`LowRankOptimizer`."""
+    """Options of the low-rank classes with a choice of residual, for type checkers."""
 
     residual: str
     error_feedback_bits: int | None
@@ -181,9 +181,9 @@ class LowRankOptimizer(Batched, Subspace):
         return slots
 
     def buffers(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        """What :func:`lissom.optim.project_in_backward` keeps: R, and how often it was added to.
+        """Slots of :func:`lissom.optim.project_in_backward`: the sum of R, and its number of terms.
 
-        Names begin with ``projected``; each but the first two is one of ``Projected.more``.
+        Names begin with ``projected``. Further ones hold the tensors of ``Projected.more``.
         """
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         shape = self._low_shape(p, o)
@@ -198,21 +198,21 @@ class LowRankOptimizer(Batched, Subspace):
         return (*batch, m if side == "right" else r, n if side == "left" else r)
 
     def residual(self, o: Mapping[str, Any]) -> Residual:
-        """What puts the update together."""
+        """The residual of a group, which builds the update."""
         return residual_of(o)
 
     def by_projection(self, o: Mapping[str, Any]) -> bool:
-        """Whether an update between two refreshes takes nothing of G but R = P^T G Q.
+        """Whether an update between two refreshes needs only R = P^T G Q of the gradient.
 
-        A class with a :meth:`project_gradient` of its own says so anew.
+        False for a class with its own ``update`` or ``project_gradient``, unless it overrides this.
         """
         cls, base = type(self), LowRankOptimizer
         whole = cls.update is base.update and cls.project_gradient is base.project_gradient
         return whole and not self.residual(o).needs_gradient
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
-        """R = G Q is a product of rows, R = P^T G a sum over them. New bases are of all rows,
-        unless they are drawn, or chosen by sums over rows or columns.
+        """R = G Q is computed row by row, R = P^T G is a sum over rows. A refresh needs all rows,
+        unless the basis is random, or cosine columns chosen by norms that are sums over ranks.
         """
         r, side = self.rank_and_side(p, o)
         shape = self.matrix_shape(p, o)
@@ -221,7 +221,7 @@ class LowRankOptimizer(Batched, Subspace):
         if side == "right":
             able = RULES[o["inner"]].elementwise
             local = o["projection"] in ("dct", "random")
-        else:  # R is whole on every rank, unless its moments have as many rows as p
+        else:  # R is whole on every rank; r = m would make its moments look sharded by rows
             able = r < shape[0]
             local = o["projection"] == "dct" or (
                 o["projection"] == "random" and o["moments"] != "rotate")
@@ -229,7 +229,7 @@ class LowRankOptimizer(Batched, Subspace):
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
                  rows: Rows | None) -> tuple[int, Hashable]:
-        """R and decoded bases, and where all choose new cosine columns the whole transform."""
+        """Held: R and the decoded basis, and when cosine columns are chosen the full transform."""
         if p.ndim != 2:
             return 0, False
         r, side = self.rank_and_side(p, o)
@@ -237,7 +237,7 @@ class LowRankOptimizer(Batched, Subspace):
         able = (self.apart and residual.apart
                 and p.dtype in (torch.bfloat16, torch.float32) and side != "full"
                 and o["inner"] == "adamw" and not o["amsgrad"] and not o["maximize"]
-                # Of rows the others take sums over all ranks, of one matrix at a time.
+                # Other cases on row shards need sums over ranks, one matrix at a time.
                 and (rows is None or (side == "right" and not residual.needs_gradient)))
         due = able and self.due(s, o, t)
         if due:
@@ -275,15 +275,15 @@ class LowRankOptimizer(Batched, Subspace):
         """The second half: from R to the update.
 
         Args:
-            g: what :meth:`project_gradient` returned. Of its entries only a residual with
-                ``needs_gradient`` reads any.
+            g: what :meth:`project_gradient` returned. Only a residual with ``needs_gradient`` reads
+                its entries; else shape, dtype and device suffice.
             space: R, which may be overwritten, and its bases.
             s: state, written from here on.
             o: options.
             t: count of this update.
         """
         residual, rule = self.residual(o), RULES[o["inner"]]
-        # Kernels widen R as they read it, if it is in 16 bits, and so does the rule by itself.
+        # A 16-bit R may stay so: kernels and inner rules widen it as they read it.
         narrow = by_kernel(space.low) or not residual.needs_low
         low = space.low if narrow else codec.wide(space.low)
         shift = _in_passing(rule, s, space, o)
@@ -304,10 +304,9 @@ class LowRankOptimizer(Batched, Subspace):
         return residual.combine(g, low, n, space.bases, measured, s, o, age)
 
     def age(self, space: Projected, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> int:
-        """Updates that the moments have seen, this one too: the count of Adam's bias correction.
+        """How many gradients are in the moments, this one included: t in Adam's bias correction.
 
-        Moments that are reset begin anew with each basis; where that was not so when the basis was
-        found, as the option was changed since, from the next refresh on.
+        Counts from the last refresh with ``moments="reset"``.
         """
         if o["moments"] != "reset":
             return t
@@ -316,7 +315,7 @@ class LowRankOptimizer(Batched, Subspace):
 
 
 def _in_passing(rule: Rule, s: State, space: Projected, o: Mapping[str, Any]) -> Shift | None:
-    """A change of basis that a kernel makes as it reads the moments, if it is such a one."""
+    """The change of basis, if the Adam kernel can make it as it reads the moments; else None."""
     turns = [x for x in space.turns or () if x is not None]
     if (len(turns) == 1 and isinstance(turns[0], Shift) and rule is RULES["adamw"]
             and isinstance(s, codec.Decoded) and by_kernel(space.low)
@@ -328,7 +327,7 @@ def _in_passing(rule: Rule, s: State, space: Projected, o: Mapping[str, Any]) ->
 
 def _turned(rule: Rule, s: Mapping[str, Tensor], space: Projected, o: Mapping[str, Any]
             ) -> dict[str, Tensor]:
-    """New moments after a change of basis, as ``moments`` says; none where they stay."""
+    """The moments after a change of basis, as ``moments`` says; {} where they stay."""
     if space.turns is None or o["moments"] == "keep":
         return {}
     out: dict[str, Tensor] = {}
@@ -340,7 +339,7 @@ def _turned(rule: Rule, s: Mapping[str, Tensor], space: Projected, o: Mapping[st
             out[name] = torch.zeros_like(x)
             continue
         for turned, dim in zip(space.turns, (-2, -1), strict=True):
-            # A mean along the projected dimension has length 1 there and stays what it is.
+            # A factored moment that is a mean along the projected dimension is not rotated.
             if turned is not None and x.shape[dim] == space.low.shape[dim]:
                 x = turned(x, power)
         out[name] = x

@@ -43,7 +43,7 @@ __all__ = ["Method"]
 
 
 class Method:
-    """A class's own rule: three methods to write, and seven more where it differs from most."""
+    """A class's own rule: three methods to write, and hooks with defaults for special cases."""
 
     #: Name of the class's own rule, the default of the ``algorithm`` option.
     algorithm: ClassVar[str] = "adamw"
@@ -51,10 +51,10 @@ class Method:
     options: ClassVar[Mapping[str, Option]] = {}
     #: Other spellings of options, as other packages have them: {theirs: ours}.
     spellings: ClassVar[Mapping[str, str]] = {}
-    #: Whether :meth:`update` yields, so that several parameters are worth running together.
+    #: Whether :meth:`update` yields requests, which are computed for several parameters together.
     waits: ClassVar[bool] = False
-    #: Why a CUDA graph cannot hold a step, for a message; None if it can: the rule then takes a
-    #: tensor for t, and its update has no product.
+    #: Why a CUDA graph cannot hold a step, for a message; None if it can: then the rule takes a
+    #: tensor for t, and its :class:`Update` has no low-rank term.
     uncapturable: ClassVar[str | None] = None
     #: Options that say what a slot holds: where one has changed, state begins anew.
     meaning: ClassVar[tuple[str, ...]] = ()
@@ -82,11 +82,13 @@ class Method:
 
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Update | Waiting[Update]:
-        """The class's own rule: gradient as a matrix (m, n), or a batch (b, m, n), to update.
+        """Turn the gradient into the update.
 
-        Everything that can fail comes before the first write to s. A rule that needs a function of
-        the whole matrix yields it (:mod:`lissom.optim.whole`) before its first write.
-        ``s["weight"]`` is p as the rule sees it, to be read.
+        g is (m, n) or (b, m, n), or a :class:`lissom.kernels.apart.Apart` of several where the
+        class has ``apart = True``. t is an int, or a 0-d tensor where the group is capturable. Do
+        everything that can fail before the first write to s. A rule that needs a function of the
+        whole matrix yields a request for it (:mod:`lissom.optim.whole`) before its first write.
+        ``s["weight"]`` is p in the shape of g; read it, do not write to it.
         """
         raise AssertionError("a class that declines nothing must have an update")
 
@@ -95,12 +97,12 @@ class Method:
         """Rules of a method about what its slots hold when they are loaded; raises ValueError."""
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
-        """Whether update t of some rows of p needs no others, but for sums over all of them.
+        """Whether each rank can make update t from its own rows of p and sums over all rows.
 
-        Then a sharded p is updated where its rows are: the rule takes sums over rows by
+        If so, a sharded p is updated where its rows are: the rule takes sums over rows by
         :func:`lissom.optim.codec.row_sum`, the height of the matrix from
-        :func:`lissom.optim.codec.whole_shape`, and what it yields is gathered on one rank. Else
-        every rank works on the whole matrix.
+        :func:`lissom.optim.codec.whole_shape`, and what it yields is gathered on one rank. If not,
+        every rank gathers the whole matrix.
 
         Args:
             p: the parameter, a DTensor cut by rows.
@@ -112,11 +114,11 @@ class Method:
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
                  rows: Rows | None) -> tuple[int, Hashable]:
-        """What update t of p holds beside those of matrices that are like it, on a GPU.
+        """How much memory p takes in a batched update on a GPU.
 
-        Where it holds something it may be one update with theirs: then g, ``s["weight"]`` and the
-        slots of s are :class:`lissom.kernels.apart.Apart`. A class says so for itself, as one that
-        is derived from it may look at what it gets.
+        Matrices of equal shape, options and count can share one launch: g, ``s["weight"]`` and the
+        slots then are :class:`lissom.kernels.apart.Apart`. Return 0 to be updated alone. A low-rank
+        subclass with methods of its own must say again that it can be batched (``apart = True``).
 
         Args:
             p: the parameter, of the own rule.
@@ -126,13 +128,13 @@ class Method:
             rows: which of its rows the update works on, if not all.
 
         Returns:
-            Elements, 0 if it goes alone; and what updates of one batch have in common beside shape,
-            options and count.
+            Elements of temporaries that this update keeps alive; and a key that all updates of one
+            batch must share, beyond shape, options and count.
         """
         return 0, False
 
     def before_updates(self, work: list[Work]) -> list[str]:
-        """What a step does to parameters that act together, after all checks of the step.
+        """Change parameters that act together, after all checks of a step, before its updates.
 
         Args:
             work: every parameter that is about to be updated; empty for a skipped step.

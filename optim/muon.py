@@ -45,19 +45,20 @@ class MuonOptions(AdamWPart, total=False):
 
 
 class Muon(MatrixOptimizer):
-    """B <- mu B + (1 - mu) G;  p <- (1 - lr wd) p - lr s polar(mu B + (1 - mu) G).
+    """Momentum SGD that orthogonalizes the update of each matrix, with half of AdamW's state.
 
-    Every singular value of the momentum becomes 1, or about 1 with the default iteration. Vectors,
-    and groups with ``algorithm="adamw"`` (or ``use_muon=False``), get AdamW in the same object:
-    embeddings, head and norms belong there, as :func:`lissom.optim.param_groups` arranges. State:
-    B, of the weight's size. Same-shape matrices are orthogonalized in one batch.
+    B <- mu B + (1 - mu) G;  p <- (1 - lr wd) p - lr s polar(mu B + (1 - mu) G). polar() sets every
+    singular value to 1, or to about 1 with the default iteration. Vectors, and groups with
+    ``algorithm="adamw"`` (or ``use_muon=False``), get AdamW in the same object: embeddings, head
+    and norms belong there, as :func:`lissom.optim.param_groups` arranges. State: B, of the weight's
+    size. Same-shape matrices are orthogonalized in one batch.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups of either.
         lr: of the matrices, >= 0. Default 1e-3. AdamW's part has ``lr_adamw``.
         weight_decay: decoupled, multiplied by lr (not by s), of both parts. Default 0.1.
-        momentum: mu in [0, 1). Default 0.95. Torch's OneCycleLR and CyclicLR move ``betas``, which
-            they find first.
+        momentum: mu in [0, 1). Default 0.95. Torch's OneCycleLR and CyclicLR cycle ``betas``
+            instead, as they look for that first.
         nesterov: look one step ahead, as written above; else polar(B). Default True.
         ns_coefficients: (a, b, c) of ``polar="newton-schulz"``. Default (3.4445, -4.7750, 2.0315).
         eps: of AdamW's part; the orthogonalization needs none. Default 1e-8.
@@ -136,8 +137,9 @@ class Muon(MatrixOptimizer):
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
         mu = o["momentum"]
-        # B <- mu B + (1 - mu) G, written when the factor is there; ahead of it mu B + (1 - mu) G.
-        # In pieces, so that all of it that exists at once is in the precision of the products.
+        # B <- mu B + (1 - mu) G is written once the polar factor is there; with nesterov the factor
+        # is that of mu B + (1 - mu) G. Made in pieces, so that the only temporary of matrix size
+        # has the dtype of the products.
         b = torch.empty(g.shape, dtype=polar.input_dtype(o, g), device=g.device)
         for b_, m_, g_ in codec.pieces(b, s["momentum_buffer"], g):
             g_ = codec.wide(g_)

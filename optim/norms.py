@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ALONG", "norms", "sizes"]
 
-#: Along which dimensions of (..., m, n) norms are taken, by the side that is projected.
+#: Dimensions of (..., m, n) along which norms are taken, by the side that is projected.
 ALONG = {"left": (-2,), "right": (-1,), "full": (-2, -1)}
 # Elements in one block of a sum of squares.
 _BLOCK = 1 << 18
 
 
 def sizes(x: Matrices, side: str, rows: Rows | None) -> Tensor:
-    """:func:`norms` of a matrix of which x has some rows, if not all: collective along them."""
+    """:func:`norms` of a whole matrix, where x may have only this rank's rows; then collective."""
     found = norms(x, side)
     if rows is None or side == "right":
         return found
@@ -34,7 +34,7 @@ def sizes(x: Matrices, side: str, rows: Rows | None) -> Tensor:
 def norms(x: Matrices, side: str) -> Tensor:
     """Euclidean norms along the dimensions of a side, kept as 1, in float64.
 
-    Squares of entries near 1e30 overflow in fp32, and the differences of squares that follow
+    Squares of entries near 1e30 overflow in fp32, and the differences of squares that callers take
     cancel. On the CPU, where a sum in float64 takes several times as long, fp32 sums are taken
     where they are in range.
     """

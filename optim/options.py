@@ -30,9 +30,9 @@ class Option:
         rule: what is allowed, in the words that an error message shows.
         convert: returns the plain value to store; raises ``TypeError`` for a value of the wrong
             kind and ``ValueError`` for one out of range (their texts are not shown).
-        kind: what a value other than None is, for command lines.
-        number: it is a real number, or several: one that schedules may change at any step, and on
-            whose value no state depends.
+        kind: type of a value that is not None, for command lines.
+        number: the value is a real number or a tuple of them. Schedules may change it at any step,
+            and the slots do not depend on it.
     """
 
     default: Any
@@ -124,7 +124,7 @@ def boolean(default: bool) -> Option:
 def several(default: tuple[Any, ...] | None, one: Option, count: int | None = None) -> Option:
     """A tuple, list or other sequence of ``count`` values (None: one or more), each as ``one``.
 
-    Sets are refused as they have no order, dictionaries as their keys alone would count.
+    Sets are refused because they have no order, dictionaries because only their keys would be used.
     """
 
     def convert(value: Any) -> tuple[Any, ...]:

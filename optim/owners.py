@@ -1,7 +1,7 @@
-"""Whole matrices among ranks: each is put together on one, its owner, and taken apart again.
+"""Whole matrices among ranks: each is gathered on one rank, its owner, and scattered again.
 
-That is done in rounds, all of which are sent for at once: while an owner computes, what it computes
-next is on its way to it, and what it has computed on its way back.
+In rounds, whose gathers all begin at once: while an owner computes one round, the matrices of the
+next arrive and the results of the last are sent back.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from .sharding import Rows, bytes_of
 
 __all__ = ["by_owner", "exchanged"]
 
-#: Matrices by number: those that each rank owns.
+#: For each rank the numbers of the matrices that it owns.
 Owned = list[list[int]]
 
-# Enough for half of what is sent to be sent beside other work; more would cut stacks of equal
-# shapes into smaller ones.
+# With two, half of the communication overlaps with work; more would make the stacks of equal shapes
+# smaller.
 _ROUNDS = 2
 
 
 def by_owner(costs: Sequence[int], ranks: int) -> list[Owned]:
     """Share work out evenly: for each round, the matrices of each rank.
 
-    The costliest come first, each to the rank that has least to do. So no rank has more than 4/3 of
-    what the best division gives the busiest (Graham, "Bounds on multiprocessing timing anomalies",
-    1969).
+    Greedy: the costliest first, each to the rank with the least work. The busiest rank then has at
+    most 4/3 of what it has in the best division (Graham, "Bounds on multiprocessing timing
+    anomalies", 1969).
 
     Args:
         costs: of each matrix.
@@ -47,12 +47,12 @@ def by_owner(costs: Sequence[int], ranks: int) -> list[Owned]:
 
 def exchanged(parts: Sequence[Tensor], rows: Sequence[Rows],
               compute: Callable[[list[int], list[Tensor]], list[Tensor]]) -> list[Tensor]:
-    """A function of whole matrices, of which each rank has rows and gets rows.
+    """Apply a function of whole matrices to matrices that are sharded by rows.
 
     Args:
         parts: this rank's rows of each matrix.
-        rows: which they are, all among the same ranks.
-        compute: numbers of some matrices and those whole, to results of their shapes.
+        rows: which rows they are; the same ranks for all matrices.
+        compute: (numbers of some matrices, these matrices whole) to results of their shapes.
 
     Returns:
         This rank's rows of each result.
@@ -71,7 +71,7 @@ def exchanged(parts: Sequence[Tensor], rows: Sequence[Rows],
         try:
             if failure is None:
                 each.put(compute(each.numbers, each.whole()))
-        except Exception as error:  # the other ranks wait for an answer
+        except Exception as error:  # raised later: the other ranks wait for the exchange
             failure = error
         each.give_back()
     failed += failure is not None
@@ -89,11 +89,11 @@ def exchanged(parts: Sequence[Tensor], rows: Sequence[Rows],
 
 
 class _Round:
-    """Matrices on their way to their owners, and results on the same way back.
+    """One round: matrices are sent to their owners, and results back.
 
-    Two buffers hold both: of this rank's rows by owner, and of all rows of the matrices that it
-    owns by rank. So nothing is allocated between the two ways, and an owner that has failed, for
-    want of memory perhaps, can give back what it got.
+    Two buffers serve both directions: this rank's rows ordered by owner, and all rows of the
+    matrices that it owns ordered by rank. Nothing is allocated in between, so an owner that has
+    failed, e.g. out of memory, can still send something back.
     """
 
     def __init__(self, owned: Owned, parts: Sequence[Tensor], rows: Sequence[Rows]) -> None:
@@ -103,7 +103,7 @@ class _Round:
         self.owned, self.parts, self.group = owned, parts, first.group
         #: The matrices that this rank owns.
         self.numbers = owned[first.rank]
-        # Bytes of each piece: by owner and matrix, and by rank and matrix.
+        # Bytes of each piece that is sent, by owner and matrix, and received, by rank and matrix.
         self.sizes = [[parts[i].numel() * parts[i].element_size() for i in each] for each in owned]
         self.others = [[rows[i].counts[j] * parts[i].shape[1] * parts[i].element_size()
                         for i in self.numbers] for j in ranks]
@@ -119,7 +119,7 @@ class _Round:
             async_op=True)
 
     def arrive(self) -> None:
-        """Wait for what was sent last."""
+        """Wait for the last exchange."""
         self.work.wait()
 
     def whole(self) -> list[Tensor]:
@@ -128,7 +128,7 @@ class _Round:
                 for i, pieces in zip(self.numbers, self._pieces(), strict=True)]
 
     def put(self, results: Sequence[Tensor]) -> None:
-        """Results in the place of the matrices that this rank owns."""
+        """Write results over the matrices that this rank owns."""
         for i, x, pieces in zip(self.numbers, results, self._pieces(), strict=True):
             x = x.to(self.parts[i].dtype)
             for part, piece in zip(x.split([len(_typed(piece, self.parts[i])) for piece in pieces]),
@@ -136,25 +136,25 @@ class _Round:
                 piece.copy_(bytes_of(part))
 
     def give_back(self) -> None:
-        """Begin to send everyone their rows of what is in those places."""
+        """Begin to send each rank its rows of the results."""
         self._send(self.all, self.others, self.rows, self.sizes)
 
     def mine(self) -> Iterator[tuple[int, Tensor]]:
-        """Numbers of matrices, and this rank's rows of each when they have come back."""
+        """Numbers of matrices and this rank's rows of their results, once they have arrived."""
         numbers = [i for each in self.owned for i in each]
         pieces = self.rows.split([size for each in self.sizes for size in each])
         for i, piece in zip(numbers, pieces, strict=True):
             yield i, _typed(piece, self.parts[i])
 
     def _pieces(self) -> list[tuple[Tensor, ...]]:
-        """The bytes of each matrix that this rank owns, in the pieces in which they came."""
+        """The bytes of each matrix that this rank owns, one piece per rank."""
         flat = self.all.split([size for each in self.others for size in each])
         count = len(self.numbers)
         return [flat[k::count] for k in range(count)]
 
 
 def _typed(piece: Tensor, x: Tensor) -> Tensor:
-    """Bytes as rows of x's matrix; a copy where they do not begin at an element."""
+    """Bytes as rows of x's matrix, in its dtype; a copy where they are not aligned to it."""
     if piece.storage_offset() % x.element_size():
         piece = piece.clone()
     return piece.view(x.dtype).view(-1, x.shape[1])

@@ -27,7 +27,7 @@ from .options import Option, optional
 __all__ = ["DTYPES", "bounds", "check_base", "check_factors", "memory", "only_name", "places",
            "roles"]
 
-#: What factors and their base may have.
+#: Dtypes that factors and their base may have.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -100,12 +100,12 @@ def check_factors(a: Tensor, b: Tensor, shape: tuple[int, ...] | None, at: str) 
 
 
 def memory(p: Tensor) -> int:
-    """A number that tensors share whose elements lie in the same place."""
+    """A number that is equal for tensors whose elements begin at the same address."""
     return p.data_ptr() or id(p)  # no address on the meta device and for empty ones
 
 
 def places(model: nn.Module) -> dict[int, list[str]]:
-    """Every name that the parameters in one place have."""
+    """By :func:`memory`, all names of the parameters there."""
     found: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         found.setdefault(memory(p), []).append(name)
@@ -113,7 +113,7 @@ def places(model: nn.Module) -> dict[int, list[str]]:
 
 
 def only_name(found: dict[int, list[str]], layer: str, p: Tensor) -> str:
-    """The name of a parameter of a pair, which must have one.
+    """The name of a parameter of a pair, which must have only one.
 
     Args:
         found: :func:`places` of the model.

@@ -27,7 +27,7 @@ def shown(shape: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """What happens to one parameter.
+    """What an optimizer does to one parameter: its rule, rank and bytes of state, and why.
 
     Args:
         name: its dotted name, or its place where none was given.
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of a plan; ``print(plan)`` shows a table."""
+    """What an optimizer does to each parameter, one :class:`Row` each; printed, it is a table."""
 
     rows: tuple[Row, ...]
 

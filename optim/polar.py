@@ -5,7 +5,7 @@ A = H U. Iterations differ in what they cost and in what they make of small sing
 
 ==================  ======================================================================
 ``newton-schulz``   odd quintics; Muon's brings 1e-3 < s/|A| < 1 to 0.5 .. 1.2 in 5 steps
-``polar-express``   quintics each of which is the best for the interval that is left
+``polar-express``   odd quintics, each the best for the interval that the last one left
 ``qdwh``            rational, by QR and Cholesky; to rounding whatever the condition number
 ``zolo-pd``         rational of high degree, two steps in float64
 ``svd``             the definition: singular values below rounding become 0, others 1
@@ -102,9 +102,9 @@ def polar(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The polar factor U of each matrix, and on request the Hermitian factor H.
 
-    Zero gives zero. A matrix with a NaN or Inf gives NaN. Neither scale nor sign matters, as long
-    as the norm is a finite number and no denormal: polar(c A) = sign(c) polar(A). In a batch the
-    rational methods take the same steps for all matrices, which changes rounding alone.
+    Zero gives zero. A matrix with a NaN or Inf gives NaN. polar(c A) = sign(c) polar(A), as long
+    as the norm is finite and not denormal. In a batch the rational methods take the same steps for
+    all matrices, which changes only the rounding.
 
     Args:
         a: (..., m, n), any floating dtype and device.
@@ -118,7 +118,7 @@ def polar(
             Default: Muon's, followed by convergent ones where ``steps`` is None.
         lower_bound: for ``"polar-express"`` and ``"qdwh"`` alone: the smallest singular value over
             the largest, in (0, 1]. ``"qdwh"`` estimates it (default None), or assumes the dtype's
-            ``"eps"``; of a number that is too large it converges too, in more steps.
+            ``"eps"``; with a number that is too large it converges too, in more steps.
         hermitian: return (U, H).
 
     Returns:
@@ -207,13 +207,13 @@ def request(o: Mapping[str, Any], *matrices: Tensor, steps: int | None = None,
 
 
 def input_dtype(o: Mapping[str, Any], g: Tensor) -> torch.dtype:
-    """In which dtype an oracle loses nothing of its input: of its products or the arithmetic."""
+    """The dtype to hand an oracle: bf16 where its products are bf16, else the arithmetic's."""
     if o["polar"] in _POLYNOMIAL and o["polar_dtype"] == "bfloat16":
         return torch.bfloat16
     return codec.wide(g[:0]).dtype
 
 
-# These get what they are given; the others what has a largest entry of 1.
+# These scale their input themselves; the others get it with a largest entry of 1.
 _POLYNOMIAL = ("newton-schulz", "polar-express")
 # These take a lower bound of the singular values.
 _BOUNDED = ("polar-express", "qdwh")

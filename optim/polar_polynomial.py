@@ -27,13 +27,13 @@ QUINTIC: Triple = (3.4445, -4.7750, 2.0315)
 # x (15 - 10 x^2 + 3 x^4) / 8, whose first two derivatives vanish at 1: it converges cubically.
 # QUINTIC brings s/|A| > 1e-3 to 0.68 .. 1.13 in eight steps, and four of this to rounding.
 _POLISH: Triple = (1.875, -1.25, 0.375)
-# Of Polar Express (Amsel et al., arXiv 2505.16932): assumed s/|A|; the share of its end where an
-# interval is taken to begin at least; slack for rounding in 16 bits.
+# Polar Express (Amsel et al., arXiv 2505.16932): the smallest s/|A| that is assumed; the cushion
+# (an interval [low, high] is taken to begin at cushion * high at least); slack for 16-bit rounding.
 _LOWER, _CUSHION, _SLACK = 1e-3, 0.02407327424182761, 1.01
-# A Gram iteration is formed anew from X after this many steps: rounding in X X^T, the square of
-# the information, may turn small eigenvalues negative, which later steps would blow up.
+# The Gram matrix is recomputed from X after this many steps: X^T X squares the condition number, so
+# rounding may make small eigenvalues negative, which later steps would blow up.
 _RESTART = 2
-# Of numbers of the host, whatever torch's defaults are.
+# For numbers on the host, independent of torch's default dtype and device.
 _HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
@@ -53,15 +53,15 @@ def polar_express(x: Tensor, oracle: Oracle) -> Tensor:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _schedule(steps: int | None, low: float) -> tuple[Triple, ...]:
-    """The coefficients, which a graph takes as they are."""
+    """The coefficients; constants for torch.compile."""
     return polar_express_schedule(steps, low)
 
 
 @functools.lru_cache(maxsize=64)
 def _shortened(steps: int | None, low: float) -> tuple[Triple, ...]:
-    """The schedule for rounded products: x / slack in every polynomial but the limit's.
+    """The schedule for rounded products: every polynomial but the limit is of x / slack.
 
-    To convergence the limit comes twice more, for what the slack has left.
+    To convergence, the limit polynomial is added twice, as the slack leaves values below 1.
     """
     schedule = _schedule(steps, low)
     short = [(a / _SLACK, b / _SLACK**3, c / _SLACK**5) if (a, b, c) != _POLISH else (a, b, c)
@@ -74,7 +74,7 @@ def _quintics(x: Tensor, slack: float, schedule: tuple[Triple, ...], oracle: Ora
     """X <- a X + (b S + c S^2) X for each (a, b, c), S = X X^T, on X^T / (slack |X|) for tall X."""
     m, n = x.shape[-2:]
     dtype = getattr(torch, oracle.dtype) if oracle.dtype else codec.wide(x).dtype
-    if dtype == torch.bfloat16:  # with fp32's range it is rounded first: all else is half the work
+    if dtype == torch.bfloat16:  # bf16 has fp32's range: round before the scaling, half the work
         x = x.to(dtype)
     norm = norms(x, "full") * slack
     norm = torch.where(norm > 0, norm, 1.0).to(
@@ -84,8 +84,8 @@ def _quintics(x: Tensor, slack: float, schedule: tuple[Triple, ...], oracle: Ora
     # takes 4, less 2 at each start and 2 before it, and X is touched twice at each restart.
     steps, starts = len(schedule), -(-len(schedule) // _RESTART)
     direct, gram = (2 * m / n + 1) * steps, 4 * (steps - starts) + 2 * starts * m / n
-    # bf16 has too few digits for the square of the information, fp16 has enough; on a CPU fp16
-    # products are slow.
+    # bf16 has too few digits for the squared condition number of X^T X, fp16 has enough; on a CPU
+    # fp16 products are slow.
     if gram < direct and (dtype != torch.bfloat16 or x.device.type != "cpu"):
         return _gram(x.half() if dtype == torch.bfloat16 else x, schedule).to(dtype)
     x = x.mT if m > n else x  # products of wide matrices are the faster ones
@@ -125,14 +125,14 @@ def _muladd(c: Tensor, a: Tensor, b: Tensor, beta: float) -> Tensor:
 
 def polar_express_schedule(steps: int | None, lower: float = _LOWER, safety: float = 0.0,
                            cushion: float = _CUSHION) -> tuple[Triple, ...]:
-    """Coefficients (a, b, c) of x <- a x + b x^3 + c x^5, each the best for what the last left.
+    """Coefficients (a, b, c) of x <- a x + b x^3 + c x^5, each best for the interval it is given.
 
     Args:
         steps: how many; None is until they have arrived at their limit, (15, -10, 3) / 8.
         lower: smallest singular value at the start; the largest is 1.
         safety: all but the last polynomial are of x / (1 + safety), and the next one is made for
             what that leaves.
-        cushion: an interval is taken to begin at this share of its end at least.
+        cushion: an interval [low, high] is taken to begin at cushion * high at least.
 
     Source: Amsel et al., arXiv 2505.16932, section 4; the default cushion is the paper's,
     safety 0.01 and cushion 0.02 are the authors' repository's.
@@ -143,7 +143,7 @@ def polar_express_schedule(steps: int | None, lower: float = _LOWER, safety: flo
         start = max(low, cushion * high)
         a, b, c = _best_quintic(start, high)
         if start != low:
-            # The polynomial was not made for [low, start]: recentre what it does there around 1.
+            # The polynomial is not optimal on [low, start]: scale so that its values centre on 1.
             middle = 2 / (_odd(low, a, b, c) + _odd(high, a, b, c))
             a, b, c = a * middle, b * middle, c * middle
         if len(schedule) + 1 != steps:

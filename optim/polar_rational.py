@@ -30,7 +30,7 @@ def qdwh(x: Tensor, oracle: Oracle) -> Tensor:
     x, basis, low = _reduced(x / _norm_bound(x), oracle.lower_bound, eps)
     out = _weighted(x, low, oracle.steps, eps)
     if oracle.steps is None and isinstance(oracle.lower_bound, float):
-        # A bound that was given may be too large: what it has left below 1 is looked for.
+        # A given bound may be too large, which leaves singular values below 1: check for them.
         apart = torch.linalg.matrix_norm(out.mT @ out - _eye(out))
         if bool((apart > eps**0.5).any()):
             out = _weighted(out, _reduced(out, None, eps)[2], None, eps)
@@ -73,7 +73,7 @@ def zolo(x: Tensor, oracle: Oracle) -> Tensor:
     x = x.double()
     eps = torch.finfo(torch.float64).eps
     x, basis, low = _reduced(x / _norm_bound(x), None, eps)
-    # singular values in [1, largest]; one degree serves a whole batch
+    # Singular values in [1, largest]; one degree for the whole batch.
     x, largest = x / low, float(1 / low.min())
     for _ in range(oracle.steps or 4):
         poles, zeros = _zolotarev(largest)
@@ -144,10 +144,10 @@ def _tangent_squared(fraction: float, largest: float) -> float:
 
 def _reduced(x: Tensor, lower: float | str | None, eps: float
              ) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor]:
-    """X as a batch (b, ., n) of square factors, the way back, and lower bounds (b, 1, 1).
+    """X as a batch (b, ., n), reduced by QR, the way back, and lower bounds (b, 1, 1).
 
-    A bound is given, as a share of the spectral norm, or 1 / |R^-1|, which is never above the
-    smallest singular value.
+    The bound of the smallest singular value is the given share of the spectral norm, or 1 / |R^-1|,
+    which is never above it.
     """
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
@@ -172,7 +172,7 @@ def _reduced(x: Tensor, lower: float | str | None, eps: float
 
 
 def _newton(x: Tensor) -> Tensor:
-    """1.5 X - 0.5 X X^T X: takes away what rounding has left."""
+    """1.5 X - 0.5 X X^T X: a last step that removes rounding errors."""
     out: Tensor = torch.baddbmm(x, x, x.mT @ x, beta=1.5, alpha=-0.5)
     return out
 

@@ -36,14 +36,14 @@ class PolarGradOptions(AdamWPart, total=False):
 
 
 class PolarGrad(MatrixOptimizer):
-    """Steepest descent in the spectral norm: u = |M|_* U with U = polar(M).
+    """Like Muon, with updates that keep the scale of the gradient and so vanish with it.
 
-    Momentum first (default): M <- beta M + (1 - beta) G, u = <M, U> U with U = polar(M). Polar
-    first: U = polar(G), M <- beta M + (1 - beta) U, u = <G, U> M. <A, polar(A)> is the nuclear
-    norm |A|_*, which Muon leaves out: with it the update vanishes with the gradient, and a
-    constant rate converges. ``momentum=None`` is the paper's PolarGrad without an average and
-    without state, with ``momentum`` it is its PolarGradM; full or minibatch gradients make no
-    difference here. Vectors and groups with ``algorithm="adamw"`` get AdamW.
+    Steepest descent in the spectral norm: u = |M|_* U with U = polar(M). Momentum first (default):
+    M <- beta M + (1 - beta) G, u = <M, U> U with U = polar(M). Polar first: U = polar(G),
+    M <- beta M + (1 - beta) U, u = <G, U> M. <A, polar(A)> is the nuclear norm |A|_*, which Muon
+    leaves out: with it the update vanishes with the gradient, and a constant rate converges.
+    ``momentum=None`` is the paper's PolarGrad, without an average and without state; with
+    ``momentum`` it is its PolarGradM. Vectors and groups with ``algorithm="adamw"`` get AdamW.
 
     The rate has units of 1 / (smoothness), not of a change of weights: the change of p is
     lr |M|_* in spectral norm and lr |M|_* sqrt(rank) in Frobenius norm. No rate of Muon or AdamW
@@ -115,7 +115,7 @@ class PolarGrad(MatrixOptimizer):
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
         average, g = s.get("momentum_buffer"), codec.wide(g)
-        # A = G, or M <- beta M + (1 - beta) G, written when the factor is there
+        # A = G, or M <- beta M + (1 - beta) G, which is written once the polar factor is there
         direct = average is None or o["polar_first"]
         a = g if average is None or direct else torch.lerp(average, g, 1 - o["momentum"])
         (u,) = yield polar.request(o, a)

@@ -43,9 +43,9 @@ _IN_RANGE = 1e12
 class Bases(NamedTuple):
     """The basis P of the left side and Q of the right; a side without one is not projected.
 
-    Those of several matrices are stacked, or lie :class:`lissom.kernels.apart.Apart`. Of G, and of
-    P, there may be some rows only, ``rows``: R = G Q then has the same, and R = P^T G is a sum over
-    the ranks, which all of them have.
+    Those of several matrices are stacked, or one :class:`lissom.kernels.apart.Apart`. Under row
+    sharding, G and P hold only this rank's ``rows``. R = G Q then has the same rows; R = P^T G is
+    summed over ranks and is whole on each.
     """
 
     left: Tensor | None
@@ -54,13 +54,13 @@ class Bases(NamedTuple):
 
     # A method, because dynamo does not trace a property of a tuple in torch 2.9.
     def side(self) -> str:
-        """``"left"``, ``"right"`` or ``"full"``, where one of them is there."""
+        """``"left"``, ``"right"`` or ``"full"``; at least one basis must be there."""
         if self.left is None:
             return "right"
         return "left" if self.right is None else "full"
 
     def low_rows(self) -> Rows | None:
-        """The rows that R has, if it has not all of its own."""
+        """Rows of R that this rank has; None where R is whole."""
         return self.rows if self.left is None else None
 
     def height(self, g: Tensor) -> int:
@@ -68,12 +68,12 @@ class Bases(NamedTuple):
         return g.shape[-2] if self.rows is None else self.rows.total
 
     def span(self, g: Tensor) -> bool:
-        """Whether nothing of G is outside: R is as large as it."""
+        """Whether the bases have full rank, so that nothing of G is outside the subspace."""
         return all(x is None or x.shape[-1] == length
                    for x, length in ((self.left, self.height(g)), (self.right, g.shape[-1])))
 
     def down(self, g: Tensor) -> Tensor:
-        """R = P^T G Q; a collective operation where there are some rows of P."""
+        """R = P^T G Q; a collective operation where P is sharded by rows."""
         if self.left is not None and self.rows is not None:
             g = self.rows.sum(_wide_product(self.left, g)).to(g.dtype)
         elif self.left is not None:
@@ -109,7 +109,7 @@ def sides(m: int, n: int, proj_type: str) -> list[tuple[int, str, int]]:
 
 
 def _wide_product(left: Tensor, g: Tensor) -> Tensor:
-    """P^T G of some rows, not rounded to 16 bits before it is added up."""
+    """P^T G over this rank's rows, kept in fp32 (not 16 bits) for the sum over ranks."""
     if by_kernel(g) and g.numel() and g.element_size() == 2:
         return product(left.mT, g)[0]
     return codec.wide(left).mT @ codec.wide(g)
@@ -117,7 +117,7 @@ def _wide_product(left: Tensor, g: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _generator(device: torch.device) -> torch.Generator:
-    """One of a GPU, to be seeded anew at each use instead of made for each matrix and step."""
+    """A GPU's generator, cached: it is seeded at each use instead of created at each."""
     return torch.Generator(device=device)
 
 
@@ -146,9 +146,9 @@ def gaussian(shape: tuple[int, ...], key: tuple[int, int], stream: int, like: Te
 
 
 def _orthonormal(y: Tensor, exact: bool = True) -> Tensor:
-    """An orthonormal basis of y's columns; ``exact=False`` for one that only keeps them apart."""
-    # By Householder's reflections a refresh of a matrix of LLaMA-7B took 52 ms of an H100, and the
-    # operations of its products are a tenth of that.
+    """An orthonormal basis of y's columns; with ``exact=False`` orthonormal only roughly."""
+    # With Householder QR a refresh of a LLaMA-7B matrix took 52 ms on an H100, ten times what its
+    # products take.
     q = _by_cholesky(y, exact) if y.device.type == "cuda" else None
     return torch.linalg.qr(y).Q if q is None else q
 
@@ -166,7 +166,7 @@ def _by_cholesky(y: Tensor, exact: bool = True) -> Tensor | None:
         if dtype == torch.float32 and y.dtype == torch.float64:
             continue
         q = y.to(dtype, copy=True)
-        q /= torch.linalg.vector_norm(q, dim=-2, keepdim=True)  # how long they are is no matter
+        q /= torch.linalg.vector_norm(q, dim=-2, keepdim=True)  # the span does not depend on it
         basis = _divided(q, least)
         if basis is not None and exact:
             basis = _divided(basis.double(), 0.9)  # of an orthonormal first Q all are 1
@@ -179,7 +179,7 @@ def _divided(q: Tensor, least: float) -> Tensor | None:
     """Q R^-1 with R^T R = Q^T Q, if R's diagonal is above that share of its largest entry."""
     factor, failed = torch.linalg.cholesky_ex(q.mT @ q, upper=True)
     sizes = factor.diagonal(dim1=-2, dim2=-1)
-    # NaN is not above anything. One look at the device for all of it.
+    # NaN compares false. One synchronization for all tests.
     independent = (failed == 0) & (sizes.amin(-1) > least * sizes.amax(-1))
     return _over(q, factor) if bool(independent.all()) else None
 
@@ -191,7 +191,7 @@ def _over(q: Tensor, factor: Tensor) -> Tensor:
 
 
 def _independent(y: Tensor) -> Tensor:
-    """Q of independent normal entries, by two such divisions, without a look at what comes out.
+    """Q of independent normal entries, by Cholesky QR twice, without a check (no synchronization).
 
     The singular values of n x r of them are within sqrt(n) +- sqrt(r) (Davidson and Szarek, 2001,
     Theorem II.13), so that fp32 is enough up to r = n / 2. Those of a square lie as near to zero as
@@ -208,22 +208,21 @@ def _independent(y: Tensor) -> Tensor:
 
 
 class Gradient:
-    """G, scaled to a largest entry of 1, as a finder sees it: what its products are.
+    """G scaled to a largest entry of 1, as the finders see it: products with G and G^T.
 
-    In 16 bits on a GPU it stays as it is, and its products with fp32 are those with three bf16
-    numbers whose sum each fp32 number is: the same sums in fp32, at the rate of bf16, three times
-    over, and no copy of G.
+    A bf16 G on a GPU is not copied to fp32. Its product with an fp32 X is taken as three bf16
+    products, X being split into a sum of three bf16 matrices, with sums in fp32.
 
     Args:
         g: (..., m, n).
-        largest: (..., 1, 1) of it, each finite.
+        largest: (..., 1, 1), the largest magnitude of each matrix, finite.
     """
 
     def __init__(self, g: Tensor, largest: Tensor) -> None:
         self.shape = g.shape
         self.divisor = torch.where(largest > 0, largest, 1.0)
         self.narrow = g.dtype == torch.bfloat16 and use_triton(None, g.device)
-        if self.narrow:  # if sums of squares stay in fp32's range without the scale
+        if self.narrow:  # only if sums of squares stay in fp32's range without the scaling
             inside = (self.divisor > 1 / _IN_RANGE) & (self.divisor < _IN_RANGE)
             self.narrow = bool(inside.all())
         self.g = g if self.narrow else codec.wide(g) / self.divisor
@@ -258,16 +257,16 @@ class Gradient:
         return energy
 
     def whole(self) -> Tensor:
-        """G itself, not in 16 bits."""
+        """The scaled G as a matrix, in fp32 or float64."""
         return codec.wide(self.g) / self.divisor if self.narrow else self.g
 
 
 def _iterated(g: Gradient, q: Tensor, exact: bool) -> Tensor:
     """An orthonormal basis of the columns of G^T G Q.
 
-    Orthonormal in between too: else rounding errors of the largest singular value stand beside
-    squares of the smallest, and the last columns follow them, up to a thousand times further from
-    one order of the sums to another.
+    G Q is orthonormalized too: otherwise the squares of the smallest singular values drown in the
+    rounding errors of the largest, and the last columns depend up to a thousand times more on the
+    order of summation.
     """
     return _orthonormal(g.transposed_times(_orthonormal(g.times(q), exact=False)), exact)
 
@@ -373,7 +372,7 @@ def random_basis(
 ) -> Tensor:
     """A uniformly distributed orthonormal (..., n, r), the same at every call with the same key."""
     y = gaussian((*batch, n, r), key, stream, like)
-    # At every step, so that on a GPU nothing waits for it.
+    # Drawn at every step, so the GPU path must not synchronize.
     q = _independent(y) if y.device.type == "cuda" else torch.linalg.qr(y).Q
     return q.to(device=like.device, dtype=like.dtype)
 
@@ -404,13 +403,14 @@ def turn(old: Tensor, new: Tensor, left: bool) -> Turn:
 
 @dataclass(frozen=True)
 class Shift:
-    """The same for columns of one orthonormal basis: Rot is a partial permutation, and so its
-    square; no product is needed.
+    """A change between two choices of columns of one orthonormal basis.
+
+    The rotation is a partial permutation: moments are copied to the column's new place, and a
+    column that was not chosen before starts at zero.
 
     Args:
-        source: (..., r), the old column that is the new one, or -1 where it is new: its moments
-            start at zero.
-        left: of a left basis.
+        source: (..., r), place of each new column among the old ones, -1 if it was not there.
+        left: whether the basis is a left one.
     """
 
     source: Tensor

@@ -32,7 +32,7 @@ class Ranked(MatrixOptimizer):
         return "rank is None" if o["rank"] is None else super().declines(p, o)
 
     def rank_and_side(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, str]:
-        """Columns of a basis of p's, at most its shorter side; the side that is projected."""
+        """Rank, at most the shorter side of p, and the side that is projected."""
         m, n = self.matrix_shape(p, o)[-2:]
         return min(o["rank"], m, n), side_of(m, n, "std")
 
@@ -58,6 +58,6 @@ class Ranked(MatrixOptimizer):
         yield from super().advice(given)
         rank, held = given.get("rank"), {g["rank"] for g in self.param_groups} - {None}
         if rank is not None and held and rank not in held:
-            yield (f"{type(self).__name__}(): rank={rank} is no group's: each matrix is in one "
-                   f"that has its own rank, {', '.join(map(str, sorted(held)))} "
-                   "(param_groups(model, rank=...) gives it there)")
+            yield (f"{type(self).__name__}(): rank={rank} has no effect: every group with matrices "
+                   f"states its own rank ({', '.join(map(str, sorted(held)))}), as "
+                   "param_groups(model, rank=...) gives it; give this rank there")

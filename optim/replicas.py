@@ -1,6 +1,6 @@
 """Gradients averaged over ranks that each hold the whole model, one at a time, as they are ready.
 
-Data parallelism for who works in the backward pass (:mod:`lissom.optim.backward`):
+Data parallelism for handles that work in the backward pass (:mod:`lissom.optim.backward`):
 DistributedDataParallel averages gradients after the hooks, and keeps all of them in full size.
 
 Reductions are matched by their order, which is that of the backward pass: each rank has to run the
@@ -32,14 +32,14 @@ class Sent(NamedTuple):
 
     Args:
         work: what torch knows of it.
-        mean: what is the mean over ranks when it has arrived.
+        mean: becomes the mean over ranks; read it after :meth:`arrive`.
     """
 
     work: Work
     mean: Tensor
 
     def arrive(self) -> Tensor:
-        """The mean; on a GPU only what is issued after this waits for it."""
+        """Wait and return the mean; on a GPU only later work of the stream waits, not the host."""
         self.work.wait()
         return self.mean
 
@@ -48,7 +48,7 @@ class Replicas:
     """The ranks of a process group, which average their gradients.
 
     Attributes:
-        bytes_sent: what this rank has given to reductions.
+        bytes_sent: bytes that this rank has put into reductions.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
@@ -56,7 +56,7 @@ class Replicas:
 
         Args:
             group: the ranks.
-            device: of what is sent that is no gradient.
+            device: for small tensors that are no gradients.
         """
         self.group, self.size = group, torch.distributed.get_world_size(group)
         self.device, self.bytes_sent = device, 0
@@ -65,9 +65,9 @@ class Replicas:
         """Begin to take the mean of x over ranks.
 
         Args:
-            x: what this rank has. In the backward pass a gradient may lie where another one, which
-                flows on, lies too, as that of a view does: it is not to be written to.
-            in_place: x is a buffer, and is to be the mean.
+            x: this rank's tensor. A gradient is not written to: in the backward pass it may share
+                memory with one that is still propagated, as those of views do.
+            in_place: x is a buffer, which becomes the mean.
         """
         # Divided first, as DDP does, so that fp16 stays in its range.
         mean = x.div_(self.size) if in_place else x.div(self.size).contiguous()
@@ -117,7 +117,7 @@ class Replicas:
 
 
 def _fingerprint(optimizer: MatrixOptimizer, p: Tensor) -> Tensor:
-    """Numbers by which one weight is told from another: its size, steps, sum and norm."""
+    """Numbers that differ where weights do: size, rows, steps, sum and norm."""
     steps = float(optimizer.state[p]["step"]) if p in optimizer.state else 0.0
     # In pieces, since each is copied to float64.
     parts = p.detach().reshape(-1).split(_PIECE)
@@ -129,7 +129,7 @@ def _fingerprint(optimizer: MatrixOptimizer, p: Tensor) -> Tensor:
 
 
 def replicas_of(group: Any, optimizer: MatrixOptimizer, where: str) -> Replicas | None:
-    """What ``process_group`` asks for; None for one process. TypeError for what is none."""
+    """The ranks of ``process_group``, or None for one process; TypeError for anything else."""
     if group is None:
         return None
     dist = torch.distributed

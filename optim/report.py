@@ -44,10 +44,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`report` returns; ``print(report)`` shows a table.
+    """What an optimizer does and holds, with one line for parameters that are alike.
+
+    :func:`report` returns it; printed, it is a table.
 
     Args:
-        title: class and options that are not the defaults.
+        title: the class, and its options that differ from the defaults.
         lines: parameters that are alike, those with the most state first.
         notes: what else is worth knowing, one sentence each.
     """
@@ -58,7 +60,7 @@ class Report:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of all state, those that are held."""
+        """Bytes of all state."""
         return sum(line.state_bytes for line in self.lines)
 
     @property

@@ -30,12 +30,13 @@ __all__ = ["RESIDUALS", "Batched", "Fira", "Residual", "gains", "residual_of"]
 
 
 class Batched:
-    """Base of what may work on several matrices at once.
+    """Base of classes that may be given several matrices at once.
 
-    A derived class with methods of its own says so anew, as nobody has promised that they can.
+    ``apart = True`` is a promise about the methods of that very class: a subclass that defines any
+    method loses it until it makes the promise again. Checked when the class is created.
     """
 
-    #: Whether it works on matrices that lie :class:`lissom.kernels.apart.Apart`.
+    #: Whether it takes several matrices as one :class:`lissom.kernels.apart.Apart`.
     apart: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -52,11 +53,11 @@ class Batched:
 class Residual(Batched):
     """Base of all: what is outside the subspace is dropped."""
 
-    #: Whether R is read after the inner rule, which otherwise may overwrite it. It is then in fp32,
-    #: or as it was projected where kernels read it.
+    #: True if :meth:`combine` reads R, in fp32 or (for kernels) in the dtype of the projection. If
+    #: False, the inner rule may reuse R's memory for N.
     needs_low = False
-    #: Whether G itself is read: if not, :meth:`measure` and :meth:`combine` look at its shape,
-    #: dtype and device alone.
+    #: True if :meth:`measure` or :meth:`combine` reads the entries of G. If False, they use only
+    #: its shape, dtype and device.
     needs_gradient = False
 
     def slots(self, shape: tuple[int, ...], p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
@@ -68,7 +69,7 @@ class Residual(Batched):
         return g
 
     def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
-        """All of matrix size that :meth:`combine` needs, made before the first write.
+        """Compute what :meth:`combine` needs of G, and allocate it before the first write.
 
         Args:
             g: what :meth:`gradient` returned.
@@ -80,7 +81,7 @@ class Residual(Batched):
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
-        """U = scale * P N Q^T, and what the residual adds; n is a temporary."""
+        """U = scale * P N Q^T, plus the residual's term; n is a temporary, free to overwrite."""
         left, right = bases.factors(n.to(g.dtype))
         return Update(left, right, o["scale"])
 
@@ -216,7 +217,7 @@ def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
 
 
 def larger(g: Tensor, low: Tensor, bases: Bases) -> float:
-    """How many times more entries G's columns have than R's."""
+    """Length of a column of G over that of a column of R, along the projected dimension."""
     whole = {-2: bases.height(g), -1: g.shape[-1]}
     return math.prod([whole[i] / low.shape[i] for i in ALONG[bases.side()]])
 
@@ -229,8 +230,8 @@ def gains(size_n: Tensor, size_r: Tensor, size_g: Tensor, more: float, rows: Row
         size_n: norms of the columns of N.
         size_r: of R.
         size_g: of G, all in float64 and with the projected dimension as 1.
-        more: how many times more entries G's columns have than N's.
-        rows: of which the columns are, if not of all.
+        more: length of a column of G over that of a column of N (see :func:`larger`).
+        rows: the rows that this rank has, if not all.
         s: state, with the last norm that the limiter compares with, where there is one.
         o: options of the group.
         leak: the factors are for G - R + leak R; None for G.

@@ -1,4 +1,4 @@
-"""Sharded parameters (DTensor): which rows of a matrix a rank holds, and how the rest is reached.
+"""Sharded parameters (DTensor): which rows a rank holds, and how sums and whole matrices are made.
 
 A parameter of FSDP2 is cut along its first dimension: rank i of W holds rows i c to (i + 1) c,
 c = ceil(m / W), the last ranks fewer or none. Two ways to update it:
@@ -38,7 +38,7 @@ __all__ = ["Rows", "agreed", "bytes_of", "check_placements", "gathered", "is_sha
            "like", "local", "new", "offloaded", "placed", "put", "rows_of", "share", "summed",
            "whole"]
 
-# Bytes above which something is gathered alone, without copies of it.
+# Tensors of more bytes are gathered alone, without the copies of a common buffer.
 _SMALL = 1 << 20
 
 
@@ -66,12 +66,12 @@ class Rows(NamedTuple):
         return total
 
     def own(self, x: Tensor) -> Tensor:
-        """Of a whole matrix the rows of this rank."""
+        """Cut the rows of this rank out of a whole matrix."""
         return x[self.start:self.start + self.counts[self.rank]]
 
     def columns(self, x: Tensor) -> Tensor:
-        """All rows of this rank's share of the columns, of this rank's rows x (m_i, n): (m, c) with
-        c = ceil(n / W), zeros where there are no more columns.
+        """From row shards x (m_i, n) to column shards: all rows of this rank's columns, (m, c) with
+        c = ceil(n / W), padded with zeros.
         """
         ranks = len(self.counts)
         each = math.ceil(x.shape[1] / ranks)
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
         return found
 
     def joined(self, x: Tensor, n: int) -> Tensor:
-        """n columns, of which each rank has such a share x, on every rank."""
+        """All n columns on every rank, from the shares x of :meth:`columns`."""
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in self.counts]
         torch.distributed.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, -1)[..., :n].contiguous()
@@ -112,7 +112,7 @@ def offloaded(x: Tensor) -> bool:
 
 @functools.cache
 def _classes() -> tuple[type, ...]:
-    """DTensor's class, if there is one; an import takes its time at each of many calls."""
+    """DTensor's class, if it is available; cached, as an import statement is slow when repeated."""
     if not torch.distributed.is_available():
         return ()
     from torch.distributed.tensor import DTensor
@@ -121,21 +121,21 @@ def _classes() -> tuple[type, ...]:
 
 
 def local(x: Tensor) -> Tensor:
-    """What this rank holds of x: the storage itself. To be called without gradients."""
+    """Return this rank's part of x, not a copy. To be called without gradients."""
     return _dtensor(x).to_local() if is_sharded(x) else x
 
 
 def whole(x: Tensor) -> Tensor:
     """All of x, gathered if it is sharded; a collective operation."""
-    # Of columns that are cut unevenly torch 2.9 returns a view that skips the padding, and codes
-    # must be contiguous.
+    # torch 2.9 returns unevenly cut columns as a view that skips the padding, but codes must be
+    # contiguous.
     return _dtensor(x).full_tensor().contiguous() if is_sharded(x) else x
 
 
 def bytes_of(x: Tensor) -> Tensor:
-    """Its bytes, in one dimension: x itself, or a copy where its elements do not lie in order."""
+    """The bytes of x in one dimension: a view, or a copy where x is not contiguous."""
     x = x.reshape(-1)
-    if x.stride(0) != 1:  # as a row of one may be said to lie
+    if x.stride(0) != 1:  # a single element may have any stride
         x = x.clone(memory_format=torch.contiguous_format)
     return x.view(torch.uint8)
 
@@ -146,7 +146,7 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     together: dict[ProcessGroup, list[tuple[int, Tensor, int]]] = {}
     for i, x in enumerate(tensors):
         rows, part = rows_of(x), local(x)
-        # bytes of the rows of the first rank, which has the most
+        # bytes of the first rank's rows: no rank has more
         size = 0 if rows is None else rows.counts[0] * math.prod(x.shape[1:]) * x.element_size()
         if rows is None or size * len(rows.counts) > _SMALL:
             out[i] = whole(x)
@@ -164,7 +164,7 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
         if len(sent):
             torch.distributed.all_gather([*found], sent, group=group)
         for (i, part, size), start in zip(members, starts, strict=False):
-            # Rows are missing at the end alone.
+            # Only the last ranks have fewer rows.
             count = tensors[i].numel() * part.element_size()
             x = found[:, start:start + size].contiguous().view(-1)[:count]
             out[i] = x.view(part.dtype).view(tensors[i].shape)
@@ -186,7 +186,7 @@ def keep(x: Tensor, value: Tensor) -> None:
 
 
 def put(x: Tensor, value: Tensor) -> None:
-    """Write a saved value to x: one placed like it, or all of it. ValueError for another."""
+    """Write a saved value to x, a DTensor placed like x or a whole tensor; else ValueError."""
     if not is_sharded(value):
         keep(x, value)
         return
@@ -200,7 +200,7 @@ def put(x: Tensor, value: Tensor) -> None:
     local(x).copy_(local(value))
 
 
-@torch.inference_mode(False)  # what is made in that mode cannot be written to after it
+@torch.inference_mode(False)  # inference tensors could not be written to later
 def new(slot: Slot, p: Tensor) -> Tensor:
     """The first value of a slot of p: zeros, sharded where p is and the slot says so."""
     if not (slot.rows or slot.spread) or not is_sharded(p):
@@ -209,8 +209,8 @@ def new(slot: Slot, p: Tensor) -> Tensor:
 
     d = _dtensor(p)
     places = _places(slot, d)
-    # A tensor without bytes tells the shape of this rank's part; elsewhere than on the mesh's
-    # devices, as where FSDP2 offloads to the host, it would be copied with all of them.
+    # A tensor without storage, from which torch derives the shape of this rank's part. It is on the
+    # mesh's devices: from the host, where FSDP2 may offload, it would be copied there in full.
     device = slot.device if slot.device.type == "meta" else d.device_mesh.device_type
     model = torch.empty((), dtype=slot.dtype, device=device).expand(slot.shape)
     shape = distribute_tensor(model, d.device_mesh, places, src_data_rank=None).to_local().shape
@@ -221,8 +221,8 @@ def new(slot: Slot, p: Tensor) -> Tensor:
 
 
 def _places(slot: Slot, p: DTensor) -> Sequence[Placement]:
-    """Placements of a slot: those of p, or of its rows alone where other dimensions differ; cut by
-    rows wherever p is cut where it has other rows.
+    """Placements of a slot: those of p; only its row cuts where other dimensions differ; and where
+    the slot's rows are not p's (``spread``), cut by rows wherever p is cut.
     """
     from torch.distributed.tensor import Replicate, Shard
 
@@ -249,7 +249,7 @@ def rows_of(p: Tensor) -> Rows | None:
 
 
 def share(p: Tensor, rows: Rows | None) -> int:
-    """Elements of p that one rank works on: the same number on all."""
+    """Elements of p that a rank works on, as a number that is equal on all ranks."""
     return p.numel() if rows is None else max(rows.counts) * math.prod(p.shape[1:])
 
 
@@ -271,9 +271,9 @@ def placed(x: Tensor, p: Tensor) -> Tensor:
 
 
 def summed(p: Tensor, x: Tensor) -> Tensor:
-    """The sum of x over all parts of p, equal on each rank, which has given its part's; collective.
+    """The sum over all ranks of x, a value of each rank's part of p; collective.
 
-    Unlike :meth:`Rows.sum` for whatever placements p has.
+    Unlike :meth:`Rows.sum`, for any placements of p.
     """
     if not is_sharded(p):
         return x
@@ -285,7 +285,7 @@ def summed(p: Tensor, x: Tensor) -> Tensor:
 
 
 def check_placements(p: Tensor, name: str, where: str) -> None:
-    """Refuse a DTensor whose parts are no plain cut: TypeError by name."""
+    """Refuse a DTensor that is not placed by Shard and Replicate alone: TypeError by name."""
     if not is_sharded(p):
         return
     from torch.distributed.tensor import Replicate, Shard
@@ -299,11 +299,11 @@ def check_placements(p: Tensor, name: str, where: str) -> None:
 
 
 def agreed(flags: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """Flags (0 or 1, on the host) that any rank has set, on every rank that shares a parameter.
+    """The OR of flags (0 or 1, on the host) over all ranks that share a parameter.
 
     Args:
         flags: int64, equal in length on all ranks.
-        params: whose meshes tell the ranks; without a DTensor among them nothing is sent.
+        params: their meshes give the ranks; without a DTensor among them nothing is sent.
     """
     done: set[Any] = set()
     for p in params:
@@ -314,7 +314,7 @@ def agreed(flags: Tensor, params: Sequence[Tensor]) -> Tensor:
             group = mesh.get_group(i)
             if group not in done:
                 done.add(group)
-                there = flags.to(mesh.device_type)  # parameters may be elsewhere, offloaded
+                there = flags.to(mesh.device_type)  # offloaded parameters are elsewhere
                 torch.distributed.all_reduce(there, torch.distributed.ReduceOp.MAX, group=group)
                 flags = there.to(flags.device)
     return flags

@@ -23,14 +23,16 @@ BASES, COLUMNS = ("basis_left", "basis_right"), ("columns_left", "columns_right"
 
 
 class Projected(NamedTuple):
-    """What is left of a gradient after the projection: an update needs no more.
+    """A projected gradient: all that the second half of an update (``lift``) needs.
+
+    Except with residuals that read G itself. ``turns`` and ``writes`` are set at a refresh only.
 
     Args:
-        bases: of this step.
-        low: R on them.
-        turns: where they are new, what turns the moments.
-        writes: where they are new, what is stored of them, by slot.
-        more: what else a rule takes of the gradient, linear in it, by slot of
+        bases: P and Q of this step.
+        low: R = P^T G Q.
+        turns: for the left and the right side, how moments move to the new basis.
+        writes: what is stored of the new bases, by slot.
+        more: other quantities that a rule needs of the gradient, linear in it, by slot of
             :meth:`LowRankOptimizer.buffers`.
     """
 
@@ -44,19 +46,20 @@ class Projected(NamedTuple):
 class Subspace(Ranked):
     """Base of the low-rank classes: when a basis is refreshed, how it is found, read and stored."""
 
-    #: 0-based step, modulo the gap, of the refreshes of an unshifted matrix after the first.
+    #: A matrix is refreshed at 0-based step k if (k + phase) % gap == 0; this is the phase of an
+    #: unshifted matrix. The first step refreshes in any case.
     first_phase: ClassVar[int] = 0
 
     def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
                   ) -> Projected:
         """P, Q and R = P^T G Q: the stored bases, or new ones where a refresh is due."""
-        one = codec.one_of(s)  # several are all due or none
+        one = codec.one_of(s)  # in a batch all are due or none is
         if not self.due(one, o, t):
             old = self.bases(g, s, o)
             return Projected(old, old.down(g))
         born, cosines = int(one["basis_step"]), o["projection"] == "dct"
-        # A new choice of cosine columns needs the indices of the last one, not the columns; bases
-        # that are drawn need the last ones where moments turn with them.
+        # Whether a refresh can do without the last basis: cosine columns need only its indices,
+        # random bases need it only to rotate the moments.
         spared = cosines or (o["projection"] == "random" and o["moments"] != "rotate")
         last = self.bases(g, s, o) if born and not (spared and o["keep_energy"] is None) else None
         if last is not None and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
@@ -64,7 +67,7 @@ class Subspace(Ranked):
             if _energy(low, g, last) >= o["keep_energy"] * s["basis_energy"].item():
                 return Projected(last, low)
         new = self._cosines(g, s, o, born) if cosines else self._found(g, last, s, o, t)
-        if new is None:  # nothing to be learnt from this gradient: try again when due
+        if new is None:  # zero or not finite gradient: keep the basis until the next refresh
             old = self.bases(g, s, o) if last is None else last
             return Projected(old, old.down(g))
         host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -84,10 +87,10 @@ class Subspace(Ranked):
         """The bases in the state, or regenerated from what is stored of them.
 
         Args:
-            g: a gradient, of which shape, dtype and device count.
+            g: a gradient; only its shape, dtype and device are used.
             s: state.
             o: options.
-            born: update at which they were found; 0 where none were; None for what the state says.
+            born: update at which they were found, 0 for none yet; None: as the state says.
         """
         *batch, m, n = codec.whole_shape(g, s)
         r, rows = min(o["rank"], m, n), codec.rows_of(s)
@@ -102,7 +105,7 @@ class Subspace(Ranked):
                 basis = codec.read(s, f"basis_{name}", narrow)
                 basis = basis if basis.dtype == g.dtype else basis.to(g.dtype)
             if rows is not None and name == "left" and o["projection"] in ("dct", "random"):
-                basis = rows.own(basis)  # of what is not stored
+                basis = rows.own(basis)  # a basis that is not stored is made whole, then cut
             bases[number] = basis
         return Bases(bases[0], bases[1], rows)
 
@@ -125,8 +128,8 @@ class Subspace(Ranked):
 
         Args:
             g: the gradient.
-            last: the last bases, from which a decomposition starts and moments turn, if there are
-                any; None too where neither is so.
+            last: the last bases, to start a decomposition from and to rotate moments; None where
+                there are none or neither is needed.
             s: state.
             o: options.
             t: count of this update.
@@ -156,8 +159,8 @@ class Subspace(Ranked):
 
     def _cosines(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], born: int
                  ) -> Projected | None:
-        """The columns of a cosine basis that the gradient has most of, and R from one transform;
-        None where it is the first and has none.
+        """The cosine columns with the largest norms in the transform of G, and R from the same
+        transform; None at a first refresh from a gradient that is zero or not finite.
         """
         new: list[Tensor | None] = [None, None]
         turns: list[Turn | None] = [None, None]
@@ -168,7 +171,7 @@ class Subspace(Ranked):
         for number, side, length in project.sides(m, n, o["proj_type"]):
             left, name = side == "left", f"columns_{side}"
             old = stack(s[name])
-            # Who has some rows transforms all of some columns.
+            # A transform along rows needs whole columns: exchange row shards for column shards.
             across = rows if left else None
             index, part = dct.project(g if across is None else across.columns(g), r,
                                       kind=o["dct_basis"], dim=-2 if left else -1,
@@ -212,7 +215,7 @@ def _coprime(gap: int) -> int:
 
 
 def _learnt(low: Tensor, s: Mapping[str, Tensor]) -> bool:
-    """Whether R on the columns that a gradient has most of is a number and, somewhere, not zero."""
+    """Whether R is finite and not all zero, so that the choice of columns means something."""
     size = codec.row_sum(low.double().abs().sum((-2, -1)), s)
     return bool(size.isfinite().all()) and bool(size.any())
 

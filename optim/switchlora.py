@@ -28,9 +28,9 @@ __all__ = ["SwitchLoRAAdamW"]
 _ROLES = ("A", "B", "base")
 # Elements of a base weight that are changed at once.
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 22}
-# Flipped in the key of B for the random rounding of the base weight, a stream of its own.
+# Flipped in B's key: gives the random rounding of the base weight bits of its own.
 _BASE = 1 << 30
-# Stream of random numbers from which candidates are drawn; those of switches are the steps.
+# Random stream from which candidates are drawn; switches use the number of their step.
 _POOL = 0
 
 
@@ -55,13 +55,13 @@ class _Pair(NamedTuple):
 
 
 class SwitchLoRAAdamW(MatrixOptimizer):
-    """AdamW on low-rank pairs, whose vectors are exchanged: the changes add up to full rank.
+    """LoRA training whose pairs change over time, so that the sum of changes has full rank.
 
-    For W + s B A, at each step before the updates, about r / interval(k) rows of A and as many
-    columns of B are replaced: A_i goes back to a pool, a random candidate A' takes its place, and
-    W <- W + s B_i (A_i - A') keeps the function. The moments of the counterpart B_i restart, and it
-    is frozen for some steps: skipped outright. interval(k) = interval / interval_decay^((k + 1) /
-    decay_steps). Adam's bias correction counts the updates of each vector.
+    AdamW on the pairs. For W + s B A, at each step before the updates, about r / interval(k) rows
+    of A and as many columns of B are replaced: A_i goes back to a pool, a random candidate A' takes
+    its place, and W <- W + s B_i (A_i - A') keeps the function. The moments of the counterpart B_i
+    restart, and it is frozen (not updated) for some steps. interval(k) = interval /
+    interval_decay^((k + 1) / decay_steps). Adam's bias correction counts each vector's updates.
 
     Pairs are declared by the groups of :func:`lissom.optim.adapter_groups`, for models of
     :func:`lissom.optim.lora` and of ``peft``; all other parameters get AdamW. The base weight is
@@ -135,7 +135,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         if len(params) % 3:
             raise ValueError(f"{where}: {len(params)} parameters with roles={_ROLES}, but they "
                              "must be triples: a pair needs its partner and its base weight")
-        # a group that is new comes to those that are there; a saved one is among them
+        # A new group must not share parameters with the present ones; a saved group is one of them.
         others = [p for group in self.param_groups for p in group["params"]] if explicit else []
         held = Counter(map(memory, (*params, *others)))
         for pair in _pairs({**o, "params": params}):
@@ -252,7 +252,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
     # ---------------------------------------------------------------- the update
 
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update:
-        """AdamW with a count of updates for each vector; frozen ones are as if they were not there.
+        """AdamW with a count of updates for each vector; frozen vectors are left out.
 
         r is below both sides of the base, so A is wide and its rows are the vectors, B is tall.
         """
@@ -261,7 +261,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         resting = s["frozen"] > 0
         count = torch.where(resting, 0, s["updates"] + 1)
         k = count.clamp(min=1).double()
-        # The counts are on the host: their three numbers for a vector go to the device at once.
+        # The counts are on the host: send the three numbers of each vector in one copy.
         sent = _sent(torch.stack([1 - beta1**k, (1 - beta2**k).sqrt(), resting.double()]), g.device)
         first, second, frozen = (x.view(shape) for x in sent)
         frozen = frozen > 0
@@ -328,7 +328,7 @@ def chosen(s: Mapping[str, Tensor], partner: Mapping[str, Tensor], o: Mapping[st
     busy = (s["frozen"][order] > 0) | (partner["frozen"][order] > 0)
     order = order[:int(busy.int().argmax()) if bool(busy.any()) else count]
     s["pointer"].add_(len(order)).remainder_(r)
-    # Candidates that are in use are none, but for those that are given back now.
+    # Vectors in use are no candidates, except those that are given back now.
     free = torch.ones(len(s["candidates"]), dtype=torch.bool, device="cpu")
     free[s["active"].long()] = False
     free[s["active"][order].long()] = True

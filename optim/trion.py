@@ -37,13 +37,14 @@ class TrionOptions(AdamWPart, total=False):
 
 
 class Trion(Ranked):
-    """Orthogonalized low-rank momentum: Dion with cosine columns instead of power iterations.
+    """Muon in a low-rank subspace: only ``rank`` columns of the momentum are orthogonalized.
 
-    B = M + G; b = the ``rank`` columns of B Q with the largest norm (rows of Q^T B where m < n);
-    M <- B - (1 - momentum) b Q_r^T, so that what b misses stays in M in full (error feedback);
-    u = s * NewtonSchulz(b) Q_r^T. Q is the same cosine basis for tall and for wide matrices, so
-    the update of a transpose is the transpose of the update, up to s. State: M, of the weight's
-    size. Parameters that are no matrices, or without a rank, get AdamW.
+    Dion with columns of a cosine basis instead of power iterations. B = M + G; b = the ``rank``
+    columns of B Q with the largest norm (rows of Q^T B where m < n); M <- B - (1 - momentum) b
+    Q_r^T, so that what b misses stays in M in full (error feedback); u = s * NewtonSchulz(b) Q_r^T.
+    Q is the same cosine basis for tall and for wide matrices, so the update of a transpose is the
+    transpose of the update, up to s. State: M, of the weight's size. Parameters that are no
+    matrices, or without a rank, get AdamW.
 
     Args:
         params: as :class:`lissom.optim.LowRankOptimizer`.

@@ -1,4 +1,4 @@
-"""How results are written to weights: rounded once, and what a bf16 weight lacks of fp32."""
+"""How results are written to weights: rounded once, the bits that are cut off kept if wanted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .keys import key_of
 
 __all__ = ["MASTERS", "master_slots", "random_rounding", "read_weight", "write_weight"]
 
-#: What a bf16 weight lacks of fp32, a signed byte and the byte below it. Not one tensor of 16 bits:
-#: gloo and NCCL send none, and sharded state is gathered where it is saved whole.
+#: The lower 16 bits of an fp32 weight, beside its bf16: a signed byte and the byte below it. Two
+#: tensors, as gloo and NCCL do not send 16-bit integers, and sharded state must be gathered.
 MASTERS = {"master": torch.int8, "master_low": torch.uint8}
 
 
 def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-    """What a bf16 weight lacks of fp32: 8 or 16 bits per element, as ``master_bits`` says."""
+    """Slots for 8 or 16 more bits of each element of a bf16 weight, as ``master_bits`` says."""
     if o["master_bits"] is None or p.dtype != torch.bfloat16:
         return {}
     return {name: Slot(tuple(p.shape), kind, p.device, rows=p.ndim > 0, optional=True)
@@ -42,11 +42,11 @@ def read_weight(p: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
 
 
 def _split_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], random: Tensor | None) -> None:
-    """Write the nearest bf16 number to p and what it lacks to its masters; ties away from zero.
+    """Write the nearest bf16 number to p and the rest to the masters; ties away from zero.
 
     Source: the split of master weights as in FlashOptim (databricks/flashoptim).
     """
-    # above it the nearest bf16 number, or what 8 bits round to, would be infinite
+    # above it the nearest bf16 number, or the rounding to 8 more bits, would be infinite
     top = torch.full((), 0x7F7F7E00, dtype=torch.int32, device=x.device).view(torch.float32)
     bits = torch.where(x.isfinite(), torch.minimum(torch.maximum(x, -top), top), x
                        ).contiguous().view(torch.int32)
@@ -72,13 +72,13 @@ def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[st
                  step: int | Tensor, start: int = 0) -> None:
     """Round fp32 results into a weight, once.
 
-    Where the state keeps more of it (:func:`master_slots`) what is cut off goes there. The random
-    bits are those of (seed, key of the parameter; step, element): the same on resume, on any number
-    of ranks and on every device, and where parameters have names in any order and grouping.
+    Bits that are cut off go to the state, if it keeps them (:func:`master_slots`). Random bits
+    depend on (seed, key of the parameter; step, element): they are the same on resume, on any
+    number of ranks and on every device, and with names in any order and grouping of parameters.
 
     Args:
         p: a weight or a block of its rows.
-        x: its new value; nothing is done where it is p itself.
+        x: its new value; if x is p itself, it is written already.
         kept: state of the parameter.
         o: options of the group.
         step: 1-based count of this update.

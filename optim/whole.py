@@ -1,10 +1,10 @@
 """Whole-matrix work: updates that wait for a function of a whole matrix, answered in batches.
 
-An update that needs one (a polar factor, say) is a generator: it yields a :class:`Whole`, and is
-sent the results. The loop runs several updates to that point, stacks what they ask for, same
-shapes and functions together, computes each stack once and resumes them. A stack of one is the
-ordinary case. Of a sharded matrix an update has some rows, and asks with those: each matrix is
-gathered on one rank and the rows of the result come back (:mod:`lissom.optim.owners`).
+An update that needs one (e.g. a polar factor) is a generator: it yields a :class:`Whole`, and is
+sent the results. The loop runs several updates to that point, stacks requests of the same shape
+and function, computes each stack once and resumes the updates. A stack of one is the ordinary
+case. A request with some rows of a sharded matrix is answered with the same rows of the result:
+each matrix is gathered on one rank (:mod:`lissom.optim.owners`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Whole(NamedTuple):
 
     Args:
         matrices: (..., m, n) each; shapes may differ.
-        function: from (b, m, n) to (b, m, n), matrix by matrix; hashable and equal by value, as
-            equal functions are called once.
+        function: from (b, m, n) to (b, m, n), matrix by matrix; hashable and comparable by value,
+            so that equal functions are called once.
         rows: which rows of (m, n) matrices these are, if not all.
     """
 
@@ -45,7 +45,7 @@ Waiting = Generator[Whole, tuple[Tensor, ...], T]
 
 
 def requested(update: Waiting[T], rows: Rows | None) -> Waiting[T]:
-    """The same update, whose requests tell which rows theirs are."""
+    """The same update, with ``rows`` added to its requests."""
     try:
         request = next(update)
         while True:
@@ -99,7 +99,7 @@ def _results(requests: dict[int, Whole]) -> dict[int, list[Tensor]]:
 
 def _owned(functions: Sequence[_Function], numbers: Sequence[int], matrices: Sequence[Tensor]
            ) -> list[Tensor]:
-    """Of all functions those of some numbers."""
+    """Apply the functions of some matrices, given by number, to these matrices."""
     return _computed(matrices, [functions[i] for i in numbers])
 
 

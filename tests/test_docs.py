@@ -532,6 +532,12 @@ def test_every_public_name_has_a_docstring():
                     assert inspect.getdoc(method), f"{where}.{name}"
 
 
+def test_the_map_of_the_package_names_every_file():
+    named = re.findall(r"``(\w+)``", re.sub(r".*reading order:", "", lissom.optim.__doc__,
+                                           flags=re.DOTALL))
+    assert sorted(named) == sorted(x.stem for x in (ROOT / "optim").glob("[!_]*.py"))
+
+
 def test_documented_arguments_are_those_that_exist():
     for where, x in public().items():
         if not inspect.isroutine(x) and not inspect.isclass(x):
