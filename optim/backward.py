@@ -153,7 +153,8 @@ class InBackward:
                 f"{self.name}: {name!r} is no DTensor, but there are {dist.get_world_size()} "
                 "processes: DDP averages gradients only after the hook has seen them; leave the "
                 "model unwrapped and give process_group=torch.distributed.group.WORLD, or use "
-                "FSDP2, or lissom.optim.ddp.projected_allreduce(optimizer, model)")
+                "FSDP2, or lissom.optim.ddp.projected_allreduce(optimizer, model); before a "
+                "Trainer trains, call lissom.optim.hf.without_ddp(trainer)")
 
     def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
         """Refuse a parameter with which this cannot work; raises ValueError."""

@@ -5,9 +5,11 @@ Needs ``transformers`` (extra ``hf``), which nothing else of this package import
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -18,7 +20,8 @@ from .base import MatrixOptimizer
 from .groups import param_groups
 from .options import optional
 
-__all__ = ["ProjectInBackwardCallback", "UpdateInBackwardCallback", "trainer_optimizer"]
+__all__ = ["ProjectInBackwardCallback", "UpdateInBackwardCallback", "trainer_optimizer",
+           "without_ddp"]
 
 Groups = list[dict[str, Any]]
 Build = Callable[..., MatrixOptimizer]
@@ -77,8 +80,10 @@ class _InBackwardCallback(TrainerCallback):
             "max_grad_norm", max_grad_norm, type(self).__name__)
         #: The handle during training, else None.
         self.handle: InBackward | None = None
+        #: Whether the backward pass averages over ranks: see :func:`without_ddp`.
+        self.replicated = False
 
-    def attach(self, optimizer: Any, args: Any, scaler: Any) -> InBackward:
+    def attach(self, optimizer: Any, args: Any, scaler: Any, group: Any) -> InBackward:
         """The handle for one training."""
         raise NotImplementedError
 
@@ -95,7 +100,8 @@ class _InBackwardCallback(TrainerCallback):
         scaler = getattr(optimizer, "scaler", None)
         while not isinstance(optimizer, MatrixOptimizer) and hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer  # Accelerate's wrapper
-        self.handle = self.attach(optimizer, args, scaler)
+        group = torch.distributed.group.WORLD if self.replicated else None
+        self.handle = self.attach(optimizer, args, scaler, group)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the handle off."""
@@ -129,10 +135,10 @@ class ProjectInBackwardCallback(_InBackwardCallback):
         super().__init__(max_grad_norm)
         self.exact_norm = exact_norm
 
-    def attach(self, optimizer: Any, args: Any, scaler: Any) -> InBackward:
+    def attach(self, optimizer: Any, args: Any, scaler: Any, group: Any) -> InBackward:
         return project_in_backward(
             optimizer, args.gradient_accumulation_steps, max_grad_norm=self.max_grad_norm,
-            exact_norm=self.exact_norm, grad_scaler=scaler)
+            exact_norm=self.exact_norm, grad_scaler=scaler, process_group=group)
 
 
 class UpdateInBackwardCallback(_InBackwardCallback):
@@ -153,7 +159,7 @@ class UpdateInBackwardCallback(_InBackwardCallback):
     def __init__(self, max_grad_norm: float | None = None) -> None:
         super().__init__(max_grad_norm)
 
-    def attach(self, optimizer: Any, args: Any, scaler: Any) -> InBackward:
+    def attach(self, optimizer: Any, args: Any, scaler: Any, group: Any) -> InBackward:
         count = args.gradient_accumulation_steps
         if count != 1:
             raise ValueError(
@@ -163,4 +169,43 @@ class UpdateInBackwardCallback(_InBackwardCallback):
         if scaler is not None:
             raise ValueError("UpdateInBackwardCallback: TrainingArguments have fp16=True, but it "
                              "must be False: the weights would move by scaled gradients; use bf16")
-        return update_in_backward(optimizer, max_grad_norm=self.max_grad_norm)
+        return update_in_backward(optimizer, max_grad_norm=self.max_grad_norm, process_group=group)
+
+
+def without_ddp(trainer: Any) -> None:
+    """Have the backward pass average gradients over ranks, in place of DistributedDataParallel.
+
+    Under ``torchrun`` a Trainer wraps its model in DDP, which keeps every gradient in full size.
+    Called before ``trainer.train()``, this leaves the model unwrapped, and the Trainer's
+    ``ProjectInBackwardCallback`` or ``UpdateInBackwardCallback`` averages projections, or one
+    gradient at a time, over all ranks (``process_group`` of
+    :func:`lissom.optim.project_in_backward`). The steps are those of DDP, and checkpoints are the
+    ordinary ones. With a single process it changes nothing, so that a script may always call it.
+
+    Args:
+        trainer: a ``transformers.Trainer`` with one of the two callbacks.
+
+    Raises:
+        ValueError: it has no such callback; it shards its model (FSDP, DeepSpeed); it has
+            ``auto_find_batch_size=True``, which builds what wraps the model anew.
+    """
+    where = "without_ddp"
+    given = trainer.callback_handler.callbacks
+    callbacks = [x for x in given if isinstance(x, _InBackwardCallback)]
+    if not callbacks:
+        raise ValueError(f"{where}: the Trainer has no callback that works in the backward pass, "
+                         "so nobody would average gradients; give it ProjectInBackwardCallback or "
+                         "UpdateInBackwardCallback (callbacks=[...]) before")
+    for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+        if getattr(trainer, name, False):
+            raise ValueError(f"{where}: {name} is True, but it must be False: what shards a model "
+                             "averages its gradients too")
+    if getattr(trainer.args, "auto_find_batch_size", False):
+        raise ValueError(f"{where}: TrainingArguments have auto_find_batch_size=True, but it must "
+                         "be False: the Trainer would wrap the model in DDP at its second attempt")
+    if trainer.args.world_size == 1:
+        return
+    accelerator = trainer.accelerator
+    accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
+    for callback in callbacks:
+        callback.replicated = True

@@ -7,6 +7,7 @@ bit, weights and state, unless a tolerance stands there.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import re
@@ -79,11 +80,13 @@ def result(trainer: Any) -> dict[str, Any]:
 
 
 def trained(folder: Path, how: Any, *, dtype: torch.dtype = torch.float32, callbacks: Any = (),
-            resume: Path | None = None, prepare: Any = lambda model: model, **options: Any) -> Any:
+            resume: Path | None = None, prepare: Any = lambda model: model,
+            before: Any = lambda trainer: None, **options: Any) -> Any:
     """A Trainer after its training; ``how`` says from model and arguments how it gets ours."""
     model, args = prepare(llama(dtype)), arguments(folder, **options)
     trainer = transformers.Trainer(model, args, train_dataset=text(200),
                                    callbacks=list(callbacks), **how(model, args))
+    before(trainer)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
@@ -322,6 +325,31 @@ def test_the_grad_scaler_of_fp16_reaches_the_buffers(tmp_path):
         hf.UpdateInBackwardCallback().on_train_begin(args, None, None, optimizer=wrapped)
 
 
+def test_without_ddp_refuses_what_it_cannot_do(tmp_path, monkeypatch):
+    model = llama()
+    how = asked(GaLoreAdamW)(model, arguments(tmp_path))
+    build = functools.partial(transformers.Trainer, model, train_dataset=text(8), **how)
+    with pytest.raises(ValueError, match=r"without_ddp: the Trainer has no callback"):
+        hf.without_ddp(build(arguments(tmp_path)))
+    callbacks = [hf.UpdateInBackwardCallback()]
+    with pytest.raises(ValueError, match=r"auto_find_batch_size=True, but it must be False"):
+        hf.without_ddp(build(arguments(tmp_path, auto_find_batch_size=True), callbacks=callbacks))
+    trainer = build(arguments(tmp_path), callbacks=callbacks)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(ValueError, match=r"is_fsdp_enabled is True, but it must be False"):
+        hf.without_ddp(trainer)
+
+
+def test_without_ddp_changes_nothing_in_one_process(tmp_path):
+    how, found = asked(Muon), []
+    for before in (hf.without_ddp, lambda trainer: None):
+        callbacks = [hf.UpdateInBackwardCallback()]
+        trainer = trained(tmp_path / str(len(found)), how, callbacks=callbacks, before=before)
+        assert not callbacks[0].replicated
+        found.append(result(trainer))
+    assert_same(*found)
+
+
 def under_torchrun(folder: Path, engine: str) -> Any:
     """What two ranks of :mod:`tests.trainer_job` have found."""
     done = subprocess.run(
@@ -337,9 +365,14 @@ def test_two_ranks_under_torchrun(tmp_path):
     """They resume bit for bit, and differ from one process by less than 1e-5: gradients are
     averaged over ranks.
     """
-    straight, resumed, *loops = under_torchrun(tmp_path, "ddp")
+    straight, resumed, *loops, runs = under_torchrun(tmp_path, "ddp")
     assert_same(resumed, straight)
     torch.testing.assert_close(loops[1], loops[0], rtol=0, atol=1e-5)
+    assert len(runs) == 3
+    for name, (plain, unwrapped, resumed) in runs.items():
+        torch.testing.assert_close(unwrapped["weights"], plain["weights"], rtol=0, atol=1e-5,
+                                   msg=lambda text, name=name: f"{name}: {text}")
+        assert_same(resumed, unwrapped, name)
     one = trained(tmp_path / "one", asked(GaLoreAdamW, update_proj_gap=3), max_grad_norm=0.5)
     torch.testing.assert_close(straight["weights"], dict(one.model.state_dict()), rtol=0, atol=1e-5)
 
@@ -445,7 +478,7 @@ def test_code_of_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs/integrations.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     start = llama().state_dict()
     names: dict[str, Any] = {"data": text(32)}
     for block in blocks:

@@ -13,7 +13,11 @@ import accelerate.state
 import torch
 import transformers
 from lissom.optim import AdamW, GaLoreAdamW, GaLoreAdamW8bit, Muon
-from lissom.optim.hf import UpdateInBackwardCallback
+from lissom.optim.hf import (
+    ProjectInBackwardCallback,
+    UpdateInBackwardCallback,
+    without_ddp,
+)
 from torch.distributed.tensor import DTensor
 
 from .test_hf import asked, looped, result, trained
@@ -63,6 +67,30 @@ def ddp(folder: Path) -> list[Any]:
         # Not clipped: projections have another norm.
         loop = looped(GaLoreAdamW, 6, ddp=ddp, in_backward=not ddp, limit=1e3, update_proj_gap=4)
         found.append(dict(loop["weights"]))
+    found.append({name: unwrapped(folder / name, *run) for name, run in REPLICATED.items()})
+    return found
+
+
+# Without DDP: how the Trainer gets the optimizer, the callback, its arguments.
+REPLICATED: dict[str, Any] = {
+    "project": (asked(GaLoreAdamW, update_proj_gap=7), ProjectInBackwardCallback,
+                {"gradient_accumulation_steps": 2}),
+    "update": (asked(Muon), UpdateInBackwardCallback, {}),
+    "bf16": (asked(GaLoreAdamW8bit, update_proj_gap=3), UpdateInBackwardCallback, {"bf16": True}),
+}
+
+
+def unwrapped(folder: Path, how: Any, callback: Any, more: dict[str, Any]) -> list[Any]:
+    """Results with DDP, without it, and resumed without it."""
+    options = {**RANKS, **more}
+    # Gradients that are clipped by nothing, as their projections have another norm.
+    found = [result(trained(folder / "ddp", how, **options))]
+    for at, resume in (("straight", None), ("resumed", folder / "straight/checkpoint-5")):
+        trainer = trained(folder / at, how, resume=resume, callbacks=[callback()],
+                          before=without_ddp, **options)
+        assert trainer.model_wrapped is trainer.model
+        assert trainer.optimizer.optimizer._backward is None  # it is off again
+        found.append(result(trainer))
     return found
 
 
