@@ -44,18 +44,19 @@ def listed(params: Any, where: str) -> list[Any]:
 
 
 def check_parameter(p: Any, name: str, where: str) -> None:
-    """A parameter must be a real floating tensor; what is trained can also be written to."""
+    """What is trained must be a real floating tensor that can be written to; what is frozen may be
+    of any dtype, as the codes of quantized weights are.
+    """
     if not isinstance(p, Tensor):
         raise TypeError(f"{where}: {name} is a {type(p).__name__}, but it must be a tensor")
     if torch.nn.parameter.is_lazy(p):
         raise ValueError(f"{where}: {name} has no shape yet, but it must have one: run the model "
                          "once (it has lazy modules) before the optimizer is built")
-    if not p.is_floating_point():
-        raise TypeError(f"{where}: {name} has dtype {p.dtype}, but it must be a real floating one "
-                        "(integer and complex parameters have no place here; of a model with "
-                        "quantized weights pass those that require a gradient)")
     if not p.requires_grad:
         return
+    if not p.is_floating_point():
+        raise TypeError(f"{where}: {name} has dtype {p.dtype}, but it must be a real floating one, "
+                        "or not require a gradient")
     if p.dtype.itemsize == 1:
         raise TypeError(f"{where}: {name} has dtype {p.dtype}, but it must be one of 16 bits or "
                         "more, or not require a gradient")

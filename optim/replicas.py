@@ -120,7 +120,8 @@ def _fingerprint(optimizer: MatrixOptimizer, p: Tensor) -> Tensor:
     """Numbers that differ where weights do: size, rows, steps, sum and norm."""
     steps = float(optimizer.state[p]["step"]) if p in optimizer.state else 0.0
     # In pieces, since each is copied to float64.
-    parts = p.detach().reshape(-1).split(_PIECE)
+    real = torch.view_as_real(p) if p.is_complex() else p
+    parts = real.detach().reshape(-1).split(_PIECE)
     total = sum(float(x.sum(dtype=torch.float64)) for x in parts)
     norm = sum(float(x.double().square().sum()) for x in parts)
     rows = float(len(p)) if p.ndim else 1.0

@@ -425,9 +425,8 @@ def test_misspelt_options_name_the_nearest(case):
     assert nearest("zzzz", ["rank"]) == ""
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.cfloat])
-def test_integer_and_complex_parameters(case, dtype):
-    bad = torch.zeros(3, 2, dtype=dtype)
+def test_complex_parameters(case):
+    bad = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.cfloat))
     ps = case.parameters([(6, 4)])
     optimizer = case(ps)
     groups = len(optimizer.param_groups)
@@ -436,6 +435,22 @@ def test_integer_and_complex_parameters(case, dtype):
         with pytest.raises(TypeError, match=f"{name}.*{bad.dtype}"):
             optimizer.add_param_group({"params": params})
     assert len(optimizer.param_groups) == groups
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.cfloat])
+def test_frozen_parameters_of_any_dtype(case, dtype):
+    """As the codes of a quantized model's weights; torch.optim.AdamW takes them too."""
+    ps = case.parameters([(6, 4)])
+    codes = torch.nn.Parameter(torch.ones(5, 3, dtype=dtype), requires_grad=False)
+    optimizer = case(ps)
+    optimizer.add_param_group({"params": [codes]})
+    run(optimizer, ps, range(2))
+    assert not optimizer.state.get(codes)
+    assert optimizer.plan().rows[-1].state_bytes == 0
+    twin = copy.deepcopy(optimizer)
+    twin.load_state_dict(through_disk(optimizer.state_dict()))
+    assert_same(snapshot(twin), snapshot(optimizer))
+    assert bool((codes == 1).all())
 
 
 def test_parameters_that_cannot_be_trained_are_refused_by_name(case):

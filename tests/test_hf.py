@@ -325,6 +325,18 @@ def test_the_grad_scaler_of_fp16_reaches_the_buffers(tmp_path):
         hf.UpdateInBackwardCallback().on_train_begin(args, None, None, optimizer=wrapped)
 
 
+def test_gradient_checkpointing_is_the_same_training(tmp_path):
+    """Activations that are computed again give the hooks one gradient each."""
+    found = []
+    for i, (again, callbacks) in enumerate(((False, []), (True, []), (
+            True, [hf.ProjectInBackwardCallback()]), (True, [hf.UpdateInBackwardCallback()]))):
+        trainer = trained(tmp_path / str(i), asked(GaLoreAdamW, update_proj_gap=3),
+                          callbacks=callbacks, gradient_checkpointing=again)
+        found.append(dict(trainer.model.state_dict()))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)
+
+
 def test_without_ddp_refuses_what_it_cannot_do(tmp_path, monkeypatch):
     model = llama()
     how = asked(GaLoreAdamW)(model, arguments(tmp_path))
