@@ -18,7 +18,7 @@ FILES = ["pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "CITATION
          "CONTRIBUTING.md", "LICENSE"]
 FOLDERS = ["optim", "kernels", "bench", "docs", "tests", ".ci"]
 #: What lissom works without, fewer comforts apart.
-OPTIONAL = ["triton", "numpy", "scipy", "transformers", "peft", "accelerate", "rich", "matplotlib",
+OPTIONAL = ["triton", "scipy", "transformers", "peft", "accelerate", "rich", "matplotlib",
             "bitsandbytes", "safetensors", "galore_torch", "fira"]
 
 
