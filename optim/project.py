@@ -190,6 +190,11 @@ def _over(q: Tensor, factor: Tensor) -> Tensor:
     return divided
 
 
+def _exact(y: Tensor) -> Tensor:
+    """y, in float64 where its GPU may take fp32 products in TF32, which leave three digits."""
+    return y.double() if y.device.type == "cuda" and precision() == "tf32" else y
+
+
 def _independent(y: Tensor) -> Tensor:
     """Q of independent normal entries, by Cholesky QR twice, without a check (no synchronization).
 
@@ -198,7 +203,7 @@ def _independent(y: Tensor) -> Tensor:
     1 / sqrt(n), which float64 leaves eight digits.
     """
     m, r = y.shape[-2:]
-    q = y.double() if 2 * r > m or precision() == "tf32" else y
+    q = y.double() if 2 * r > m else _exact(y)
     for first in (True, False):
         gram = q.mT @ q
         if first and q.dtype == torch.float64:  # which one in thirty thousand squares needs
@@ -290,8 +295,8 @@ def _randomized(g: Gradient, r: int, old: Tensor | None, noise: Callable[..., Te
     # would leave a tenth of rounding noise in its vector.
     b = g.times(y).double()
     vectors: Tensor = torch.linalg.eigh(b.mT @ b).eigenvectors  # in ascending order
-    # In float64 too: products in TF32, where they are allowed, would leave three digits.
-    return (y.double() @ vectors.flip(-1)[..., :r]).to(y.dtype)
+    y_ = _exact(y)
+    return (y_ @ vectors.flip(-1)[..., :r].to(y_.dtype)).to(y.dtype)
 
 
 def _subspace(g: Gradient, r: int, old: Tensor | None, noise: Callable[..., Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from lissom.optim import (
     PolarGrad,
     SwitchLoRAAdamW,
     norms,
-    polar,
+    polar_polynomial,
     update_in_backward,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,7 +80,7 @@ def place(x):
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """Without the shortcuts that look at numbers on the host; small moments are quantized."""
-    monkeypatch.setattr(polar, "norms", lambda x, side: torch.linalg.vector_norm(
+    monkeypatch.setattr(polar_polynomial, "norms", lambda x, side: torch.linalg.vector_norm(
         x, dim=norms.ALONG[side], keepdim=True, dtype=torch.float64))
     monkeypatch.setattr(philox, "_bounded", lambda x, largest: False)
     monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
