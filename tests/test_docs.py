@@ -291,6 +291,24 @@ def test_readme_has_the_table_of_7b():
     assert seen == set(shown)
 
 
+def test_ranks_and_gaps_are_those_that_were_run():
+    rows = json.loads((ROOT / "bench/results/train-tiny-rank-cpu.json").read_text())["rows"]
+    page = (ROOT / "docs/results.md").read_text()
+    page = page[page.index("## Ranks and gaps"):page.index("## Fewer bits")]
+    found: dict[tuple[int, int], dict[str, list[str]]] = {}
+    for row in rows:
+        one = found.setdefault((row["rank"], row["gap"]), {})
+        one.setdefault(row["optimizer"], []).append(f"{row['valid_loss']:.3f}")
+    assert len(rows) == 36
+    for (rank, gap), one in found.items():
+        losses = f"{', '.join(one['galore'])} | {', '.join(one['fira'])} |"
+        assert gap != 200 or f"| {rank} | {losses} " in page
+        assert rank != 32 or f"| {gap} | {losses}" in page
+    states = {row["rank"]: row["state_bytes"] for row in rows if row["optimizer"] == "galore"}
+    assert [f"{states[r] / 2**20:.2f}" for r in sorted(states)] == re.findall(
+        r"\| ([0-9.]+) \|$", page[:page.index("Gaps, at")], re.MULTILINE)
+
+
 def test_readme_has_the_losses_of_the_tiny_llama():
     readme = " ".join((ROOT / "README.md").read_text().split())
     rows = {row["optimizer"]: row for row in
