@@ -1025,7 +1025,7 @@ def test_bf16_weights_keep_fp32_moments(case):
 
 def test_equals_its_oracle(case):
     if not case.same_arithmetic():
-        pytest.skip("its arithmetic is random or quantized: see test_parts")
+        pytest.skip("its arithmetic is random or quantized: see test_rounding and test_quantizers")
     if case.roles:
         pytest.skip("pairs have oracles in test_reparam")
     for shape in [(7, 5), (5, 7), (6, 6), (4, 3, 2)]:
