@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lissom.optim import dct
 from torch import Tensor
 
 
@@ -78,6 +79,11 @@ def through_disk(value: Any) -> Any:
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def cosines(x: Tensor) -> Tensor:
+    """All of X Q."""
+    return dct.project(x, x.shape[-1], kind=2, dim=-1, norm=1, similarity="auto")[1]
 
 
 #: What :func:`tune` trains on.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import scipy.fft
 import torch
@@ -46,3 +48,15 @@ def test_cosine_bases_are_orthonormal_in_fp32():
     assert q.shape == (8, 3)
     assert q.dtype == torch.bfloat16
     assert dct.columns(index, 8, 2, torch.empty(0)).dtype == torch.float32  # no stale cache
+
+
+@pytest.mark.parametrize("similarity", ["matmul", "fft"])
+@pytest.mark.parametrize("norm", [1, 2])
+def test_one_entry_that_is_no_number_chooses_no_columns(similarity, norm):
+    for value in (math.inf, -math.inf, math.nan):
+        x = tensors([(6, 4)], 1)[0]
+        x[2, 1] = value
+        for old in ([0, 1], [2, 3]):
+            index, _ = dct.project(x, 2, kind=2, dim=-1, norm=norm, similarity=similarity,
+                                   old=torch.tensor(old, dtype=torch.int32))
+            assert index.tolist() == old

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lissom.kernels import _triton
 from lissom.optim import GaLoreAdamW, project
 
 from .helpers import parameters, tensors
@@ -82,3 +83,116 @@ def test_bases_do_not_follow_rounding_errors(projection, warm):
     other = project.find(noisy, 32, "right", projection, old, (0, 0), 1)
     assert (one * other).sum(0).abs().min() > 1 - 1e-6
     assert (one - other * (one * other).sum(0).sign()).norm(dim=0).max() < 1e-3
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("shape", [(40, 8), (3, 40, 8), (12, 9)])
+def test_bases_by_cholesky_are_orthonormal_and_span_the_same(shape, exact):
+    y = tensors([shape], 5)[0] * torch.logspace(0, -20, shape[-1])
+    q = project._by_cholesky(y, exact)
+    torch.testing.assert_close(q.mT @ q, torch.eye(shape[-1]).expand_as(q.mT @ q),
+                               atol=1e-6 if exact else 1e-3, rtol=0)
+    # Householder's columns, up to their signs
+    other = torch.linalg.qr(y.double()).Q
+    other = other * (other * q).sum(-2, keepdim=True).sign()
+    torch.testing.assert_close(q.double(), other, atol=1e-6 if exact else 1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("near", "arithmetic"), [
+    (1.0, [torch.float32, torch.float64]),
+    (1e-3, [torch.float32, torch.float64, torch.float64]),
+])
+def test_only_dependent_columns_are_divided_in_float64_twice(monkeypatch, near, arithmetic):
+    y = tensors([(40, 8)], 5)[0]
+    y[:, 5] = y[:, 0] + near * y[:, 5]
+    seen, divided = [], project._divided
+    monkeypatch.setattr(project, "_divided",
+                        lambda q, least: (seen.append(q.dtype), divided(q, least))[1])
+    q = project._by_cholesky(y)
+    assert seen == arithmetic
+    torch.testing.assert_close(q.mT @ q, torch.eye(8), atol=1e-6, rtol=0)
+    del seen[:]
+    assert project._by_cholesky(y.double()).dtype == torch.float64
+    assert seen == [torch.float64] * 2
+
+
+def test_bases_of_dependent_columns_are_not_by_cholesky():
+    y = tensors([(40, 8)], 5)[0]
+    nan = torch.full((40,), torch.nan)
+    for column in (torch.zeros(40), y[:, 0], y[:, 0] + 1e-7 * y[:, 1], nan):
+        z = y.clone()
+        z[:, 5] = column
+        for exact in (True, False):
+            assert project._by_cholesky(z, exact) is None
+            assert project._by_cholesky(torch.stack([y, z]), exact) is None
+    # No pivot tells how dependent these are, but what the first pass leaves of them does.
+    q = torch.linalg.qr(tensors([(200, 80)], 5)[0].double()).Q
+    assert project._by_cholesky(q @ (torch.eye(80) - torch.ones(80, 80).triu(1)).double()) is None
+
+
+@pytest.mark.parametrize("shape", [(70, 130), (130, 70), (2, 40, 33), (1, 5)])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_products_of_16_bits_are_those_of_fp32(shape, backend, monkeypatch):
+    """Three bf16 numbers hold all 24 bits of an fp32 one."""
+    if backend == "triton" and not _triton.INTERPRETED:
+        pytest.skip("on the CPU kernels run under TRITON_INTERPRET=1")
+    monkeypatch.setattr(project, "use_triton", lambda *_: True)
+    monkeypatch.setattr("lissom.kernels.project.use_triton", lambda *_: backend == "triton")
+    for size in (1.0, 1e-9, 1e20):  # the last one is scaled first
+        g = (tensors([shape], 3)[0] * size).bfloat16()
+        largest = g.float().abs().amax((-2, -1), keepdim=True)
+        seen = project.Gradient(g, largest)
+        assert seen.narrow == (size < 1e12)
+        assert (seen.g is g) == seen.narrow
+        exact = g.double() / largest.double()
+        x, y = tensors([(*shape[:-2], shape[-1], 7), (*shape[:-2], shape[-2], 7)], 4)
+        bound = {"atol": 2e-7 * sum(shape), "rtol": 0, "check_dtype": False}
+        torch.testing.assert_close(seen.times(x), exact @ x.double(), **bound)
+        torch.testing.assert_close(seen.transposed_times(y), exact.mT @ y.double(), **bound)
+        torch.testing.assert_close(seen.energy(), exact.square().sum((-2, -1), keepdim=True),
+                                   atol=0, rtol=1e-5, check_dtype=False)
+        torch.testing.assert_close(seen.whole(), exact.float())
+        assert seen.times(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("projection", ["svd", "randomized", "subspace"])
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (2, 30, 50)])
+def test_bases_of_16_bits_on_a_gpu_are_those_of_fp32(shape, projection, monkeypatch):
+    """At once with Cholesky; a zero matrix of a batch keeps the basis it has."""
+    g = (tensors([shape], 6)[0] @ torch.logspace(0, -2, shape[-1]).diag() * 1e-5).bfloat16()
+    if len(shape) > 2:
+        g[0] = 0
+    side = "right" if shape[-2] >= shape[-1] else "left"
+    old = project.find(g, 8, side, projection, None, (1, 2), 3)
+    expected = project.find(g, 8, side, projection, old, (1, 2), 4)
+    monkeypatch.setattr(project, "use_triton", lambda *_: True)
+    householder = project._orthonormal
+    monkeypatch.setattr(project, "_orthonormal", lambda y, exact=True: (
+        householder(y) if (q := project._by_cholesky(y, exact)) is None else q))
+    q = project.find(g, 8, side, projection, old, (1, 2), 4)
+    torch.testing.assert_close(q, expected, atol=1e-4, rtol=0)
+
+
+def test_a_gpu_finds_the_bases_of_a_cpu(monkeypatch):
+    g = tensors([(60, 40)], 6)[0]
+    found = [project.find(g, 8, "right", "subspace", None, (1, 2), 3)]
+    old = found[0]
+    found.append(project.find(g, 8, "right", "subspace", old, (1, 2), 3))
+    monkeypatch.setattr(project, "_orthonormal", project._by_cholesky)
+    for start, expected in zip((None, old), found, strict=True):
+        q = project.find(g, 8, "right", "subspace", start, (1, 2), 3)
+        q = q * (q * expected).sum(-2, keepdim=True).sign()
+        torch.testing.assert_close(q, expected, atol=1e-4, rtol=0)
+
+
+def test_random_bases_of_a_gpu_are_orthonormal_and_uniform():
+    """Without a look at what comes out; up to a square, whose columns are the most dependent."""
+    for shape in ((60, 8), (60, 30), (60, 60), (3, 200, 200), (1, 1)):
+        y = tensors([shape], 7)[0]
+        q = project._independent(y)
+        torch.testing.assert_close(q.mT @ q, torch.eye(shape[-1]).expand(*shape[:-2], -1, -1),
+                                   atol=3e-6, rtol=0)
+        triangle = q.mT @ y
+        assert bool((triangle.diagonal(dim1=-2, dim2=-1) > 0).all())
+        torch.testing.assert_close(triangle.tril(-1), torch.zeros_like(triangle), atol=1e-4,
+                                   rtol=0)
