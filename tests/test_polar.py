@@ -1,4 +1,4 @@
-"""Polar oracles: residuals, schedules, routes; Muon and PolarGrad: recorded runs, limits."""
+"""Polar oracles: residuals, schedules, routes, bad input."""
 
 from __future__ import annotations
 
@@ -11,21 +11,11 @@ import scipy.special
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lissom.optim import (
-    AdamW,
-    Muon,
-    PolarGrad,
-    Trion,
-    param_groups,
-    polar_polynomial,
-    polar_rational,
-    whole,
-)
+from lissom.optim import polar_polynomial, polar_rational
 from lissom.optim.polar import METHODS, Oracle, polar
 from lissom.optim.polar_polynomial import polar_express_schedule
 
-from .golden import follow, load, needs_golden, worst
-from .helpers import assert_same, feed, parameters, run, snapshot, tensors
+from .helpers import tensors
 
 EXACT = ["qdwh", "zolo-pd", "svd"]
 
@@ -286,271 +276,6 @@ def test_the_input_is_not_written_to():
             assert torch.equal(x, before)
 
 
-# ---- requests
-
-
-def test_requests_of_a_shape_are_answered_by_one_call():
-    calls = []
-
-    def double(x):
-        calls.append(tuple(x.shape))
-        return 2 * x
-
-    def update(x, out):
-        first, second = yield whole.Whole((x, x.mT), double)
-        (third,) = yield whole.Whole((first,), double)
-        out.append((x, first, second, third))
-
-    out = []
-    xs = tensors([(3, 2), (3, 2), (2, 3), (2, 3, 2)])
-    order = list(whole.answered([update(x, out) for x in xs]))
-    assert order == [0, 1, 2, 3]
-    for x, first, second, third in out:
-        assert torch.equal(first, 2 * x)
-        assert torch.equal(second, 2 * x.mT)
-        assert torch.equal(third, 4 * x)
-    assert sorted(calls) == sorted([(5, 3, 2), (5, 2, 3), (4, 3, 2), (1, 2, 3)]) or len(calls) == 4
-
-
-def test_requests_of_a_shape_that_are_unlike_are_answered_apart():
-    """Of another function, or in another dtype."""
-    def update(x, factor, out):
-        (y,) = yield whole.Whole((x,), functions[factor])
-        out.append((x, factor, y))
-
-    functions = {2: lambda x: 2 * x, 3: lambda x: 3 * x}
-    out = []
-    asked = [(x.to(kind), factor) for x in tensors([(3, 2), (3, 2)]) for factor in (2, 3)
-             for kind in (torch.float32, torch.bfloat16)]
-    list(whole.answered([update(x, factor, out) for x, factor in asked]))
-    assert len(out) == len(asked)
-    for x, factor, y in out:
-        assert y.dtype == x.dtype
-        assert torch.equal(y, factor * x)
-
-
-# ---- official trajectories
-
-
-@needs_golden
-@pytest.mark.parametrize("shape", ["16x24", "24x16"])
-@pytest.mark.parametrize("source", ["kellermuon", "torchmuon_original",
-                                    "torchmuon_match_rms_adamw"])
-def test_official_muon(source, shape):
-    case, start, gradients, weights = load(f"{source}_{shape}")
-    p = torch.nn.Parameter(start.clone())
-    optimizer = Muon([p], lr=case["lr"], weight_decay=case["weight_decay"],
-                     momentum=case["momentum"], nesterov=case["nesterov"],
-                     ns_steps=case["ns_steps"], adjust_lr_fn=case.get("adjust_lr_fn"))
-    # torch's is met bit for bit where bf16 products are summed alike; the other rounds every
-    # product and sum to bf16, which we do not.
-    limit = 1e-2 if source.startswith("torch") else 4e-2
-    assert worst(follow(optimizer, p, gradients), weights, start) < limit
-
-
-@needs_golden
-@pytest.mark.parametrize("shape", ["16x24", "24x16"])
-@pytest.mark.parametrize(("name", "limit"), [
-    ("ns5_momentumfirst", 4e-2), ("polar_express5_momentumfirst", 4e-2),
-    ("qdwh2_momentumfirst", 1e-5), ("qdwh2_polarfirst", 1e-5), ("qdwh6_momentumfirst", 1e-5),
-    ("qdwh6_polarfirst", 1e-5), ("zolo-pd2_momentumfirst", 1e-5)])
-def test_official_polargrad(name, limit, shape):
-    case, start, gradients, weights = load(f"polargrad_{name}_{shape}")
-    p = torch.nn.Parameter(start.clone())
-    method = {"ns": "newton-schulz", "polar_express": "polar-express"}.get(
-        case["polar_method"], case["polar_method"])
-    optimizer = PolarGrad([p], lr=case["lr"], weight_decay=case["weight_decay"],
-                          momentum=case["momentum"], polar_first=case["polar_first"],
-                          polar=method, polar_steps=case["inner_steps"],
-                          lower_bound="eps" if method == "qdwh" else None)
-    assert worst(follow(optimizer, p, gradients), weights, start) < limit
-
-
-# ---- limits
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch >= 2.9")
-def test_muon_is_torchs(recwarn):
-    """In torch's conventions and dtypes, decay and scale included."""
-    named = ["spectral_unclamped"] if torch.__version__ >= "2.14" else []
-    for fn in (None, "original", "match_rms_adamw", *named):
-        for nesterov in (True, False):
-            ps, qs = parameters([(24, 16), (16, 24)]), parameters([(24, 16), (16, 24)])
-            ours = Muon(ps, lr=0.02, adjust_lr_fn=fn, nesterov=nesterov)
-            theirs = torch.optim.Muon(qs, lr=0.02, adjust_lr_fn=fn, nesterov=nesterov)
-            start = [p.detach().clone() for p in ps]
-            run(ours, ps, range(5))
-            run(theirs, qs, range(5))
-            for p, q, w in zip(ps, qs, start, strict=True):
-                assert (p - q).norm() < 2e-2 * (q - w).norm()
-
-
-@pytest.mark.parametrize(("name", "tall", "wide"), [
-    (None, 1.5**0.5, 1.0), ("original", 1.5**0.5, 1.0), ("spectral", 1.5**0.5, 1.5**-0.5),
-    ("spectral_unclamped", 1.5**0.5, 1.5**-0.5),
-    ("match_rms_adamw", 0.2 * 24**0.5, 0.2 * 24**0.5)])
-def test_factors_of_the_update(name, tall, wide):
-    for make in (lambda ps, fn: Muon(ps, lr=1.0, weight_decay=0.0, adjust_lr_fn=fn),
-                 lambda ps, fn: Trion(ps, lr=1.0, weight_decay=0.0, rank=3, adjust_lr_fn=fn)):
-        moved = []
-        for fn in (name, "unscaled"):
-            ps = parameters([(24, 16), (16, 24)])
-            start = [p.detach().clone() for p in ps]
-            run(make(ps, fn), ps, range(1))
-            moved.append([w - p.detach() for p, w in zip(ps, start, strict=True)])
-        for x, y, factor in zip(*moved, (tall, wide), strict=True):
-            torch.testing.assert_close(x, factor * y, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["newton-schulz", "polar-express"])
-def test_steps_of_the_oracle_are_before_those_of_newton_schulz(method):
-    """And in fp32 the factor is that of the fp32 momentum."""
-    g = tensors([(24, 16)], 1)[0]
-    moved = {}
-    for name, options in {"ns": {"ns_steps": 3}, "polar": {"polar_steps": 3},
-                          "both": {"ns_steps": 7, "polar_steps": 3}, "more": {}}.items():
-        (p,) = parameters([(24, 16)])
-        start = p.detach().clone()
-        optimizer = Muon([p], lr=1.0, weight_decay=0.0, polar=method, polar_dtype="float32",
-                         adjust_lr_fn="unscaled", **options)
-        p.grad = g.clone()
-        optimizer.step()
-        moved[name] = start - p.detach()
-    assert_same(moved["ns"], moved["polar"])
-    assert_same(moved["ns"], moved["both"])
-    assert not torch.allclose(moved["ns"], moved["more"], atol=1e-2)
-    exact = polar(g.double(), method, 3)
-    torch.testing.assert_close(moved["ns"].double(), exact, rtol=0, atol=1e-5)
-
-
-def test_muon_does_not_touch_its_momentum_in_half_precision():
-    """torch.optim.Muon 2.13 divides the buffer in place there (nesterov=False, bf16)."""
-    (p,) = parameters([(24, 16)], dtype=torch.bfloat16)
-    optimizer = Muon([p], nesterov=False)
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], torch.full((24, 16), 0.05))
-
-
-def test_fused_matrices_are_their_parts():
-    for fn in ("original", "spectral", "match_rms_adamw"):
-        q, k, v = tensors([(8, 6), (4, 6), (4, 6)])
-        fused = torch.nn.Parameter(torch.cat([q, k, v]))
-        parts = [torch.nn.Parameter(x.clone()) for x in (q, k, v)]
-        options = {"adjust_lr_fn": fn, "polar_dtype": "float32", "lr": 0.1}
-        one = Muon([{"params": [fused], "split_sizes": (8, 4, 4)}], **options)
-        many = Muon(parts, **options)
-        for i in range(4):
-            gradients = tensors([(8, 6), (4, 6), (4, 6)], i)
-            fused.grad = torch.cat(gradients)
-            for p, g in zip(parts, gradients, strict=True):
-                p.grad = g
-            one.step()
-            many.step()
-        torch.testing.assert_close(fused.detach(), torch.cat(parts).detach(), rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match=r"split_sizes=\(8, 4\).*one has 16"):
-        Muon([{"params": [fused], "split_sizes": (8, 4)}])
-    # what gets AdamW is not split
-    Muon([{"params": [fused]}, {"params": parameters([(9, 4)]), "algorithm": "adamw"}],
-         split_sizes=(8, 8))
-
-
-def test_group_keys_of_other_packages():
-    ps = parameters([(6, 4), (5, 4)])
-    optimizer = Muon([{"params": ps[:1], "use_muon": True},
-                      {"params": ps[1:], "use_muon": False, "lr": 3e-4}])
-    assert [row.rule for row in optimizer.plan()] == ["muon", "adamw"]
-    with pytest.raises(TypeError, match="group 0: use_muon='yes', but it must be True or False"):
-        Muon([{"params": ps[:1], "use_muon": "yes"}])
-    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 6),
-                                torch.nn.LayerNorm(6), torch.nn.Linear(6, 9))
-    for make in (Muon, PolarGrad):
-        rules = {row.name: row.rule for row in make(param_groups(model)).plan()}
-        own = make.algorithm
-        assert rules == {"0.weight": "adamw", "1.weight": own, "1.bias": "adamw",
-                         "2.weight": "adamw", "2.bias": "adamw", "3.weight": "adamw",
-                         "3.bias": "adamw"}
-    with pytest.warns(UserWarning, match="Muon has no matrix"):
-        Muon(parameters([(4,)]))
-
-
-def test_adamw_part_is_adamw():
-    ps, qs = parameters([(4,), (3, 4)]), parameters([(4,), (3, 4)])
-    groups = [{"params": ps[:1]}, {"params": ps[1:], "algorithm": "adamw"}]
-    run(Muon([*groups, {"params": parameters([(2, 2)])}], lr_adamw=1e-2, weight_decay=0.1),
-        ps, range(5))
-    run(AdamW(qs, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1), qs, range(5))
-    assert_same([p.detach() for p in ps], [q.detach() for q in qs])
-
-
-def test_polargrad_on_rank_one_is_gradient_descent():
-    """sigma u v^T has nuclear norm sigma and polar factor u v^T.
-
-    What rounding leaves of the other singular values, 1e-8, the polynomials bring to 1e-5.
-    """
-    x, y = tensors([(7, 1), (1, 5)])
-    for method, limit in (("svd", 1e-6), ("polar-express", 1e-3), ("newton-schulz", 1e-2)):
-        (p,) = parameters([(7, 5)])
-        q = torch.nn.Parameter(p.detach().clone())
-        p.grad, q.grad = x @ y, x @ y
-        PolarGrad([p], lr=0.1, momentum=None, weight_decay=0.0, polar=method,
-                  polar_dtype="float32").step()
-        torch.optim.SGD([q], lr=0.1).step()
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=limit)
-
-
-def test_muon_on_orthogonal_gradients_is_a_scaled_step():
-    q = torch.linalg.qr(tensors([(8, 8)])[0]).Q
-    (p,) = parameters([(8, 8)])
-    start = p.detach().clone()
-    p.grad = 3 * q
-    Muon([p], lr=0.1, weight_decay=0.0, polar="qdwh").step()
-    torch.testing.assert_close(p.detach(), start - 0.1 * q, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_polar_first_in_half_precision(dtype):
-    """The released code crashes there."""
-    for method in METHODS:
-        ps = parameters([(9, 6), (6, 9)], dtype=dtype)
-        start = [p.detach().clone() for p in ps]
-        run(PolarGrad(ps, lr=1e-2, polar_first=True, polar=method), ps, range(3))
-        for p, w in zip(ps, start, strict=True):
-            assert p.isfinite().all()
-            assert not torch.equal(p, w)
-
-
-def test_update_vanishes_with_the_gradient():
-    """f = |X - T|^2 / 2 at a constant rate: PolarGrad arrives, Muon circles around."""
-    (target,) = tensors([(12, 8)])
-    gaps = {}
-    for name, make in (("polargrad", PolarGrad), ("muon", Muon)):
-        p = torch.nn.Parameter(torch.zeros(12, 8))
-        options = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "polar": "qdwh"}
-        optimizer = make([p], **options)
-        for _ in range(200):
-            p.grad = p.detach() - target
-            optimizer.step()
-        gaps[name] = (p.detach() - target).norm().item()
-    assert gaps["polargrad"] < 1e-4
-    assert gaps["muon"] > 1e-2
-
-
-def test_resume_in_the_middle_of_a_window():
-    for make in (Muon, PolarGrad, Trion):
-        more = {"rank": 3} if make is Trion else {}
-        ps, qs = parameters([(8, 6)] * 3), parameters([(8, 6)] * 3)
-        a, b = make(ps, **more), make(qs, **more)
-        run(a, ps, range(3))
-        run(b, qs, range(2))
-        saved = b.state_dict()
-        c = make(qs, **more)
-        c.load_state_dict(saved)
-        feed(qs, 102)
-        c.step()
-        assert_same(snapshot(a)["weights"], snapshot(c)["weights"])
-
-
 def test_oracles_are_equal_by_value():
     assert Oracle("qdwh", 2) == Oracle("qdwh", 2)
     assert hash(Oracle("qdwh", 2)) == hash(Oracle("qdwh", 2))
@@ -568,20 +293,6 @@ def test_any_number_of_leading_dimensions():
             torch.testing.assert_close(u[1, 2], polar(x[1, 2], method, 3), rtol=0, atol=1e-5)
 
 
-def test_stacks_that_are_no_views():
-    """A stack of experts stored transposed is stepped like one that is not."""
-    for turn in (lambda x: x.transpose(1, 2), lambda x: x.transpose(0, 1)):
-        w, g = (turn(x) for x in tensors([(4, 6, 8), (4, 6, 8)]))
-        for make in (Muon, PolarGrad):
-            ps = [torch.nn.Parameter(w.clone(memory_format=f))
-                  for f in (torch.preserve_format, torch.contiguous_format)]
-            for p in ps:
-                p.grad = torch.empty_like(p).copy_(g)
-                make([p], matricize="batch", lr=0.1, polar="qdwh").step()
-            assert ps[0].stride() != ps[1].stride()
-            torch.testing.assert_close(*ps, rtol=0, atol=1e-6)
-
-
 def test_every_lower_bound_has_a_schedule():
     for low in (0.0001292498497801919, 0.9637575496150076, 0.9686760902301552, 0.999999, 1e-16):
         assert all(math.isfinite(x) for step in polar_express_schedule(None, low) for x in step)
@@ -589,16 +300,6 @@ def test_every_lower_bound_has_a_schedule():
     for low in (0.0001292498497801919, 1e-3):
         u = polar(a, "polar-express", lower_bound=low)
         torch.testing.assert_close(u.mT @ u, torch.eye(20).double(), rtol=0, atol=1e-12)
-
-
-def test_momentum_may_be_scheduled_from_zero():
-    (p,) = parameters([(6, 4)])
-    optimizer = PolarGrad([p], momentum=0.0)
-    for momentum in (0.0, 0.5, 0.0, 0.9):
-        optimizer.param_groups[0]["momentum"] = momentum
-        run(optimizer, [p], range(1))
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert int(optimizer.state[p]["step"]) == 4
 
 
 def test_coefficients_belong_to_one_method():
