@@ -1027,7 +1027,7 @@ def test_equals_its_oracle(case):
     if not case.same_arithmetic():
         pytest.skip("its arithmetic is random or quantized: see test_rounding and test_quantizers")
     if case.roles:
-        pytest.skip("pairs have oracles in test_reparam")
+        pytest.skip("pairs have oracles in test_switchlora and test_gradnormlorp")
     for shape in [(7, 5), (5, 7), (6, 6), (4, 3, 2)]:
         for more in ({}, {"maximize": True, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-3}):
             (p,) = case.parameters([shape], 1)

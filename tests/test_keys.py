@@ -14,7 +14,7 @@ from torch import nn
 
 from .cases import CASES
 from .helpers import assert_same, feed, parameters, run, tensors, through_disk
-from .test_reparam import QUICK, net
+from .pairs import QUICK, net
 
 SHAPES = {"layers.0.weight": (9, 6), "layers.1.weight": (6, 9), "layers.0.bias": (9,),
           "layers.2.weight": (9, 6), "head.weight": (3, 4, 2), "layers.3.weight": (9, 6)}
