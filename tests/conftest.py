@@ -37,6 +37,12 @@ def sanitized() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def quantize_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of most tests are far below the size from which moments are quantized."""
+    monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
+
+
 @pytest.hookimpl(optionalhook=True)  # xdist may be absent
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under ``--dist loadgroup``, a worker gets these files whole, and all others by function.
