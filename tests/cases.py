@@ -346,6 +346,9 @@ CASES = ROWS + [replace(row, name=f"{row.name}-{bits}bit",
                         options={**row.options, "state_bits": bits})
                 for row in first_of_each_class() for bits in (16, 8, 4)
                 if row.option("state_bits") != bits]
+#: Marks of the files of the contract, in each of which every test gets every row as ``case``.
+CONTRACT = [pytest.mark.parametrize("case", CASES, ids=lambda c: c.name),
+            pytest.mark.usefixtures("quantize_all")]
 #: How 16-bit weights are written, the columns beside: options, and whether the result is random.
 WRITING = [({"rounding": "nearest"}, False), ({"rounding": "stochastic"}, True),
            ({"rounding": None}, True), ({"rounding": None, "master_bits": 8}, True),

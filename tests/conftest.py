@@ -43,6 +43,12 @@ def quantize_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
 
 
+@pytest.fixture
+def quantize_all(quantize_small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And rows of few, which are kept in bf16 otherwise."""
+    monkeypatch.setattr("lissom.optim.codec.SHORT", 0)
+
+
 @pytest.hookimpl(optionalhook=True)  # xdist may be absent
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under ``--dist loadgroup``, a worker gets these files whole, and all others by function.

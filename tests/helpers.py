@@ -39,6 +39,11 @@ def named(params: Iterable[Any]) -> list[tuple[str, Any]]:
     return [(f"p{i}", p) for i, p in enumerate(params)]
 
 
+def moments(optimizer: Any, p: Any) -> list[str]:
+    """Names of the averages that are kept for a parameter."""
+    return [k for k, slot in optimizer._layouts[p].items() if slot.stream is not None]
+
+
 def run(optimizer: Any, params: list[Any], steps: range, scale: float = 1.0) -> None:
     for i in steps:
         feed(params, 100 + i, scale)
