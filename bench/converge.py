@@ -53,11 +53,14 @@ _BASIS = {"state_bits": 8, "basis_bits": 8}
 
 METHODS: dict[str, Method] = {
     "AdamW": Method("adamw"),
+    "AdamW, two rates": Method("adamw-two-rates"),  # of the blocks' matrices; of all else REST
     "Muon": Method("muon", goal=1.0),
     "Fira": Method("fira", goal=1.0),
     "GaLore": Method("galore", goal=1.01),
     "GaLore, SVD": Method("galore", {"projection": "svd"}, of="GaLore"),
     "DCT-AdamW": Method("dct-adamw", goal=1.01),
+    "APOLLO": Method("apollo"),
+    "FRUGAL": Method("frugal"),
     "PolarGrad": Method("polargrad"),
     "Trion": Method("trion"),
     "SwitchLoRA": Method("switchlora"),
