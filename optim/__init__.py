@@ -24,6 +24,7 @@ makes. The files of the package by layer, in reading order:
 **The step**
 
 - ``base``: the one loop from gradient to weight
+- ``gradients``: where a step takes gradients from
 - ``batches``: which parameters are updated together
 - ``whole``: updates that wait for functions of whole matrices
 - ``apply``, ``weights``: the update applied to the weight, rounded once

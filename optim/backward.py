@@ -9,18 +9,16 @@ import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from . import sharding
-from .apply import Update
 from .base import MatrixOptimizer
-from .batches import Work
 from .checks import check_capture, without_autocast
-from .codec import Slot, State
+from .gradients import Gradients
 from .options import real
 from .replicas import Replicas
 
@@ -32,11 +30,10 @@ NORM = real(None, above=True)
 Self = TypeVar("Self", bound="InBackward")
 
 
-class InBackward:
+class InBackward(Gradients):
     """Handle of the work in one optimizer's backward pass; also a context manager."""
 
-    #: The function that makes it, for messages.
-    name = ""
+    in_backward: ClassVar[bool] = True
 
     def __init__(self, optimizer: MatrixOptimizer, replicas: Replicas | None = None) -> None:
         self.optimizer, self.replicas = optimizer, replicas
@@ -50,9 +47,9 @@ class InBackward:
     def attach(self: Self) -> Self:
         """Check all parameters, then register the hooks."""
         optimizer = self.optimizer
-        if optimizer._backward is not None:
-            raise RuntimeError(f"{self.name}: this optimizer already has {optimizer._backward.name}"
-                               "; call .remove() of that handle first")
+        if optimizer._gradients.in_backward:
+            raise RuntimeError(f"{self.name}: this optimizer already has "
+                               f"{optimizer._gradients.name}; call .remove() of that handle first")
         failure: Exception | None = None
         try:
             for name, p, o in optimizer._named():
@@ -65,7 +62,7 @@ class InBackward:
             self.replicas.check(optimizer, self.name)
         elif failure is not None:
             raise failure
-        optimizer._backward = self
+        optimizer._gradients = self
         try:
             self._changed()
         except BaseException:
@@ -85,9 +82,9 @@ class InBackward:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        if self.optimizer._backward is self:
+        if self.optimizer._gradients is self:
             self.clear()
-            self.optimizer._backward = None
+            self.optimizer._gradients = Gradients()
             self.optimizer.__dict__.pop("_step_supports_amp_scaling", None)
             self._changed()
 
@@ -174,44 +171,13 @@ class InBackward:
 
     # ---------------------------------------------------------------- what the optimizer asks
 
-    def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        """Slots beside the rule's own."""
-        return {}
-
-    def gradient(self, p: Tensor) -> Tensor | None:
-        """What a step takes as p's gradient, or None."""
-        return p.grad
-
     def begin(self, closure: Any) -> bool:
-        """Whether the step is to be taken; raises RuntimeError where it cannot."""
         self._queued = False  # of a backward pass that failed
         if closure is not None:
             raise RuntimeError(f"{self.name}: step() got a closure, but it must be None: a closure "
                                "may run several backward passes, and each would count; run "
                                "backward before step(), or .remove() the handle")
         return True
-
-    def before(self, work: Sequence[Work]) -> None:
-        """Called after the checks of a step, before its first write; a skipped step has no work."""
-
-    def lifted(self, p: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update | None:
-        """The update of p, or None if it is to be made from p.grad."""
-        return None
-
-    def consumed(self, p: Tensor) -> None:
-        """P has been updated."""
-
-    def end(self) -> None:
-        """The step is over."""
-
-    def clear(self) -> None:
-        """Forget gradients."""
-
-    def check_saved(self) -> None:
-        """Raise RuntimeError if something that the state does not hold would be lost."""
-
-    def loaded(self) -> None:
-        """A state dict has been loaded."""
 
 
 def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:

@@ -14,7 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from .codec import Slot
 from .common import FORMAT
 from .dense import step_adamw
 from .door import changed_options, checked_group, constructor_options, numbers, plain_options
+from .gradients import Gradients
 from .keys import names_of
 from .layouts import Layouts, stored_slots
 from .loading import REMEDY, agreed_load, overruled
@@ -43,9 +44,6 @@ from .options import nearest
 from .plan import Plan, plan_of
 from .sharding import Rows
 from .whole import Waiting, answered, requested
-
-if TYPE_CHECKING:
-    from .backward import InBackward
 
 __all__ = ["MatrixOptimizer", "PartialStepError", "checked_optimizer"]
 
@@ -84,8 +82,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         # By id, parameters that needed gradients when they were added: they get state even if
         # they are frozen before it is made.
         self._first: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        # The handle that works in the backward pass, if any: :mod:`lissom.optim.backward`.
-        self._backward: InBackward | None = None
+        # p.grad, or a handle that works in the backward pass: :mod:`lissom.optim.backward`.
+        self._gradients = Gradients()
         self._layouts = Layouts(self.table())
         # Options of each group, by its id, when they were last checked.
         self._seen: dict[int, dict[str, Any]] = {}
@@ -227,8 +225,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             ValueError: the class's own rule has nothing left to work on; nothing was changed.
         """
         self._layouts.sync(self)
-        if self._backward is not None:
-            self._backward.follow()
+        self._gradients.follow()
 
     def _before_capture(self) -> None:
         """Make the state of capturable groups now: a graph would own what it allocates."""
@@ -262,7 +259,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             PartialStepError: a failure after some parameters had moved.
         """
         check_capture(self.param_groups, f"{type(self).__name__}.step()")
-        if self._backward is not None and not self._backward.begin(closure):
+        if not self._gradients.begin(closure):
             return None
         loss = None
         if closure is not None:
@@ -270,21 +267,18 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                 loss = closure()
         with without_autocast():
             work = self._checked_work()
-            if self._backward is not None:
-                self._backward.before(work)
+            self._gradients.before(work)
             before = self.before_updates(work)
             moved: list[str] = []
             # A list: a method's `together` may raise, which must come before the first write.
             for window in [*windows(self, work)]:
                 self._run(window, moved, before)
-            if self._backward is not None:
-                self._backward.end()
+            self._gradients.end()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset gradients as in torch, those that wait for the step in buffers too."""
-        if self._backward is not None:  # which may be waiting for gradients
-            self._backward.clear()
+        self._gradients.clear()
         super().zero_grad(set_to_none)
 
     def _run(self, batches: Sequence[Sequence[Work]], moved: list[str],
@@ -328,14 +322,13 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
 
     def _checked_work(self) -> list[Work]:
         """All checks of a step, before its first write. Empty if the step is to be skipped."""
-        gradient = _given if self._backward is None else self._backward.gradient
         for group in self.param_groups:
             self._check_changed(group)
         table = self.table()
         plain = {id(group): numbers(group, table) for group in self.param_groups}
         work = []
         for name, p, o in self._named():
-            if (g := gradient(p)) is not None:
+            if (g := self._gradients.gradient(p)) is not None:
                 g = check_gradient(p, g, name) if g is p.grad else g
                 work.append(Work(name, p, g, plain[id(o)]))
         self._sync_state()
@@ -389,8 +382,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             torch._foreach_add_([self.state[w.p]["step"] for w in batch], 1)
         else:
             state["step"].fill_(t)
-        if self._backward is not None:
-            self._backward.consumed(p)
+        self._gradients.consumed(p)
 
     def _step_matrix(self, p: Tensor, x: Any, g: Any, stored: Mapping[str, Tensor],
                      o: dict[str, Any], t: Any, rows: Rows | None) -> Waiting[None]:
@@ -415,7 +407,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         slots = self._layouts[p]
         s = codec.Decoded(stored, slots, p, rows)
         s["weight"] = matrix
-        u: Any = None if self._backward is None else self._backward.lifted(p, s, o, t)
+        u: Any = self._gradients.lifted(p, s, o, t)
         if u is None:
             g = g if g.shape == shape else g.reshape(shape)
             u = self.update(negated(g, o), s, o, t)
@@ -437,8 +429,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         layouts = self._layouts
         if layouts.made or any(sharding.is_sharded(p) for _, p, _ in self._named()):
             self._sync_state()
-        if self._backward is not None:
-            self._backward.check_saved()
+        self._gradients.check_saved()
         begun = layouts.made
         layouts.made = True  # torch's method reads the state, and packs what the groups say
         # torch's method fails on state of a parameter in no group, which DeepSpeed has between
@@ -480,8 +471,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         """What pickle and deepcopy keep."""
         if self._layouts.made:
             self._sync_state()
-        if self._backward is not None:
-            self._backward.check_saved()
+        self._gradients.check_saved()
         return {"defaults": self.defaults, "state": self._held, "param_groups": self.param_groups,
                 "_adamw": self._adamw, "_rates": self._rates,
                 "first": [p for _, p, _ in self._named() if self._first.get(id(p)) is p]}
@@ -517,8 +507,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         self._seen.clear()
         self._remember(groups)
         self._before_capture()
-        if self._backward is not None:
-            self._backward.loaded()
+        self._gradients.loaded()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -574,10 +563,6 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             And ``skipped_steps``, a 0-d tensor: steps that ``nonfinite="skip"`` has skipped.
         """
         return metrics.metrics_of(self)
-
-
-def _given(p: Tensor) -> Tensor | None:
-    return p.grad
 
 
 def checked_optimizer(optimizer: Any, where: str) -> MatrixOptimizer:

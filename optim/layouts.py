@@ -36,7 +36,7 @@ def slots_of(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> dic
         slots |= optimizer.slots(p, o)
     else:
         slots |= adam_slots(tuple(p.shape), p, o)
-    return slots if optimizer._backward is None else slots | optimizer._backward.slots(p, o)
+    return slots | optimizer._gradients.slots(p, o)
 
 
 def stored_slots(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:

@@ -167,8 +167,8 @@ def _notes(optimizer: MatrixOptimizer, frozen: int) -> list[str]:
     notes = []
     if frozen:
         notes.append(f"{frozen} frozen parameters have no state")
-    if optimizer._backward is not None:
-        notes.append(f"{optimizer._backward.name} is attached; its buffers are in the state")
+    if optimizer._gradients.in_backward:
+        notes.append(f"{optimizer._gradients.name} is attached; its buffers are in the state")
     if optimizer.skipped_steps:
         notes.append(f"{optimizer.skipped_steps} steps were skipped for a NaN or Inf")
     return notes

@@ -181,7 +181,7 @@ def test_projected_in_backward_is_the_ordinary_step(tmp_path):
     projected = trained(tmp_path / "b", how, callbacks=[callback, watch])
     assert watch.matrices == [0] * 8
     assert callback.handle is None
-    assert projected.optimizer.optimizer._backward is None
+    assert not projected.optimizer.optimizer._gradients.in_backward
     assert_same(result(projected), result(plain))
     for callbacks, folder in ((project()(), "a"), ([], "b")):
         resumed = trained(tmp_path / "c", how, callbacks=callbacks,
@@ -262,7 +262,7 @@ def test_a_training_that_failed_can_be_repeated(tmp_path):
     trainer.remove_callback(Stop)
     trainer.train()
     assert trainer.state.global_step == 2
-    assert trainer.optimizer.optimizer._backward is None
+    assert not trainer.optimizer.optimizer._gradients.in_backward
 
 
 def test_the_arguments_of_the_trainer_are_the_optimizers(tmp_path):

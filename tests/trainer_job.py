@@ -89,7 +89,7 @@ def unwrapped(folder: Path, how: Any, callback: Any, more: dict[str, Any]) -> li
         trainer = trained(folder / at, how, resume=resume, callbacks=[callback()],
                           before=without_ddp, **options)
         assert trainer.model_wrapped is trainer.model
-        assert trainer.optimizer.optimizer._backward is None  # it is off again
+        assert not trainer.optimizer.optimizer._gradients.in_backward  # it is off again
         found.append(result(trainer))
     return found
 
