@@ -73,6 +73,9 @@ def _worker(rank: int, args: argparse.Namespace, count: int, name: str, folder: 
             for part in (*model.layers, model):
                 fully_shard(part, mesh=init_device_mesh("cpu", (count,)),
                             mp_policy=MixedPrecisionPolicy(reduce_dtype=kind))
+        elif torch.torch_version.TorchVersion(torch.__version__) >= "2.15":
+            for p in model.parameters():
+                p.grad_dtype = None  # as FSDP2: fp32 gradients (of norms) are not rounded to bf16
         models.append(model)
         optimizers.append(names.build(name, model, r, lr, state_bits=args.state_bits))
     data, _ = text.load(args.data)
