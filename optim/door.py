@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .common import ADAMW_PART, BOOKKEEPING, FOREIGN, FORMAT, OF_SOME
-from .options import Option, boolean, checked, nearest
+from .options import Option, boolean, checked, unknown
 from .sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def constructor_options(cls: type[Method], given: Mapping[str, Any]
     known = {k: v for k, v in given.items() if k not in TORCH_ONLY and k not in dense}
     for name in known:
         if name not in table or name in BOOKKEEPING:
-            options = sorted({*table, *ADAMW_PART} - BOOKKEEPING.keys())
-            raise TypeError(f"{where}: unexpected option {name!r}={known[name]!r}"
-                            f"{nearest(name, options)}; known are {', '.join(options)}")
+            # a TypeError, as Python's for an argument that there is not
+            raise TypeError(unknown(name, known[name], {*table, *ADAMW_PART} - BOOKKEEPING.keys(),
+                                    where))
     defaults = {name: option.default for name, option in table.items()}
     return defaults | checked(known, table, where), {
         ADAMW_PART[k]: table[ADAMW_PART[k]].check(k, v, where)

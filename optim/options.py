@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 __all__ = ["Option", "boolean", "checked", "choice", "either", "integer", "nearest", "optional",
-           "real", "several"]
+           "real", "several", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def unknown(name: object, value: Any, known: Iterable[str], where: str) -> str:
+    """The message for an option that there is not."""
+    names = sorted(known)
+    return (f"{where}: unknown option {name!r}={value!r}{nearest(str(name), names)}; known are "
+            f"{', '.join(names)}")
+
+
 def checked(values: Mapping[str, Any], table: Mapping[str, Option], where: str) -> dict[str, Any]:
     """The options of ``values`` as plain values; unknown names and bad values raise.
 
@@ -177,7 +184,5 @@ def checked(values: Mapping[str, Any], table: Mapping[str, Option], where: str) 
     """
     for name in values:
         if not isinstance(name, str) or name not in table:
-            hint = nearest(str(name), table)
-            raise ValueError(f"{where}: unknown option {name!r}={values[name]!r}{hint}; "
-                             f"known are {', '.join(sorted(table))}")
+            raise ValueError(unknown(name, values[name], table, where))
     return {name: table[name].check(name, value, where) for name, value in values.items()}
