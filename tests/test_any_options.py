@@ -116,11 +116,14 @@ def test_any_options_are_refused_or_keep_the_promises(plan):
         params = parameters(shapes, dtype=dtype)
         return cls(named(params), **options), params
 
+    refused = ""
     try:
         optimizer, params = made()
     except ValueError as error:
-        assert cls.__name__ in str(error)
-        assert any(k in str(error) for k in options)
+        refused = str(error)
+    if refused:
+        assert cls.__name__ in refused
+        assert any(k in refused for k in options)
         return
     random = torch.get_rng_state()
     go(optimizer, params, script, range(CUT))
@@ -145,7 +148,10 @@ def test_any_options_are_refused_or_keep_the_promises(plan):
         try:
             attach(other)
         except ValueError as error:
-            assert attach.__name__ in str(error)
+            refused = str(error)
+        if refused:
+            assert attach.__name__ in refused
+            refused = ""
             continue
         backward(other, theirs, script)
         for p, q in zip(theirs, params, strict=True):
