@@ -294,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                                    f"{rows[0]['steps']} steps")
     for column in ("optimizer", "valid loss", "train loss", "state MiB", "peak MiB",
                    "ms/step", "share of run"):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
+        first = column == "optimizer"
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     for row in rows:
         table.add_row(row["optimizer"], f"{row['valid_loss']:.4f}", f"{row['train_loss']:.4f}",
                       f"{row['state_bytes'] / 2**20:.2f}", f"{row['peak_bytes'] / 2**20:.1f}",
