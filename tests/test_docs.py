@@ -321,6 +321,44 @@ def test_readme_has_the_losses_of_the_tiny_llama():
         assert f"{rows[optimizer]['state_bytes'] / 2**20:.2f} MiB" in said, name
 
 
+def test_longer_training_is_what_was_measured():
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for row in rows_of("converge-tiny-cpu"):
+        methods.setdefault(row["method"], []).append(row)
+    page, readme = ((ROOT / x).read_text() for x in ("docs/results.md", "README.md"))
+    table = page[page.index("## Longer training"):page.index("## Ranks and gaps")]
+    lines = [x for x in table.splitlines() if x.startswith("| `")]
+    assert len(lines) == len(methods) >= 7
+    for method, rows in methods.items():
+        tuned = [row for row in rows if row["seed"] == 0]
+        best = min(tuned, key=lambda row: row["valid_loss"])
+        assert len(tuned) >= 3
+        others = [row["lr"] for row in tuned]
+        assert min(others) < best["lr"] < max(others), method  # the grid goes on beyond the best
+        losses = [f"{row['valid_loss']:.3f}" for row in rows if row["lr"] == best["lr"]]
+        losses = [*losses, "not run"][:2]
+        shown = f"{best['lr']:.1e}".replace(".0", "").replace("e-0", "e-")
+        assert any(x.endswith(f"| {shown} | {' | '.join(losses)} | "
+                              f"{best['state_bytes'] / 2**20:.2f} |") for x in lines), method
+        if method in ("AdamW", "Fira", "GaLore", "APOLLO", "AdamW, two rates"):
+            said = " ".join(readme[readme.index("After 1000 steps"):].split()).partition(". In")[0]
+            assert losses[0] in said, method
+
+
+def test_rates_of_other_ranks_are_those_that_were_run():
+    page = (ROOT / "docs/results.md").read_text()
+    for name, words in (("rank-rates", "{:.3f} at {}"), ("two-rates", "")):
+        rows = json.loads((ROOT / f"bench/results/train-tiny-{name}-cpu.json").read_text())["rows"]
+        assert len(rows) == 8
+        if words:
+            for row in rows:
+                rate = f"{row['lr']:.0e}".replace("e-0", "e-")
+                assert words.format(row["valid_loss"], rate) in page, row
+            continue
+        best = {s: min(r["valid_loss"] for r in rows if r["seed"] == s) for s in (0, 1)}
+        assert f"reached {best[0]:.3f} and {best[1]:.3f} (seeds 0 and 1" in " ".join(page.split())
+
+
 def rows_of(name: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads((ROOT / f"bench/results/{name}.json").read_text())
     return rows
