@@ -133,7 +133,7 @@ def choices(source: Source, budget: int, *, dtype: torch.dtype, reserve: int, ba
                         active = activations(model, batch, length)
                     except ValueError:
                         active = 0
-                accepted = accepted or modes(name, _empty(source, dtype), r, ranks, **own)
+                accepted = accepted or modes(name, _empty(source, dtype), r, **own)
                 for mode in accepted:
                     if in_backward not in (None, mode) or mode in best:
                         continue

@@ -189,16 +189,13 @@ def holdings(name: str, model: nn.Module, rank: int | None, **options: Any) -> l
     return found
 
 
-def modes(name: str, model: nn.Module, rank: int | None, ranks: int = 1, **options: Any
-          ) -> tuple[str, ...]:
-    """Which of :data:`IN_BACKWARD` the optimizer accepts; sharded gradients are not projected."""
+def modes(name: str, model: nn.Module, rank: int | None, **options: Any) -> tuple[str, ...]:
+    """Which of :data:`IN_BACKWARD` the optimizer accepts."""
     if name in RIVALS:
         return ("none",)
     optimizer = names.build(name, model, rank, 1e-3, **options)
     accepted = ["none"]
     for mode, attach in (("project", project_in_backward), ("update", update_in_backward)):
-        if mode == "project" and ranks > 1:
-            continue
         try:
             attach(optimizer).remove()
         except ValueError:

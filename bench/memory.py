@@ -88,8 +88,8 @@ def estimate(source: Source, name: str, rank: int | None, *, dtype: torch.dtype,
     except ValueError:
         active = None
     rows = []
+    accepted = in_backward in modes(name, empty(), rank, **options)
     for n in ranks:
-        accepted = in_backward in modes(name, empty(), rank, n, **options)
         row = {"optimizer": name, "dtype": str(dtype).removeprefix("torch."),
                **count(held, in_backward if accepted else "none", n), "activations": active}
         row["total"] = sum(row[k] or 0 for k in _PARTS) - row["host"]

@@ -204,6 +204,7 @@ def clip(tensors: Sequence[Tensor], norm: Tensor, limit: float) -> None:
     """Multiply by min(1, limit / (norm + 1e-6)) in place, as torch's clipping does."""
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     for x in tensors:
+        x = sharding.local(x)
         x.mul_(factor.to(x.device))
 
 

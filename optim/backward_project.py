@@ -14,19 +14,22 @@ from . import codec, sharding
 from .apply import Update, negated
 from .backward import NORM, InBackward, clip, forget_scaler
 from .base import MatrixOptimizer, checked_optimizer
-from .batches import Work
+from .batches import Work, operands
 from .checks import check_gradient
 from .codec import Slot, State
 from .lowrank import LowRankOptimizer
 from .options import boolean, integer, optional
 from .project import Bases
 from .replicas import Replicas, Sent, replicas_of
+from .sharding import Rows
 from .subspace import BASES, COLUMNS, Projected
 
 __all__ = ["ProjectInBackward", "project_in_backward"]
 
-# Slots of a first basis, which may be written early: see ProjectInBackward._early.
-_BASES = (*BASES, *COLUMNS)
+
+def _is_basis(key: str) -> bool:
+    """Whether a tensor of the state is (the codes or scales of) a basis, or the columns of one."""
+    return key.split(".")[0] in (*BASES, *COLUMNS)
 
 
 @dataclass
@@ -39,6 +42,7 @@ class _Waiting:
         dense: with replicas, micro-batches of a parameter that gets AdamW.
         norm: with ``exact``, that of the full gradient.
         averaged: the gradient is a mean over ranks, or will be when what was sent has arrived.
+        rows: on which rows of a sharded parameter ``pending`` was computed; None for all.
     """
 
     pending: Projected | None = None
@@ -46,6 +50,7 @@ class _Waiting:
     dense: int = 0
     norm: Tensor | None = None
     averaged: bool = False
+    rows: Rows | None = None
 
 
 _NOTHING = _Waiting()
@@ -54,7 +59,8 @@ _NOTHING = _Waiting()
 class ProjectInBackward(InBackward):
     """Handle of :func:`project_in_backward`: projects gradients as they are ready, until removed.
 
-    R = P^T G Q is summed in a buffer of the state and the gradient is freed.
+    R = P^T G Q is summed in a buffer of the state and the gradient is freed. Of a sharded gradient
+    (FSDP2) it is taken as a step would take it: from this rank's rows, or from the whole matrix.
     """
 
     name = "project_in_backward"
@@ -75,10 +81,6 @@ class ProjectInBackward(InBackward):
         optimizer, where = self.optimizer, f"{self.name}: {name!r}"
         if not optimizer.own_rule(p, o):
             return
-        if sharding.is_sharded(p):
-            raise ValueError(f"{where} is sharded (DTensor), but it must be a plain tensor: FSDP2 "
-                             "keeps one shard of each gradient only; call step() as usual, or use "
-                             "update_in_backward(optimizer)")
         if optimizer.residual(o).needs_gradient:
             option = ("error_feedback_bits" if o.get("error_feedback_bits") else
                       "residual" if "residual" in o else "algorithm")
@@ -114,7 +116,7 @@ class ProjectInBackward(InBackward):
         dense = not optimizer.own_rule(p, o)
         if g is None or (dense and self.replicas is None):
             return
-        check_gradient(p, g, name)  # what is sharded is refused
+        g = check_gradient(p, g, name)
         stored, now = optimizer.state[p], self._now[p]
         count = 0 if dense else int(stored["projected_count"])
         number = 1 + count + now.kept + now.dense
@@ -139,20 +141,49 @@ class ProjectInBackward(InBackward):
         if due and self.replicas is not None:  # the mean, so that all ranks find the same basis
             g = self.replicas.send(g).arrive()
             now.averaged = True
-        shape = optimizer.matrix_shape(p, o)
-        s = codec.Decoded(stored, optimizer._layouts[p], p)
-        s["weight"] = p.reshape(shape)
-        space = optimizer.project_gradient(negated(g.reshape(shape), o), s, o, t)[1]
         if self.exact:
-            now.norm = torch.linalg.vector_norm(g, dtype=codec.wide(g[:0]).dtype)
-        if space.writes:
-            now.pending = self._early(space, s)
+            now.norm = sharding.norm_of([codec.wide(g)])
+        rows = optimizer._rows(p, o)
+        space = self._projected(name, p, g, o, t, rows)
         for slot, x in {"projected": space.low, **space.more}.items():
-            stored[slot].add_(x) if count else stored[slot].copy_(x)
+            here = rows is not None and optimizer._layouts[p][slot].rows
+            x = x if here else sharding.part_of(stored[slot], x)
+            target = sharding.local(stored[slot])
+            target.add_(x) if count else target.copy_(x)
         stored["projected_count"] += 1
         p.grad = None
         if number == self.accumulation:
             self._send(p)
+
+    def _projected(self, name: str, p: Tensor, g: Tensor, o: dict[str, Any], t: int,
+                   rows: Rows | None) -> Projected:
+        """R and what else a step needs of a gradient; of a refresh it is kept until then.
+
+        Args:
+            name: of the parameter.
+            p: the parameter.
+            g: its gradient.
+            o: its options.
+            t: 1-based count of the coming update.
+            rows: the rows of a sharded p that this works on; None for all.
+        """
+        optimizer, stored, sharded = self.optimizer, self.optimizer.state[p], sharding.is_sharded(p)
+        # Not the moments: they need not be gathered.
+        read = {k: x for k, x in stored.items() if not sharding.is_sharded(x) or _is_basis(k)}
+        spread = optimizer._layouts.spread(p)
+        x, g, kept = operands([Work(name, p, g, o)], [read], spread, rows)
+        shape = optimizer.matrix_shape(p, o)
+        shape = shape if rows is None else (len(x), *shape[1:])
+        s = codec.Decoded(kept, optimizer._layouts[p], p, rows)
+        s["weight"] = x.reshape(shape)
+        space = optimizer.project_gradient(negated(g.reshape(shape), o), s, o, t)[1]
+        if space.writes:
+            now = self._now[p]
+            now.pending, now.rows = self._early(space, s), rows
+            for k in kept if sharded else ():
+                if _is_basis(k) and (rows is None or k in spread):
+                    sharding.keep(stored[k], kept[k])
+        return space
 
     def _check_number(self, now: _Waiting, name: str, number: int) -> None:
         """Refuse a gradient that comes after the last one of its step; raises RuntimeError."""
@@ -181,9 +212,9 @@ class ProjectInBackward(InBackward):
         if int(s["basis_step"]):
             return space
         for name, x in space.writes.items():
-            if name in _BASES:
+            if _is_basis(name):
                 codec.write(s, name, x)
-        writes = {k: x for k, x in space.writes.items() if k not in _BASES}
+        writes = {k: x for k, x in space.writes.items() if not _is_basis(k)}
         return space._replace(bases=Bases(None, None), turns=None, writes=writes)
 
     def gradient(self, p: Tensor) -> Tensor | None:
@@ -213,12 +244,17 @@ class ProjectInBackward(InBackward):
                 found += waiting if norm is None else [*waiting, norm]
         return found
 
+    def rows(self, p: Tensor, rows: Rows | None) -> Rows | None:
+        now = self._now.get(p, _NOTHING)
+        return rows if now.pending is None else now.rows  # as the bases that wait
+
     def lifted(self, p: Tensor, s: State, o: Mapping[str, Any], t: int) -> Update | None:
         if "projected_count" not in s or not int(s["projected_count"]):
             return None
-        dtype = torch.float32 if p.dtype == torch.float16 else p.dtype
+        w = s["weight"]
+        dtype = torch.float32 if w.dtype == torch.float16 else w.dtype
         # Shape, dtype and device of the gradient, without its bytes.
-        g = p.new_empty((), dtype=dtype).expand(self.optimizer.matrix_shape(p, o))
+        g = w.new_empty((), dtype=dtype).expand(w.shape)
         space = self._now.get(p, _NOTHING).pending
         if space is None:
             space = Projected(Bases(None, None), s["projected"])
@@ -304,7 +340,7 @@ class ProjectInBackward(InBackward):
                                    "comes from a saved state, which has no such norm")
             if g is not None:
                 parts.append(g if norm is None else norm)
-        total = torch.nn.utils.get_total_norm(parts)
+        total = sharding.norm_of(parts)
         clip([*buffers, *dense], total, limit)
         return total
 
@@ -350,7 +386,10 @@ class ProjectInBackward(InBackward):
         found = self._buffers()
         if late:  # what the scaler has seen is this rank's alone
             found += [p.grad for _, p, _ in optimizer._named() if p.grad is not None]
-        if not float(optimizer.__dict__["found_inf"]) and _finite(found):
+        bad = bool(optimizer.__dict__["found_inf"]) or not _finite(found)
+        # Of shards each rank has seen its own.
+        flag = torch.tensor(int(bad), device="cpu")
+        if not sharding.agreed(flag, [p for _, p, _ in optimizer._named()]):
             return True
         self.clear()
         return False
@@ -410,6 +449,7 @@ class _StandIn:
 
     def give(self, tensors: Sequence[Tensor]) -> None:
         """Make each tensor the gradient of a parameter without storage of its own."""
+        tensors = [*map(sharding.local, tensors)]
         params = [x.new_empty(()).expand(x.shape) for x in tensors]
         for p, x in zip(params, tensors, strict=True):
             p.grad = x
@@ -417,6 +457,7 @@ class _StandIn:
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
+    tensors = [*map(sharding.local, tensors)]
     if not tensors:
         return True
     found = [x.isfinite().all().to(tensors[0].device) for x in tensors]
@@ -438,6 +479,12 @@ def project_in_backward(
     keeps its full gradient in ``p.grad`` until then: all of them at the first step, and after it
     at most ceil(matrices / update_proj_gap) at once (those with equal gaps; a matrix that has had
     no gradient but zeros still waits for its first basis, and keeps its gradient too).
+
+    Under FSDP2 the hook sees this rank's rows of the reduced gradient. Those of R = G Q stay on
+    their ranks; R = P^T G is summed over ranks at each micro-batch, and each keeps some rows of it.
+    For a new basis the matrix is gathered, one at a time. Micro-batches before which
+    ``set_requires_gradient_sync(False)`` was called are summed by FSDP2, unsharded and in full, and
+    count with the next that is reduced, as one.
 
     Args:
         optimizer: one of the low-rank classes, without a residual.
@@ -463,9 +510,9 @@ def project_in_backward(
     Raises:
         TypeError, ValueError: an argument, or a parameter with whose options this cannot work:
             ``residual``, ``error_feedback_bits``, rules of whole matrices; with accumulation
-            ``update_proj_gap`` not above it and ``refresh="synchronous"``; sharded parameters, and
-            any others where there are several processes, as under DDP, without ``process_group``;
-            with it weights that differ between ranks, and ``exact_norm``.
+            ``update_proj_gap`` not above it and ``refresh="synchronous"``; parameters that are not
+            sharded where there are several processes, as under DDP, without ``process_group``; with
+            it sharded ones, weights that differ between ranks, and ``exact_norm``.
         RuntimeError: the optimizer has such a handle already. Later: more micro-batches than
             ``accumulation``, a gap that is changed between two of one step so that this one
             refreshes the basis, a closure, a GradScaler that was not given here, a state that is

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import sharding
@@ -82,7 +81,7 @@ class UpdateInBackward(InBackward):
         if self.limit is not None:
             # A copy: p.grad may share memory with a gradient that is still propagated.
             g = g.clone()
-            clip([g], torch.nn.utils.get_total_norm([g]), self.limit)
+            clip([g], sharding.norm_of([g]), self.limit)
         work = Work(name, p, g, numbers(o, optimizer.table()))
         spoilt([work])
         moved: list[str] = []

@@ -356,7 +356,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             able = self.by_rows(p, self.state[p], o, int(self.state[p]["step"]) + 1)
         else:  # the quantization blocks of a vector cross the cuts between ranks
             able = p.ndim > 1 or not any(slot.bits for slot in self._layouts[p].values())
-        return rows if able else None
+        return self._gradients.rows(p, rows if able else None)
 
     def _step_batch(self, batch: Sequence[Work]) -> Waiting[None]:
         """From gradient to parameter, for one parameter or several that are alike.

@@ -89,13 +89,16 @@ def operands(batch: Sequence[Work], states: Sequence[Mapping[str, Tensor]],
                 Apart([sharding.local(w.g) for w in batch]), codec.Together(states))
     if not sharding.is_sharded(p):
         return p, g, state
-    given = {name: x for name, x in state.items() if rows is None or name in spread}
+    wanted = [x for name, x in state.items() if rows is None or name in spread]
     if rows is None:
-        x, g, *values = sharding.gathered([p, g, *given.values()])
-    else:
-        x, g, values = sharding.local(p), sharding.local(g), sharding.gathered([*given.values()])
-    found = dict(zip(given, values, strict=True))
-    return x, g, {k: found[k] if k in found else sharding.local(v) for k, v in state.items()}
+        wanted += [p, g]
+    unique = {id(x): x for x in wanted}  # g may be a buffer of the state
+    found = dict(zip(unique, sharding.gathered([*unique.values()]), strict=True))
+
+    def here(x: Tensor) -> Tensor:
+        return found[id(x)] if id(x) in found else sharding.local(x)
+
+    return here(p), here(g), {name: here(x) for name, x in state.items()}
 
 
 def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[bool], most: int

@@ -133,6 +133,12 @@ def basis(shape: tuple[int, ...], bits: int | None, p: Tensor, rows: bool = Fals
     return slot if bits in (None, 16, 32) else slot._replace(bits=bits)
 
 
+def buffer(shape: tuple[int, ...], p: Tensor) -> Slot:
+    """A slot for a sum over micro-batches; it is there while they are summed."""
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    return basis(shape, 32, p, rows=True)._replace(dtype=dtype, optional=True)
+
+
 def _cuttable(shape: tuple[int, ...]) -> bool:
     """Whether a part of its rows on each rank saves more than it costs to gather them."""
     return len(shape) > 1 and shape[0] > 1 and math.prod(shape) >= SPREAD

@@ -12,6 +12,7 @@ from .codec import Slot, State
 
 if TYPE_CHECKING:
     from .batches import Work
+    from .sharding import Rows
 
 __all__ = ["Gradients"]
 
@@ -38,6 +39,10 @@ class Gradients:
     def gradient(self, p: Tensor) -> Tensor | None:
         """What a step takes as p's gradient, or None."""
         return p.grad
+
+    def rows(self, p: Tensor, rows: Rows | None) -> Rows | None:
+        """The rows of a sharded p that its next update works on, where ``rows`` would do."""
+        return rows
 
     def begin(self, closure: Any) -> bool:
         """Whether the step is to be taken; raises RuntimeError where it cannot."""

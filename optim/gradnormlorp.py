@@ -146,7 +146,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if o["roles"] is None:
             *batch, m, n = self.matrix_shape(p, o)
             count = (1, n) if o["axis"] == "input" else (m, 1)
-            slots[_SLOPE] = slots["projected"]._replace(shape=(*batch, *count))
+            slots[_SLOPE] = codec.buffer((*batch, *count), p)
         return slots
 
     def project_gradient(self, g: Tensor, s: State, o: Mapping[str, Any], t: int

@@ -185,10 +185,7 @@ class LowRankOptimizer(Batched, Subspace):
 
         Names begin with ``projected``. Further ones hold the tensors of ``Projected.more``.
         """
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        shape = self._low_shape(p, o)
-        return {"projected": Slot(shape, dtype, p.device, rows=shape[0] == p.shape[0],
-                                  optional=True),
+        return {"projected": codec.buffer(self._low_shape(p, o), p),
                 "projected_count": codec.counter()._replace(optional=True)}
 
     def _low_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:

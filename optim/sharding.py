@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from .codec import Slot
 
 __all__ = ["Rows", "agreed", "bytes_of", "check_placements", "gathered", "is_sharded", "keep",
-           "like", "local", "new", "offloaded", "placed", "put", "rows_of", "share", "summed",
-           "whole"]
+           "like", "local", "new", "norm_of", "offloaded", "part_of", "placed", "put", "rows_of",
+           "share", "summed", "whole"]
 
 # Tensors of more bytes are gathered alone, without the copies of a common buffer.
 _SMALL = 1 << 20
@@ -173,16 +173,21 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def keep(x: Tensor, value: Tensor) -> None:
     """Write a whole value to x: this rank's part of it if x is sharded. Sends nothing."""
+    local(x).copy_(part_of(x, value))
+
+
+def part_of(x: Tensor, value: Tensor) -> Tensor:
+    """What this rank holds of a whole value that is placed as x is. Sends nothing."""
     rows = rows_of(x)
     if rows is not None:
-        value = rows.own(value)
-    elif is_sharded(x):
-        from torch.distributed.tensor import distribute_tensor
+        return rows.own(value)
+    if not is_sharded(x):
+        return value
+    from torch.distributed.tensor import distribute_tensor
 
-        d = _dtensor(x)
-        part = distribute_tensor(value, d.device_mesh, d.placements, src_data_rank=None)
-        value = part.to_local()
-    local(x).copy_(value)
+    d = _dtensor(x)
+    part = distribute_tensor(value, d.device_mesh, d.placements, src_data_rank=None)
+    return part.to_local()
 
 
 def put(x: Tensor, value: Tensor) -> None:
@@ -282,6 +287,24 @@ def summed(p: Tensor, x: Tensor) -> Tensor:
     d = _dtensor(p)
     places = [Replicate() if place.is_replicate() else Partial() for place in d.placements]
     return DTensor.from_local(x, d.device_mesh, places, run_check=False).full_tensor()
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The joint 2-norm of tensors, sharded or not, equal on all ranks; a 0-d tensor, collective."""
+    plain: list[Tensor] = []
+    cut: dict[Any, list[Tensor]] = {}
+    for x in tensors:
+        if is_sharded(x):
+            cut.setdefault((_dtensor(x).device_mesh, tuple(_dtensor(x).placements)), []).append(x)
+        else:
+            plain.append(x)
+    if not cut:
+        return torch.nn.utils.get_total_norm(plain)
+    for some in cut.values():
+        # Squares in float64, whose range holds those of fp32.
+        norm = torch.nn.utils.get_total_norm([local(x) for x in some])
+        plain.append(summed(some[0], norm.double().square()).sqrt().to(norm.dtype))
+    return torch.nn.utils.get_total_norm(plain)
 
 
 def check_placements(p: Tensor, name: str, where: str) -> None:
