@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim import AdamW, GaLoreAdamW, param_groups, project_in_backward, update_in_backward
+from ..optim import (
+    AdamW,
+    GaLoreAdamW,
+    param_groups,
+    project_in_backward,
+    sharding,
+    update_in_backward,
+)
 from ..optim.backward_project import ProjectInBackward
 from ..optim.backward_update import UpdateInBackward
 from ..optim.base import MatrixOptimizer
@@ -50,9 +57,14 @@ def _tensors(value: Any) -> list[Tensor]:
     return [x for part in value for x in _tensors(part)] if isinstance(value, tuple) else []
 
 
-def held(model: nn.Module, optimizer: MatrixOptimizer, handle: Any) -> int:
-    """Bytes of gradients, their buffers, and means and bases that wait; storages once."""
-    found = [p.grad for p in model.parameters() if p.grad is not None]
+def held(optimizer: MatrixOptimizer, handle: Any) -> int:
+    """Bytes of gradients, their buffers, and means and bases that wait; storages once.
+
+    Of what is sharded, this rank's part.
+    """
+    # Not the model's: in its backward pass FSDP2 has whole parameters there.
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    found = [p.grad for p in params if p.grad is not None]
     for state in optimizer.state.values():
         found += [x for k, x in state.items() if k.startswith("projected")]
     if isinstance(handle, ProjectInBackward):
@@ -60,6 +72,7 @@ def held(model: nn.Module, optimizer: MatrixOptimizer, handle: Any) -> int:
                   for x in _tensors(now.pending)]
     if isinstance(handle, UpdateInBackward) and handle._sent is not None:
         found.append(handle._sent[1].mean)
+    found = [*map(sharding.local, found)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
     return sum(storages.values())
 
@@ -74,7 +87,7 @@ def measure(name: str, size: str, vocabulary: int, rank: int, steps: int = 3, ti
 
     def count(_: Tensor) -> None:
         nonlocal peak
-        peak = max(peak, held(model, optimizer, handle))
+        peak = max(peak, held(optimizer, handle))
 
     for p in model.parameters():  # before the optimizer's own hooks
         p.register_post_accumulate_grad_hook(count)

@@ -1,9 +1,10 @@
 """Bytes of data parallelism: what a rank gives to reductions, and what it keeps of gradients.
 
-DistributedDataParallel, its hook that sends projected gradients, and no DDP at all, where the
-backward pass averages gradients. What is kept is counted as each gradient is complete: every
-``p.grad``, which with ``gradient_as_bucket_view`` is a view of DDP's buckets, and buffers of
-projections.
+DistributedDataParallel, its hook that sends projected gradients, no DDP at all, where the
+backward pass averages gradients, and FSDP2, which reduces them by itself (what it sends is not
+counted). What is kept is counted as each gradient is complete: every ``p.grad``, which with
+``gradient_as_bucket_view`` is a view of DDP's buckets and under FSDP2 this rank's rows, and buffers
+of projections.
 
     python -m lissom.bench.comm --json bench/results/comm-60m-cpu.json
 """
@@ -23,9 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optim import GaLoreAdamW, param_groups, project_in_backward, update_in_backward
+from ..optim import GaLoreAdamW, param_groups, project_in_backward, sharding, update_in_backward
 from ..optim.ddp import projected_allreduce
 from . import names
 from .backward import held
@@ -35,7 +37,11 @@ from .shapes import LLAMA, PAPER_RANK
 __all__ = ["WAYS", "main"]
 
 #: Who averages gradients.
-WAYS = ("ddp", "projected_allreduce", "project_in_backward", "update_in_backward")
+WAYS = ("ddp", "projected_allreduce", "project_in_backward", "update_in_backward", "fsdp2",
+        "fsdp2, project_in_backward", "fsdp2, update_in_backward")
+
+_HANDLES: dict[str, Any] = {"project_in_backward": project_in_backward,
+                            "update_in_backward": update_in_backward}
 
 
 def _train(rank: int, ranks: int, folder: str, size: str, vocabulary: int, r: int, steps: int,
@@ -46,26 +52,30 @@ def _train(rank: int, ranks: int, folder: str, size: str, vocabulary: int, r: in
                             world_size=ranks)
     model = Llama(replace(LLAMA[size], vocabulary=vocabulary))
     model.initialize(torch.Generator().manual_seed(0))
+    engine, _, work = way.rpartition(", ")
+    if way.startswith("fsdp2"):
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
     # Where a gradient has no part Adam divides rounding by its own size; eps holds that down, so
     # that the weights of the ways can be compared.
     optimizer = GaLoreAdamW(param_groups(model, r), lr=1e-2, eps=1e-4)
-    whole = sum(p.nbytes for p in model.parameters())
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
     peak = 0
     called: nn.Module = model
 
     def count(_: Tensor) -> None:
         nonlocal peak
-        peak = max(peak, held(model, optimizer, handle))
+        peak = max(peak, held(optimizer, handle))
 
     for p in model.parameters():  # before the optimizer's own hooks
         p.register_post_accumulate_grad_hook(count)
     handle: Any = None
     counts: Any = None
-    if way == "project_in_backward":
-        handle = counts = project_in_backward(optimizer, process_group=dist.group.WORLD)
-    elif way == "update_in_backward":
-        handle = counts = update_in_backward(optimizer, process_group=dist.group.WORLD)
-    else:
+    if work in _HANDLES:
+        handle = counts = _HANDLES[work](
+            optimizer, process_group=None if engine else dist.group.WORLD)
+    elif way != "fsdp2":
         # Else there are buckets beside the gradients.
         called = wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
         if way == "projected_allreduce":
@@ -79,12 +89,15 @@ def _train(rank: int, ranks: int, folder: str, size: str, vocabulary: int, r: in
         nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        sent = counts.bytes_sent - before if counts else whole
+        sent: int | None = counts.bytes_sent - before if counts else whole
+        if way.startswith("fsdp2"):
+            sent = None
         rows.append({"step": step, "bytes_sent": sent, "bytes_plain": whole,
-                     "gradient_bytes": peak})
+                     "share": None if sent is None else sent / whole, "gradient_bytes": peak})
+    weights = [sharding.whole(p.detach()) for p in model.parameters()]
     if rank == 0:
         Path(folder, "rows.json").write_text(json.dumps(rows))
-        torch.save([p.detach() for p in model.parameters()], Path(folder, "weights.pt"))
+        torch.save(weights, Path(folder, "weights.pt"))
     dist.destroy_process_group()
 
 
@@ -114,14 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             off = max(float((a - b).norm() / a.norm()) for a, b in zip(plain, weights, strict=True))
             for row in rows:
                 row |= {"way": way, "model": args.size, "vocabulary": vocabulary, "rank": r,
-                        "gap": 200, "ranks": args.ranks,
-                        "share": row["bytes_sent"] / row["bytes_plain"], "weights_off": off,
+                        "gap": 200, "ranks": args.ranks, "weights_off": off,
                         "command": names.command("comm", argv), "provider": "lissom",
                         "device": "cpu", "machine": platform.machine(), "torch": torch.__version__,
                         "commit": names.commit()}
-                print(f"{way}, {vocabulary} tokens, step {row['step']}: "
-                      f"{row['bytes_sent'] / 1e6:.2f} MB of {row['bytes_plain'] / 1e6:.2f} "
-                      f"({100 * row['share']:.1f} %) sent, "
+                sent = "" if row["share"] is None else (
+                    f"{row['bytes_sent'] / 1e6:.2f} MB of {row['bytes_plain'] / 1e6:.2f} "
+                    f"({100 * row['share']:.1f} %) sent, ")
+                print(f"{way}, {vocabulary} tokens, step {row['step']}: {sent}"
                       f"{row['gradient_bytes'] / 1e6:.2f} MB of gradients kept", flush=True)
             print(f"  weights after {args.steps} steps: at most {off:.1e} of a tensor's norm off")
             out += rows

@@ -213,25 +213,33 @@ def _first(h: Held, slots: Mapping[str, Slot], ranks: int) -> int:
 
 
 def _gradients(held: Sequence[Held], in_backward: str, ranks: int) -> int:
-    """Peak of gradient bytes for one micro-batch a step; see :func:`count`."""
-    kept, passing = 0, 0  # passing: one at a time
+    """Peak of gradient bytes for one micro-batch a step; see :func:`count`.
+
+    Gradients that are freed early exist one at a time, or under FSDP2 those of one layer, which are
+    reduced in one buffer.
+    """
+    kept = 0
+    buffers: dict[Any, int] = {}
+    freed: set[Any] = set()
     waiting: dict[int, list[int]] = {}
-    for h in held:
+    for i, h in enumerate(held):
         if not h.trainable:
             continue
         gradient = _first(h, {"gradient": h.weight}, ranks)
+        buffer = _unit(h.name) if ranks > 1 else i
+        buffers[buffer] = buffers.get(buffer, 0) + gradient
         if h.uses > 1:  # two parts of a shared weight's gradient, while autograd adds them
             kept += 2 * gradient
         if in_backward == "update":
-            passing = max(passing, gradient)
+            freed.add(buffer)
         elif in_backward == "project" and h.buffers:
-            passing = max(passing, gradient)
+            freed.add(buffer)
             kept += _first(h, h.buffers, ranks)
             waiting.setdefault(h.gap, []).append(h.waiting)
         else:
             kept += gradient
     bases = sum(-(-len(sizes) // gap) * max(sizes) for gap, sizes in waiting.items())
-    return kept + passing + bases
+    return kept + bases + max((buffers[x] for x in freed), default=0)
 
 
 def _unit(name: str) -> str:

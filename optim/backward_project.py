@@ -13,6 +13,7 @@ from torch import Tensor
 from . import codec, sharding
 from .apply import Update, negated
 from .backward import NORM, InBackward, clip, forget_scaler
+from .backward_buffers import Buffers
 from .base import MatrixOptimizer, checked_optimizer
 from .batches import Work, operands
 from .checks import check_gradient
@@ -73,6 +74,7 @@ class ProjectInBackward(InBackward):
         # Of each parameter, from its first micro-batch to the step.
         self._now: defaultdict[Tensor, _Waiting] = defaultdict(_Waiting)
         self._sent: list[Sent] = []
+        self._buffers = Buffers()
         self._unscaled = False
         # GradScaler keeps its records by optimizer: this stands for one that has the buffers.
         self._stand_in = _StandIn()
@@ -114,7 +116,10 @@ class ProjectInBackward(InBackward):
         optimizer, g = self.optimizer, p.grad
         name, o = self.place(p)
         dense = not optimizer.own_rule(p, o)
-        if g is None or (dense and self.replicas is None):
+        if g is None:
+            return
+        if dense and self.replicas is None:
+            self._buffers.stays(p)
             return
         g = check_gradient(p, g, name)
         stored, now = optimizer.state[p], self._now[p]
@@ -135,6 +140,7 @@ class ProjectInBackward(InBackward):
                     "accumulation, as update_proj_gap or refresh has changed; change them after "
                     "step()")
             now.kept = number
+            self._buffers.stays(p)
             if number == self.accumulation:
                 self._send(p)
             return
@@ -151,6 +157,7 @@ class ProjectInBackward(InBackward):
             target = sharding.local(stored[slot])
             target.add_(x) if count else target.copy_(x)
         stored["projected_count"] += 1
+        self._buffers.goes(p)
         p.grad = None
         if number == self.accumulation:
             self._send(p)
@@ -235,7 +242,7 @@ class ProjectInBackward(InBackward):
         return [x for k, x in stored.items()
                 if k.startswith("projected") and k != "projected_count"]
 
-    def _buffers(self) -> list[Tensor]:
+    def _all_waiting(self) -> list[Tensor]:
         """All buffers in which gradients wait, and the exact norms kept beside them."""
         found: list[Tensor] = []
         for p in self.optimizer._held:
@@ -329,7 +336,7 @@ class ProjectInBackward(InBackward):
     def _clip(self, limit: float) -> Tensor:
         self._average()
         parts: list[Tensor] = []
-        buffers = self._buffers()
+        buffers = self._all_waiting()
         dense: list[Tensor] = []
         for name, p, _ in self.optimizer._named():
             g, norm = self.gradient(p), self._now.get(p, _NOTHING).norm
@@ -355,7 +362,7 @@ class ProjectInBackward(InBackward):
             self._unscale_buffers()
 
     def _unscale_buffers(self) -> None:
-        self._stand_in.give(self._buffers())
+        self._stand_in.give(self._all_waiting())
         self.scaler.unscale_(self._stand_in)
         self._unscaled = True
 
@@ -383,7 +390,7 @@ class ProjectInBackward(InBackward):
             scaler.unscale_(optimizer)
         if not self._unscaled:
             self._unscale_buffers()
-        found = self._buffers()
+        found = self._all_waiting()
         if late:  # what the scaler has seen is this rank's alone
             found += [p.grad for _, p, _ in optimizer._named() if p.grad is not None]
         bad = bool(optimizer.__dict__["found_inf"]) or not _finite(found)
@@ -409,6 +416,7 @@ class ProjectInBackward(InBackward):
 
     def end(self) -> None:
         self._unscaled = False
+        self._buffers.clear()
         for p in [p for p in self._now if not self.knows(p)]:  # others are in their place
             del self._now[p]
 
@@ -417,6 +425,7 @@ class ProjectInBackward(InBackward):
         self.finish()
         for p in list(self.optimizer._held):
             self.consumed(p)
+        self._buffers.clear()
         self._now.clear()  # of parameters that have been replaced, too
         self._unscaled = False
 
@@ -429,7 +438,7 @@ class ProjectInBackward(InBackward):
                 "is written by step(), so the state cannot be saved between backward and step(); "
                 "save it after step(), or after zero_grad() of the optimizer")
         waits = any(now.averaged or now.kept or now.dense for now in self._now.values())
-        if self.replicas is not None and (waits or self._buffers()):
+        if self.replicas is not None and (waits or self._all_waiting()):
             raise RuntimeError(
                 f"{self.name}: gradients wait, of which each rank may have its own part, so the "
                 "state cannot be saved between backward and step() with a process_group; save it "

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from lissom.optim import project_in_backward
+from lissom.bench import names
+from lissom.bench.backward import held
+from lissom.bench.llama import Llama
+from lissom.bench.shapes import Shape
+from lissom.optim import project_in_backward, update_in_backward
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -15,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from . import jobs
@@ -140,3 +145,39 @@ def projected_saved(mesh: DeviceMesh, name: str, folder: str, save: bool) -> dic
     backward(3)
     optimizer.step()
     return outcome(optimizer, list(model.parameters())) | {"waiting": waiting}
+
+
+def gradient_bytes(mesh: DeviceMesh, way: str) -> int:
+    """Peak of what this rank holds of gradients, as each is complete, in three steps under FSDP2.
+
+    Args:
+        mesh: the ranks.
+        way: one of :data:`lissom.bench.estimate.IN_BACKWARD`.
+    """
+    quantize_small()
+    model = small_llama()
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    peak = 0
+
+    def count(_: Tensor) -> None:
+        nonlocal peak
+        peak = max(peak, held(optimizer, handle))
+
+    for p in model.parameters():  # before the optimizer's own hooks
+        p.register_post_accumulate_grad_hook(count)
+    optimizer = names.build("galore", model, 8, 1e-3)
+    attach: Any = {"project": project_in_backward, "update": update_in_backward}.get(way)
+    handle = attach and attach(optimizer)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed + mesh.get_rank())
+        model(torch.randint(64, (2, 8), generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return peak
+
+
+def small_llama() -> Llama:
+    """Three layers whose rows two and four ranks share evenly."""
+    return Llama(Shape(32, 80, 4, 3, vocabulary=64))

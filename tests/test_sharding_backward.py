@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from lissom.bench import estimate
 
 from . import jobs_backward as jobs
 from .helpers import assert_same
@@ -105,3 +106,15 @@ def test_saved_in_the_middle_of_an_accumulation(pool, name, tmp_path):
     assert_same(straight[0]["waiting"], outs[0]["waiting"])
     assert all(x.any() for x in outs[0]["waiting"])
     assert_close(straight[0], outs, False, 1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("way", estimate.IN_BACKWARD)
+def test_gradients_of_shards_take_what_the_memory_profiler_says(pool, way, ranks):
+    """A norm that stays does not keep its layer, which FSDP2 reduces in one buffer."""
+    with torch.device("meta"):
+        held = estimate.holdings("galore", jobs.small_llama(), 8)
+    expected = estimate.count(held, way, ranks)["gradients"]
+    for peak in pool.run(jobs.gradient_bytes, ranks, way=way):
+        # The tables' gradients come last, and then no layer's buffer is there.
+        assert (0.8 if way == "project" else 1) * expected <= peak <= expected
