@@ -173,17 +173,17 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         dim, c, inverse = _columns(codec.wide(w), o)
         assert u.left is not None
         assert u.right is not None
-        # |V'_j|^2 / c_j^2 = 1 - 2 lr f <W_j, (L R)_j> / c_j^2 + (lr f)^2 |(L R)_j|^2 / c_j^2
-        left, right, step = codec.wide(u.left), codec.wide(u.right), o["lr"] * u.factor
+        # L and R with entries up to 1, so that their squares are in range.
+        (left, one), (right, other) = _scaled(u.left), _scaled(u.right)
         if columns:
-            along = (codec.wide(u.left.mT @ w.to(u.left.dtype)) * right).sum(dim, keepdim=True)
+            along = (codec.wide(left.mT @ w.to(left.dtype)) * right).sum(dim, keepdim=True)
+            left, right = codec.wide(left), codec.wide(right)
             square = (right * (left.mT @ left @ right)).sum(dim, keepdim=True)
         else:
-            along = (left * codec.wide(w.to(u.right.dtype) @ u.right.mT)).sum(dim, keepdim=True)
+            along = (left * codec.wide(w.to(right.dtype) @ right.mT)).sum(dim, keepdim=True)
+            left, right = codec.wide(left), codec.wide(right)
             square = (left * (left @ (right @ right.mT))).sum(dim, keepdim=True)
-        scaled = step * inverse
-        length = (1 - 2 * scaled * inverse * along + scaled.square() * square).clamp_min_(
-            _SHORTEST**2).sqrt()
+        length = _length(o["lr"] * u.factor * one * other * inverse, along * inverse, square)
         # mu' / mu
         moments = {k: s[_MAGNITUDE + k] for k in RULES["adamw"].powers if _MAGNITUDE + k in s}
         n = adam(slope.squeeze(dim), moments, o, t)
@@ -193,8 +193,30 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         # W' = W diag(a) - lr f L R diag(a), a = (mu' / mu) / (|V'| / c)
         a = torch.where(c > 0, growth / length, 1.0)
         if columns:
-            return Update(u.left, (right * a).to(u.right.dtype), u.factor, keep=a)
-        return Update((left * a).to(u.left.dtype), u.right, u.factor, keep=a)
+            return Update(u.left, (u.right * a).to(u.right.dtype), u.factor, keep=a)
+        return Update((u.left * a).to(u.left.dtype), u.right, u.factor, keep=a)
+
+
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x over its largest entry, and that as (..., 1, 1); 1 where all are zero."""
+    most = codec.wide(x.abs().amax((-2, -1), keepdim=True))
+    most = torch.where(most == 0, 1.0, most)
+    return (x / most).to(x.dtype), most
+
+
+def _length(step: Tensor, along: Tensor, square: Tensor) -> Tensor:
+    """|V'_j| / c_j of V' = V - s D, from s / c_j, <V_j, D_j> / c_j and |D_j|^2.
+
+    |V'_j|^2 / c_j^2 = 1 - 2 x cos + x^2, x = s |D_j| / c_j; over the larger of 1 and x^2, which may
+    be beyond fp32's range.
+    """
+    norm = square.clamp_min(0).sqrt()
+    cosine = torch.where(norm > 0, along / norm, 0.0)
+    x = step * norm
+    most = x.clamp_min(1.0)
+    part, rest = x / most, 1 / most
+    return most * (rest.square() - 2 * part * rest * cosine + part.square()).clamp_min_(
+        _SHORTEST**2).sqrt()
 
 
 def _columns(w: Tensor, o: Mapping[str, Any]) -> tuple[int, Tensor, Tensor]:

@@ -59,6 +59,26 @@ def test_a_step_to_zero_has_a_direction_of_rounding_and_a_finite_length():
     assert (p.detach().norm(dim=0) < before + 0.2).all()
 
 
+@pytest.mark.parametrize("axis", ["input", "output"])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e15, 1e30])
+def test_a_step_of_any_length(size, axis):
+    """With a rule whose step is as long as its gradient, squares of which leave fp32's range.
+
+    Magnitudes stay, as Adam's second moment has the same range.
+    """
+    ends = []
+    for dtype in (torch.float64, torch.float32):
+        p = nn.Parameter(tensors([(9, 7)])[0].to(dtype))
+        optimizer = GradNormLoRPAdamW([p], rank=3, lr=0.1, weight_decay=0.0, inner="momentum",
+                                      axis=axis, projection="svd", update_proj_gap=2,
+                                      magnitude_scale=0.0)
+        for i in range(3):
+            p.grad = size * tensors([(9, 7)], i + 1)[0].to(dtype)
+            optimizer.step()
+        ends.append(p.detach().double())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
+
+
 # ---- on pairs
 
 

@@ -395,7 +395,7 @@ def test_two_ranks_with_fsdp2(tmp_path):
     whole weight is left.
     """
     found = under_torchrun(tmp_path, "fsdp2")
-    assert len(found) == 5
+    assert len(found) == 6
     for name, run in found.items():
         assert run["left"] == 0, name
         assert_same(run["resumed"], run["straight"], name)

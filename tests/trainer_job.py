@@ -101,6 +101,8 @@ RUNS: dict[str, Any] = {
     "bf16": (asked(AdamW), {"bf16": True}, []),
     "muon": (asked(Muon), {}, []),
     "muon-update": (asked(Muon), {}, [UpdateInBackwardCallback()]),
+    "galore-project": (asked(GaLoreAdamW, update_proj_gap=7), {"gradient_accumulation_steps": 2},
+                       [ProjectInBackwardCallback()]),
 }
 
 
