@@ -52,6 +52,7 @@ makes. The files of the package by layer, in reading order:
 
 - ``backward``: hooks and handle that both ways share
 - ``backward_project``, ``backward_update``: gradients projected, or applied, as they are ready
+- ``backward_buffers``: gradients of shards that lie in one buffer, of which some are freed
 
 **Models**
 
