@@ -70,6 +70,29 @@ def test_sums_of_integers_are_exact(shape, dtype, device):
     assert torch.equal(symm_muladd_ref(a, 0.5, 2.0), exact.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(33, 129), (900, 40), (2, 100, 64)])
+def test_products_of_16_bits_on_a_cpu_without_them(shape, dtype, monkeypatch):
+    """In fp32, rounded once: by the definition, whatever this CPU is."""
+    monkeypatch.setattr(symmul, "_FAST", [])
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = (x / x.norm()).to(dtype)
+    asked = []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__",
+                        lambda a, b: asked.append(a.dtype) or matmul(a, b))
+    s = syrk(x)
+    assert asked
+    assert set(asked) == {torch.float32}
+    assert s.dtype == dtype
+    torch.testing.assert_close(s, syrk_ref(x), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(symm_muladd(s, 0.5, 0.25), symm_muladd_ref(s, 0.5, 0.25),
+                               rtol=torch.finfo(dtype).eps, atol=1e-6)
+    out, exact = (f(x, 3.4, -4.8, 2.0) for f in (newton_schulz_step, newton_schulz_step_ref))
+    assert out.dtype == dtype
+    assert (out.double() - exact.double()).norm() < 1e-2 * exact.double().norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(33, 129), (129, 33), (2, 100, 64)])
 def test_rounded_once_and_symmetric(shape, dtype, device):
