@@ -118,10 +118,12 @@ class ProjectInBackward(InBackward):
         dense = not optimizer.own_rule(p, o)
         if g is None:
             return
+        if sharding.is_sharded(p):  # placed as p is, so that norms and factors are of all of it
+            p.grad = g = check_gradient(p, g, name)
         if dense and self.replicas is None:
             self._buffers.stays(p)
             return
-        g = check_gradient(p, g, name)
+        check_gradient(p, g, name)
         stored, now = optimizer.state[p], self._now[p]
         count = 0 if dense else int(stored["projected_count"])
         number = 1 + count + now.kept + now.dense
@@ -178,11 +180,14 @@ class ProjectInBackward(InBackward):
         # Not the moments: they need not be gathered.
         read = {k: x for k, x in stored.items() if not sharding.is_sharded(x) or _is_basis(k)}
         spread = optimizer._layouts.spread(p)
-        x, g, kept = operands([Work(name, p, g, o)], [read], spread, rows)
+        weight = not sharded or optimizer.projects_weight(o)  # else it is not gathered either
+        x = p if weight else g
+        x, g, kept = operands([Work(name, x, g, o)], [read], spread, rows)
         shape = optimizer.matrix_shape(p, o)
         shape = shape if rows is None else (len(x), *shape[1:])
         s = codec.Decoded(kept, optimizer._layouts[p], p, rows)
-        s["weight"] = x.reshape(shape)
+        if weight:
+            s["weight"] = x.reshape(shape)
         space = optimizer.project_gradient(negated(g.reshape(shape), o), s, o, t)[1]
         if space.writes:
             now = self._now[p]
@@ -364,6 +369,10 @@ class ProjectInBackward(InBackward):
     def _unscale_buffers(self) -> None:
         self._stand_in.give(self._all_waiting())
         self.scaler.unscale_(self._stand_in)
+        # Of shards each rank has seen its own.
+        params = [p for _, p, _ in self.optimizer._named()]
+        for found in self.scaler._found_inf_per_device(self._stand_in).values():
+            found.copy_(sharding.agreed(found, params))
         self._unscaled = True
 
     def begin(self, closure: Any) -> bool:
@@ -493,7 +502,8 @@ def project_in_backward(
     their ranks; R = P^T G is summed over ranks at each micro-batch, and each keeps some rows of it.
     For a new basis the matrix is gathered, one at a time. Micro-batches before which
     ``set_requires_gradient_sync(False)`` was called are summed by FSDP2, unsharded and in full, and
-    count with the next that is reduced, as one.
+    count with the next that is reduced, as one. With HSDP torch itself keeps reduced gradients
+    until the backward pass ends.
 
     Args:
         optimizer: one of the low-rank classes, without a residual.

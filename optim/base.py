@@ -350,9 +350,11 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     def _rows(self, p: Tensor, o: Mapping[str, Any]) -> Rows | None:
         """The rows of a sharded parameter on which its next update works; None for all of it."""
         rows = sharding.rows_of(p)
-        if rows is None or o["shards"] == "whole":
+        if rows is None:
             return None
-        if self.own_rule(p, o):
+        if o["shards"] == "whole":
+            able = False
+        elif self.own_rule(p, o):
             able = self.by_rows(p, self.state[p], o, int(self.state[p]["step"]) + 1)
         else:  # the quantization blocks of a vector cross the cuts between ranks
             able = p.ndim > 1 or not any(slot.bits for slot in self._layouts[p].values())

@@ -119,6 +119,9 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     def by_projection(self, o: Mapping[str, Any]) -> bool:
         return o["roles"] is not None
 
+    def projects_weight(self, o: Mapping[str, Any]) -> bool:
+        return o["roles"] is None
+
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         # Column norms of a plain weight are sums over rows, which this code does not exchange.
         return o["roles"] is not None and super().by_rows(p, s, o, t)

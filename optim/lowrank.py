@@ -207,6 +207,10 @@ class LowRankOptimizer(Batched, Subspace):
         whole = cls.update is base.update and cls.project_gradient is base.project_gradient
         return whole and not self.residual(o).needs_gradient
 
+    def projects_weight(self, o: Mapping[str, Any]) -> bool:
+        """Whether :meth:`project_gradient` reads the weight, ``s["weight"]``."""
+        return False
+
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         """R = G Q is computed row by row, R = P^T G is a sum over rows. A refresh needs all rows,
         unless the basis is random, or cosine columns chosen by norms that are sums over ranks.
@@ -256,6 +260,8 @@ class LowRankOptimizer(Batched, Subspace):
     def project_gradient(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                          ) -> tuple[Tensor, Projected]:
         """The first half of an update, which writes nothing: the gradient's projection.
+
+        One that reads ``s["weight"]`` needs :meth:`projects_weight`.
 
         Returns:
             G as it is projected, A = G + E with error feedback, and what the second half needs.

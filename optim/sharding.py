@@ -187,7 +187,7 @@ def part_of(x: Tensor, value: Tensor) -> Tensor:
 
     d = _dtensor(x)
     part = distribute_tensor(value, d.device_mesh, d.placements, src_data_rank=None)
-    return part.to_local()
+    return part.to_local().to(local(x).device)  # which may be offloaded
 
 
 def put(x: Tensor, value: Tensor) -> None:
@@ -294,7 +294,9 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
     plain: list[Tensor] = []
     cut: dict[Any, list[Tensor]] = {}
     for x in tensors:
-        if is_sharded(x):
+        if is_sharded(x) and any(place.is_partial() for place in _dtensor(x).placements):
+            plain.append(whole(x))
+        elif is_sharded(x):
             cut.setdefault((_dtensor(x).device_mesh, tuple(_dtensor(x).placements)), []).append(x)
         else:
             plain.append(x)
@@ -322,10 +324,10 @@ def check_placements(p: Tensor, name: str, where: str) -> None:
 
 
 def agreed(flags: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """The OR of flags (0 or 1, on the host) over all ranks that share a parameter.
+    """The OR of flags (0 or 1) over all ranks that share a parameter.
 
     Args:
-        flags: int64, equal in length on all ranks.
+        flags: equal in length on all ranks; may be written to.
         params: their meshes give the ranks; without a DTensor among them nothing is sent.
     """
     done: set[Any] = set()

@@ -377,15 +377,18 @@ class Parallel(torch.nn.Module):
         return out
 
 
-def tensor_parallel(mesh: DeviceMesh | None, name: str, way: str = "step") -> dict[str, Any]:
+def tensor_parallel(mesh: DeviceMesh | None, name: str, way: str = "step", limit: float = 1.0,
+                    **more: Any) -> dict[str, Any]:
     """Trained with every style of the usual plan: the table's is cut by rows and its gradient
     whole, the norm is whole and its gradient a part of a sum.
 
     Args:
         mesh: the ranks.
         name: of the case.
-        way: ``"step"``, with gradients clipped, or ``"update"`` or ``"project"`` in the backward
-            pass, the latter clipped too.
+        way: ``"step"``, with gradients clipped; ``"update"`` in the backward pass; ``"project"``
+            there, clipped by the step, or ``"clip"`` by a call.
+        limit: norm to which gradients are clipped.
+        more: options.
     """
     quantize_small()
     model: Any = Parallel()
@@ -394,22 +397,27 @@ def tensor_parallel(mesh: DeviceMesh | None, name: str, way: str = "step") -> di
             "table": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
             "norm": SequenceParallel(),
             "up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel()})
-    optimizer = optimizer_of(model, name)
+    optimizer = optimizer_of(model, name, **more)
     handle: Any = contextlib.nullcontext()
     if way == "update":
         handle = update_in_backward(optimizer)
     elif way == "project":
-        handle = project_in_backward(optimizer, max_grad_norm=1.0, exact_norm=True)
+        handle = project_in_backward(optimizer, max_grad_norm=limit, exact_norm=True)
+    elif way == "clip":
+        handle = project_in_backward(optimizer, exact_norm=True)
+    norms = []
     for i in range(6):
         x = torch.randint(30, (2, 8), generator=torch.Generator().manual_seed(i))
         model(x).square().mean().backward()
         if way == "step":
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norms.append(plain(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+        elif way == "clip":
+            norms.append(handle.clip_grad_norm_(limit))
         optimizer.step()
         optimizer.zero_grad()
     with handle:  # ends here, and its buffers
         pass
-    return outcome(optimizer, list(model.parameters()))
+    return outcome(optimizer, list(model.parameters())) | {"norms": norms}
 
 
 def replicas(mesh: DeviceMesh, name: str, steps: int = 8, way: str = "project", micro: int = 1,

@@ -28,7 +28,8 @@ from .jobs import network, optimizer_of, outcome, plain, quantize_small, sharded
 
 def projected(mesh: DeviceMesh | None, name: str, steps: int = 8, micro: int = 1, work: bool = True,
               unsynced: bool = False, half: bool = False, given: dict[str, Any] | None = None,
-              limit: float | None = None, **more: Any) -> dict[str, Any]:
+              limit: float | None = None, change: dict[str, Any] | None = None, **more: Any
+              ) -> dict[str, Any]:
     """A model whose gradients are projected in the backward pass, under FSDP2 or on one device.
 
     Args:
@@ -41,6 +42,7 @@ def projected(mesh: DeviceMesh | None, name: str, steps: int = 8, micro: int = 1
         half: FSDP2's mixed precision.
         given: to the handle.
         limit: norm to which the handle clips before a step.
+        change: options from the fourth step on, changed after its backward pass.
         more: options.
     """
     rank, ranks = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
@@ -56,6 +58,8 @@ def projected(mesh: DeviceMesh | None, name: str, steps: int = 8, micro: int = 1
         kept.append(sum(p.grad is not None for p in model.parameters()))
         if handle is not None and limit is not None:
             norms.append(handle.clip_grad_norm_(limit))
+        for group in optimizer.param_groups if len(kept) == 4 else ():
+            group.update(change or {})
 
     optimizer.register_step_pre_hook(before)
     if unsynced:
@@ -74,15 +78,18 @@ def projected(mesh: DeviceMesh | None, name: str, steps: int = 8, micro: int = 1
         "kept": kept, "norms": norms, "slots": while_on["slots"], "bytes": while_on["bytes"]}
 
 
-def projected_scaled(mesh: DeviceMesh, explicit: bool) -> dict[str, Any]:
+def projected_scaled(mesh: DeviceMesh, explicit: bool, alone: bool) -> dict[str, Any]:
     """Steps that a GradScaler takes under FSDP2, with an overflow in one rank's rows of a matrix.
 
     Args:
         mesh: the ranks.
         explicit: by unscale_() and clip_grad_norm_() of the handle.
+        alone: the matrix is the whole model, so that no other gradient overflows.
     """
     quantize_small()
-    model = sharded(mesh)
+    model: Any = torch.nn.Linear(12, 12, bias=False)
+    torch.nn.init.eye_(model.weight)
+    model = fully_shard(model, mesh=mesh) if alone else sharded(mesh)
     optimizer = optimizer_of(model, "galoreadamw")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
     handle = project_in_backward(optimizer, grad_scaler=scaler)
@@ -90,7 +97,7 @@ def projected_scaled(mesh: DeviceMesh, explicit: bool) -> dict[str, Any]:
     for i in range(8):
         x = torch.randn(4, 12, generator=torch.Generator().manual_seed(9 * i + mesh.get_rank()))
         loss = model(x).square().mean()
-        if i == 3:  # of which the last rank has the last row
+        if i == 3:  # of the weight the last rank has the last row
             loss = loss + 1e38 * model(x)[:, -1].sum()
         before = [plain(p) for p in model.parameters()]
         scaler.scale(loss).backward()

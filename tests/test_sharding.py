@@ -276,13 +276,21 @@ def test_fsdp2_and_ddp_train_as_one_process(pool, name, ranks):
 @pytest.mark.parametrize(("name", "way"), [
     *((name, "step") for name in ("adamw", "adamw8bit", "galoreadamw", "firaadamw-svd", "dctadamw",
                                   "muon", "trion", "gradnormlorpadamw-svd")),
-    ("muon", "update"), ("galoreadamw", "project"), ("gradnormlorpadamw-svd", "project")])
+    ("muon", "update"), ("galoreadamw", "project"), ("galoreadamw", "clip"),
+    ("gradnormlorpadamw-svd", "project")])
 def test_tensor_parallelism_trains_as_one_process(pool, name, way):
-    """With gradients that it leaves placed otherwise than their parameters."""
-    one = jobs.tensor_parallel(None, name, way)
-    assert_close(one, pool.run(jobs.tensor_parallel, 2, name=name, way=way), False, 1e-4)
-    if way == "project":  # clips by the same norm
-        assert_close(one, [jobs.tensor_parallel(None, name)], False, 1e-4)
+    """With gradients that it leaves placed otherwise than their parameters.
+
+    Clipped so far that their size shows beside eps.
+    """
+    given = {"name": name, "limit": 0.01, "eps": 0.1, "lr": 0.1}
+    one = jobs.tensor_parallel(None, **given, way=way)
+    outs = pool.run(jobs.tensor_parallel, 2, **given, way=way)
+    assert_close(one, outs, False, 1e-4)
+    for out in outs:
+        torch.testing.assert_close(out["norms"], one["norms"], rtol=1e-5, atol=0)
+    if way != "update":
+        assert_close(one, [jobs.tensor_parallel(None, **given)], False, 1e-4)
 
 
 @pytest.mark.parametrize("views", [False, True])

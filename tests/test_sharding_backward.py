@@ -55,6 +55,21 @@ def test_shards_are_projected_in_the_backward_pass(pool, name, more, ranks):
         assert any("projected" in x for x in outs[0]["slots"])
 
 
+@pytest.mark.parametrize(("name", "more", "change"), [
+    ("dctadamw", {}, {"shards": "whole"}), ("dctadamw", {"shards": "whole"}, {"shards": "rows"}),
+    ("galoreadamw-random", {"update_proj_gap": 1}, {"shards": "whole"}),
+    ("galoreadamw", {"update_proj_gap": 3}, {"update_proj_gap": 50}),
+    ("galoreadamw", {"update_proj_gap": 50}, {"update_proj_gap": 3})], ids=str)
+def test_options_change_between_a_projection_and_its_step(pool, name, more, change):
+    """What the hook has found stands: a basis that waits is used, and none is looked for."""
+    given = {"name": name, **more, "change": change}
+    outs = pool.run(jobs.projected, 2, **given)
+    for out in outs[1:]:
+        assert_same(outs[0]["weights"], out["weights"])
+    if "shards" in change:
+        assert_close(pool.run(jobs.projected, 2, **given, work=False)[0], outs, False, 1e-4)
+
+
 @pytest.mark.parametrize("unsynced", [False, True])
 @pytest.mark.parametrize("name", ["galoreadamw", "galoreadamw-8bit", "dctadamw",
                                   "gradnormlorpadamw-svd"])
@@ -89,9 +104,10 @@ def test_shards_of_mixed_precision(pool):
     assert_close(plain[0], outs, True)
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("explicit", [False, True])
-def test_an_overflow_in_one_shard_is_one_on_all(pool, explicit):
-    outs = pool.run(jobs.projected_scaled, 2, explicit=explicit)
+def test_an_overflow_in_one_shard_is_one_on_all(pool, explicit, alone):
+    outs = pool.run(jobs.projected_scaled, 2, explicit=explicit, alone=alone)
     assert_same(outs[0]["weights"], outs[1]["weights"])
     for out in outs:
         assert out["skipped"] == [i == 3 for i in range(8)]
