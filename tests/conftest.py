@@ -11,13 +11,14 @@ import pytest
 import torch
 from lissom.kernels._triton import INTERPRETED
 
+from .pool import Pool
 from .sanitizer import watched
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 #: Files with something that is started once for all their tests, as the processes of tests.pool.
-TOGETHER = ("test_sharding.py", "test_recipes.py", "test_package.py")
+TOGETHER = ("test_sharding.py", "test_sharding_backward.py", "test_recipes.py", "test_package.py")
 
 
 def _together(nodeid: str) -> bool:
@@ -47,6 +48,20 @@ def quantize_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def quantize_all(quantize_small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """And rows of few, which are kept in bf16 otherwise."""
     monkeypatch.setattr("lissom.optim.codec.SHORT", 0)
+
+
+@pytest.fixture
+def quantize_shards(quantize_all: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each rank has some rows of whatever can be cut."""
+    monkeypatch.setattr("lissom.optim.codec.SPREAD", 1)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """Processes for all tests of a file."""
+    pool = Pool()
+    yield pool
+    pool.close()
 
 
 @pytest.hookimpl(optionalhook=True)  # xdist may be absent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from lissom.bench import names
@@ -23,7 +24,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from . import jobs
-from .jobs import network, optimizer_of, outcome, plain, quantize_small, sharded, take
+from .jobs import (
+    case_of,
+    network,
+    optimizer_of,
+    outcome,
+    plain,
+    quantize_small,
+    sharded,
+    take,
+)
 
 
 def projected(mesh: DeviceMesh | None, name: str, steps: int = 8, micro: int = 1, work: bool = True,
@@ -188,3 +198,271 @@ def gradient_bytes(mesh: DeviceMesh, way: str) -> int:
 def small_llama() -> Llama:
     """Three layers whose rows two and four ranks share evenly."""
     return Llama(Shape(32, 80, 4, 3, vocabulary=64))
+
+
+def accumulated(mesh: DeviceMesh, name: str, in_backward: bool) -> tuple[dict[str, Any], str]:
+    """Two micro-batches a step under FSDP2, of which the second is reduced; and what it says if
+    both are.
+    """
+    quantize_small()
+    model = sharded(mesh)
+    optimizer = optimizer_of(model, name)
+    if in_backward:
+        update_in_backward(optimizer)
+
+    def backward(seed: int) -> None:
+        generator = torch.Generator().manual_seed(10 * seed + mesh.get_rank())
+        model(torch.randn(4, 12, generator=generator)).square().mean().backward()
+
+    for i in range(8):
+        model.set_requires_gradient_sync(bool(i % 2))
+        backward(i)
+        if i % 2:
+            assert not in_backward or all(p.grad is None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    result, message = outcome(optimizer, list(model.parameters())), ""
+    try:
+        backward(8)
+        backward(9)
+    except RuntimeError as error:
+        message = str(error)
+    return result, message
+
+
+def replicas(mesh: DeviceMesh, name: str, steps: int = 8, way: str = "project", micro: int = 1,
+             given: dict[str, Any] | None = None, cut: int = 0, turned: bool = False, **more: Any
+             ) -> dict[str, Any]:
+    """The same with no DDP: each rank has the model, and the backward pass averages gradients.
+
+    Args:
+        mesh: the ranks.
+        name: of the case.
+        steps: how many.
+        way: what works in the backward pass.
+        micro: micro-batches of a step.
+        given: to the handle.
+        cut: micro-batches that every step has less than the handle was told.
+        turned: weights lie column by column, and so do their gradients.
+        more: options.
+    """
+    quantize_small()
+    model = network()
+    for p in model.parameters() if turned else ():
+        p.data = p.data.mT.contiguous().mT if p.ndim == 2 else p.data
+    optimizer = optimizer_of(model, name, **more)
+    given = {"process_group": mesh.get_group(), **(given or {})}
+    handle = (update_in_backward(optimizer, **given) if way == "update" else
+              project_in_backward(optimizer, micro + cut, **given))
+    at_once = 0
+
+    def count(_: Tensor) -> None:
+        nonlocal at_once
+        at_once = max(at_once, sum(p.grad is not None for p in model.parameters()))
+
+    for p in model.parameters():  # after the optimizer's own hooks
+        p.register_post_accumulate_grad_hook(count)
+    take(model, optimizer, range(steps), mesh.get_rank(), mesh.size(), micro)
+    handle.remove()  # and its buffers
+    return outcome(optimizer, list(model.parameters())) | {"sent": handle.bytes_sent,
+                                                           "at_once": at_once}
+
+
+def replicas_scaled(mesh: DeviceMesh, explicit: bool, accumulation: int) -> dict[str, Any]:
+    """Steps that a GradScaler takes, an overflow on the last rank before the third; they come
+    early with more micro-batches than there are.
+    """
+    quantize_small()
+    model = network()
+    optimizer = optimizer_of(model, "galoreadamw")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    handle = project_in_backward(optimizer, accumulation, grad_scaler=scaler,
+                                 process_group=mesh.get_group())
+    scales, skipped = [], []
+    for i in range(8):
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(9 * i + mesh.get_rank()))
+        loss = model(x).square().mean()
+        if i == 3 and mesh.get_rank() == mesh.size() - 1:  # of a dense parameter alone
+            loss = loss + 1e38 * model[4].bias.sum()
+        before = [plain(p) for p in model.parameters()]
+        scaler.scale(loss).backward()
+        if explicit:
+            handle.unscale_()
+            handle.clip_grad_norm_(0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        skipped.append(all(map(torch.equal, before, map(plain, model.parameters()))))
+    handle.remove()
+    return outcome(optimizer, list(model.parameters())) | {"scales": scales, "skipped": skipped}
+
+
+def replicas_spoilt(mesh: DeviceMesh, nonfinite: str) -> dict[str, Any]:
+    """A NaN in what one rank computes."""
+    model = network()
+    optimizer = optimizer_of(model, "galoreadamw", nonfinite=nonfinite)
+    project_in_backward(optimizer, process_group=mesh.get_group())
+    take(model, optimizer, range(2), mesh.get_rank(), mesh.size())
+    before = [plain(p) for p in model.parameters()]
+    x = torch.ones(2, 12)
+    x[0, 0] = torch.nan if mesh.get_rank() == 1 else 1.0
+    model(x).square().mean().backward()
+    error = ""
+    try:
+        optimizer.step()
+    except FloatingPointError as found:
+        error = str(found)
+    optimizer.zero_grad()
+    after = [plain(p) for p in model.parameters()]
+    take(model, optimizer, range(2, 4), mesh.get_rank(), mesh.size())
+    return {"before": before, "after": after, "error": error, "skipped": optimizer.skipped_steps,
+            **outcome(optimizer, list(model.parameters()))}
+
+
+class Viewed(torch.nn.Module):
+    """A parameter that is used through a view: its gradient lies where another one lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = torch.nn.Linear(5, 6), torch.nn.Linear(6, 3)
+        self.place = torch.nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down((0.1 * self.up(x) + self.place.unsqueeze(0)).tanh())
+        return out
+
+
+def replicas_of_views(mesh: DeviceMesh, way: str) -> dict[str, Any]:
+    """Gradients that share memory, and one that a hook has not seen; clipped by torch.
+
+    Returns:
+        Weights, and those of ordinary steps by the mean of the gradients.
+    """
+    weights = []
+    for group in (None, mesh.get_group()):
+        model = Viewed()
+        optimizer = case_of("galoreadamw-full-svd" if way == "project" else "adamw")(
+            [{"params": [p], **({"rank": 9} if way == "project" and p.ndim == 2 else {})}
+             for p in model.parameters()], lr=1e-2)
+        handle: Any = None
+        if group is not None and way == "project":
+            handle = project_in_backward(optimizer, process_group=group)
+        elif group is not None:
+            handle = update_in_backward(optimizer, process_group=group)
+        model.down.bias.requires_grad_(False)
+        for i in range(4):
+            generator = torch.Generator().manual_seed(9 * i + mesh.get_rank())
+            x = torch.randn(1, 4, 5, generator=generator)
+            model(x).square().mean().backward()
+            if group is None:
+                for p in model.parameters():
+                    if p.grad is not None:
+                        torch.distributed.all_reduce(p.grad.div_(mesh.size()),
+                                                     group=mesh.get_group())
+            assert handle is None or not handle._sent  # nothing is on its way
+            optimizer.step()
+            optimizer.zero_grad()
+            if i == 1:
+                model.down.bias.requires_grad_(True)
+        weights.append([plain(p) for p in model.parameters()])
+    return {"plain": weights[0], "weights": weights[1], "state": []}
+
+
+def replicas_after_failure(mesh: DeviceMesh, way: str) -> dict[str, Any]:
+    """A step after a backward pass that failed on all ranks, and that step alone."""
+    found = []
+    for fails in (False, True):
+        model = network()
+        optimizer = optimizer_of(model, "galoreadamw")
+        attach = project_in_backward if way == "project" else update_in_backward
+        handle = attach(optimizer, process_group=mesh.get_group())
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(mesh.get_rank()))
+        if fails:
+            hook = model[4].bias.register_post_accumulate_grad_hook(lambda p: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(x).square().mean().backward()
+            hook.remove()
+            optimizer.zero_grad()
+        model(x).square().mean().backward()
+        assert not handle._sent
+        optimizer.step()
+        found.append([plain(p) for p in model.parameters()])
+    return {"plain": found[0], "weights": found[1]}
+
+
+def replicas_refusals(mesh: DeviceMesh) -> list[str]:
+    """What both handles say of what ranks cannot do together, and that training goes on."""
+    group, messages = mesh.get_group(), []
+
+    def said(call: Any) -> None:
+        with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
+            call()
+        messages.append(str(error.value))
+
+    def loss(model: torch.nn.Module) -> Tensor:
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(mesh.get_rank()))
+        return model(x).square().mean()
+
+    other = network()
+    with torch.no_grad():
+        other[2].weight[0, 0] += mesh.get_rank()
+    said(lambda: project_in_backward(optimizer_of(other, "galoreadamw"), process_group=group))
+    said(lambda: update_in_backward(optimizer_of(other, "galoreadamw"), process_group=group))
+    fewer = list(network().parameters())[:4 - mesh.get_rank()]
+    said(lambda: update_in_backward(case_of("adamw")(fewer), process_group=group))
+    said(lambda: update_in_backward(optimizer_of(sharded(mesh), "adamw"), process_group=group))
+    model = network()
+    optimizer = optimizer_of(model, "galoreadamw")
+    said(lambda: project_in_backward(optimizer, process_group=mesh))
+    said(lambda: project_in_backward(optimizer, exact_norm=True, process_group=group))
+    scaler = torch.amp.GradScaler("cpu")
+    with project_in_backward(optimizer, 2, process_group=group) as handle:
+        loss(model).backward()
+        said(optimizer.state_dict)
+        handle.clip_grad_norm_(1.0)
+        said(loss(model).backward)
+        optimizer.zero_grad()
+        loss(model).backward()
+        loss(model).backward()
+        said(loss(model).backward)
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+        optimizer.state_dict()
+    with project_in_backward(optimizer, 2, grad_scaler=scaler, process_group=group):
+        scaler.scale(loss(model)).backward()
+        scaler.unscale_(optimizer)
+        said(lambda: scaler.step(optimizer))
+        optimizer.zero_grad()
+    with update_in_backward(optimizer, process_group=group):
+        loss(model).backward()
+        optimizer.state_dict()
+        for p in model[0].parameters():
+            said(p.sum().backward)
+        optimizer.zero_grad()
+        before = [plain(p) for p in model.parameters()]
+        optimizer.step()
+        assert all(map(torch.equal, before, map(plain, model.parameters())))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    with update_in_backward(optimizer, process_group=group):
+        loss(wrapped).backward()
+        said(optimizer.step)
+        optimizer.zero_grad()
+    more = {"capturable": True} if mesh.get_rank() == 0 else {}
+    adam = case_of("adamw")(list(network().parameters()), **more)
+    said(lambda: update_in_backward(adam, process_group=group))
+    optimizer.load_state_dict(optimizer.state_dict())
+    return messages
+
+
+def in_backward_refused(mesh: DeviceMesh) -> list[str]:
+    """What both say of DDP."""
+    messages = []
+    for work in (project_in_backward, update_in_backward):
+        try:
+            work(optimizer_of(network(), "galoreadamw"))
+        except ValueError as error:
+            messages.append(str(error))
+    return messages

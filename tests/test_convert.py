@@ -31,13 +31,10 @@ from lissom.optim.layouts import slots_of
 
 from .helpers import assert_same, named, parameters, run, snapshot
 
+pytestmark = pytest.mark.usefixtures("quantize_small")
+
 SHAPES = [(40, 24), (24, 40), (24,)]
 NAMES = ["p0", "p1", "p2"]
-
-
-@pytest.fixture(autouse=True)
-def _quantize_small(monkeypatch):
-    monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
 
 
 def trained(cls, steps=4, shapes=SHAPES, **options):

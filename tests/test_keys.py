@@ -16,15 +16,10 @@ from .cases import CASES
 from .helpers import assert_same, feed, parameters, run, tensors, through_disk
 from .pairs import QUICK, net
 
+pytestmark = pytest.mark.usefixtures("quantize_all")
+
 SHAPES = {"layers.0.weight": (9, 6), "layers.1.weight": (6, 9), "layers.0.bias": (9,),
           "layers.2.weight": (9, 6), "head.weight": (3, 4, 2), "layers.3.weight": (9, 6)}
-
-
-@pytest.fixture(autouse=True)
-def _quantize_small(monkeypatch):
-    """Matrices of these tests are far below the size from which moments are quantized."""
-    monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
-    monkeypatch.setattr("lissom.optim.codec.SHORT", 0)
 
 
 def trained(case, groups, dtype=torch.bfloat16, **options):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from lissom.bench.sharding import rank_bytes
 from lissom.kernels import _triton
 from lissom.optim import AdamW, GradNormLoRPAdamW, SwitchLoRAAdamW
 from torch.distributed.tensor import Replicate, Shard
@@ -18,55 +16,19 @@ from . import jobs
 from .cases import CASES, all_slow_but, first_of_each_class
 from .helpers import assert_same
 from .pool import RANKS, Pool
+from .ranks import assert_bytes, assert_close
+
+pytestmark = pytest.mark.usefixtures("quantize_shards")
 
 CLASSES = first_of_each_class()
 FEW = [case.name for case in CLASSES] + [
     f"{case.name}-8bit" for case in CLASSES if case.option("state_bits") != 8]
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(autouse=True)
-def _quantize_small(monkeypatch):
-    monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
-    monkeypatch.setattr("lissom.optim.codec.SHORT", 0)
-    monkeypatch.setattr("lissom.optim.codec.SPREAD", 1)
-
-
 @functools.cache
 def alone(name: str, steps: int = 20) -> dict[str, Any]:
     """What one process makes of the row, with which several tests compare their ranks."""
     return jobs.trained(None, name, steps)
-
-
-def assert_close(one: dict[str, Any], outs: list[dict[str, Any]], exact: bool,
-                 tolerance: float = 1e-6) -> None:
-    """Weights equal on all ranks, and those of one process: exactly, or to 1e-6 of the largest."""
-    for out in outs[1:]:
-        assert_same(outs[0]["weights"], out["weights"], "other rank")
-    for i, (a, b) in enumerate(zip(one["weights"], outs[0]["weights"], strict=True)):
-        if exact:
-            assert_same(a, b, f"weight {i}")
-        else:
-            assert (a - b).abs().max() <= tolerance * a.abs().max(), i
-    for a, b in zip(one["state"], outs[0]["state"], strict=True):
-        assert a.keys() == b.keys()
-        assert int(a.get("step", 0)) == int(b.get("step", 0))
-
-
-def assert_bytes(outs: list[dict[str, Any]], ranks: int) -> None:
-    """What each rank holds is what the memory profiler's model says, to the byte."""
-    for i, state in enumerate(outs[0]["state"]):
-        shape = tuple(outs[0]["weights"][i].shape)
-        slots = outs[0]["slots"][i]
-        expected = rank_bytes(shape, slots, ranks)
-        held = [sum(out["bytes"][i].values()) for out in outs]
-        assert held == expected, (i, shape, list(state))
 
 
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="needs triton's interpreter")
@@ -346,141 +308,6 @@ def test_projected_gradients_of_micro_batches(pool):
     outs = pool.run(jobs.ddp, 2, **given, projected=True, micro=2)
     assert_close(once[0], outs, False, 1e-4)
     assert outs[0]["sent"] == once[0]["sent"]
-
-
-@pytest.mark.parametrize("name", ["adamw8bit", "galoreadamw", "muon", "gradnormlorpadamw-svd"])
-def test_update_in_backward_under_fsdp2(pool, name):
-    assert_close(pool.run(jobs.fsdp, 3, name=name)[0],
-                 pool.run(jobs.fsdp, 3, name=name, in_backward=True), True)
-
-
-@pytest.mark.parametrize("name", ["galoreadamw-8bit", "muon"])
-def test_accumulation_in_update_in_backward_under_fsdp2(pool, name):
-    """FSDP2 sums gradients that it does not reduce: the hook sees the sum, once."""
-    plain = pool.run(jobs.accumulated, 2, name=name, in_backward=False)
-    outs = pool.run(jobs.accumulated, 2, name=name, in_backward=True)
-    assert_close(plain[0][0], [result for result, _ in outs], True)
-    for _, message in outs:
-        assert "second gradient" in message
-        assert "set_requires_gradient_sync(False)" in message
-
-
-@pytest.mark.parametrize("name", ["adamw", "polargrad"])
-def test_clipping_in_the_backward_pass_takes_the_norm_of_all_shards(pool, name):
-    given = {"name": name, "in_backward": True, "limit": 0.02, "lr": 0.1}
-    one = jobs.fsdp(None, **given)
-    assert_close(one, pool.run(jobs.fsdp, 3, **given), False, 1e-4)
-    free = jobs.fsdp(None, **{**given, "limit": None})
-    assert any((a - b).abs().max() > 1e-3 for a, b in zip(one["weights"], free["weights"],
-                                                          strict=True))
-
-
-def test_work_in_the_backward_pass_is_refused_where_gradients_are_not_complete(pool):
-    for messages in pool.run(jobs.in_backward_refused, 2):
-        assert "project_in_backward: '0.weight' is no DTensor, but there are 4" in messages[0]
-        assert "update_in_backward: '0.weight' is no DTensor, but there are 4" in messages[1]
-
-
-@pytest.mark.parametrize(("name", "ranks"), [
-    ("galoreadamw", 3), *((name, 2) for name in (
-        "galoreadamw-8bit", "galoreadamw-right-svd", "galoreadamw-full-svd", "galoreadamw-random",
-        "dctadamw"))])
-def test_projected_gradients_are_averaged_in_the_backward_pass(pool, name, ranks):
-    """Without DDP: the same step on all ranks, and that of DDP."""
-    plain = pool.run(jobs.ddp, ranks, name=name, steps=10)
-    outs = pool.run(jobs.replicas, ranks, name=name, steps=10)
-    assert_close(plain[0], outs, False, 1e-4)
-    for out in outs[1:]:
-        assert_same(outs[0]["state"], out["state"])
-    # Of six gradients those of three biases; 10 steps of 383 numbers in fp32.
-    assert outs[0]["at_once"] == 3
-    assert outs[0]["sent"] < 0.6 * 10 * 383 * 4
-
-
-@pytest.mark.parametrize("name", ["galoreadamw", "galoreadamw-8bit", "dctadamw"])
-def test_micro_batches_are_averaged_once(pool, name):
-    """With the last one, or where a step comes early by the step."""
-    given = {"name": name, "steps": 10, "micro": 2, "update_proj_gap": 5}
-    plain = pool.run(jobs.ddp, 2, **given)
-    outs, early = (pool.run(jobs.replicas, 2, **given, cut=cut) for cut in (0, 1))
-    assert_close(plain[0], outs, False, 1e-4)
-    for a, b in zip(outs, early, strict=True):
-        assert_same(a, b)
-
-
-@pytest.mark.parametrize("name", ["adamw8bit", "galoreadamw", "firaadamw-svd", "muon",
-                                  "gradnormlorpadamw-svd"])
-def test_updates_by_means_that_are_taken_in_the_backward_pass(pool, name):
-    given = {"name": name, "steps": 10}
-    outs = pool.run(jobs.replicas, 2, **given, way="update")
-    assert_close(pool.run(jobs.ddp, 2, **given)[0], outs, True)
-    assert outs[0]["at_once"] == 0  # beside the mean that is on its way
-    assert outs[0]["sent"] == 10 * 383 * 4
-
-
-@pytest.mark.parametrize("way", ["project", "update"])
-def test_means_are_taken_of_gradients_in_any_layout(pool, way):
-    outs, turned = (pool.run(jobs.replicas, 2, name="galoreadamw", way=way, turned=turned)
-                    for turned in (False, True))
-    assert_close(outs[0], turned, False)
-
-
-@pytest.mark.parametrize("way", ["project", "update"])
-def test_means_of_gradients_that_share_memory(pool, way):
-    """And of a parameter that is unfrozen late; when the backward pass ends nothing is on its way.
-    """
-    for out in pool.run(jobs.replicas_of_views, 2, way=way):
-        for a, b in zip(out["plain"], out["weights"], strict=True):
-            torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("way", ["project", "update"])
-def test_means_after_a_backward_pass_that_failed(pool, way):
-    """Of which nothing is left after zero_grad(): neither a gradient nor that it would end."""
-    for out in pool.run(jobs.replicas_after_failure, 2, way=way):
-        assert_same(out["plain"], out["weights"])
-
-
-@pytest.mark.parametrize("way", ["project", "update"])
-def test_means_over_ranks_are_clipped_as_one_gradient(pool, way):
-    limit = {"max_grad_norm": 0.02}
-    free, *others = (pool.run(jobs.replicas, ranks, name="galoreadamw", way=way, given=given)
-                     for ranks, given in ((2, {}), (1, limit), (2, limit)))
-    assert_close(others[0][0], others[1], False, 1e-4)
-    assert any((a - b).abs().max() > 1e-3
-               for a, b in zip(free[0]["weights"], others[1][0]["weights"], strict=True))
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("explicit", [False, True])
-def test_an_overflow_on_one_rank_is_one_on_all(pool, explicit, accumulation):
-    outs = pool.run(jobs.replicas_scaled, 2, explicit=explicit, accumulation=accumulation)
-    assert_same(outs[0], outs[1])
-    assert outs[0]["skipped"] == [i == 3 for i in range(8)]
-    assert outs[0]["scales"] == [1024.0, 1024.0, 2048.0, 1024.0, 1024.0, 1024.0, 2048.0, 2048.0]
-
-
-@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
-def test_a_nan_on_one_rank_is_one_on_all(pool, nonfinite):
-    outs = pool.run(jobs.replicas_spoilt, 2, nonfinite=nonfinite)
-    assert_same(outs[0], outs[1])
-    assert_same(outs[0]["before"], outs[0]["after"])
-    assert outs[0]["skipped"] == (nonfinite == "skip")
-    assert ("has a NaN" in outs[0]["error"]) == (nonfinite == "raise")
-
-
-def test_what_ranks_cannot_average_is_refused(pool):
-    words = ["project_in_backward: '2.weight' differs between ranks",
-             "update_in_backward: '2.weight' differs between ranks", "from 3 to 4 parameters",
-             "is sharded (DTensor), but with a process_group", "process_group is a DeviceMesh",
-             "exact_norm=True", "cannot be saved between", "after the mean over ranks",
-             "micro-batch 3", "call unscale_() of this handle", "second gradient",
-             "second gradient", "must not be wrapped in DistributedDataParallel"]
-    last = ("capturable=True, but it must be False", "another rank refuses, and says why")
-    for messages, end in zip(pool.run(jobs.replicas_refusals, 2), last, strict=True):
-        assert len(messages) == len(words) + 1
-        for word, message in zip([*words, end], messages, strict=True):
-            assert word in message
 
 
 def test_projected_reductions_are_refused_where_the_full_gradient_is_needed(pool):

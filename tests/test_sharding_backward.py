@@ -1,32 +1,17 @@
-"""Work in the backward pass on more than one process."""
+"""Work in the backward pass on more than one process: under FSDP2, and without DDP."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
 from lissom.bench import estimate
 
-from . import jobs_backward as jobs
+from . import jobs
+from . import jobs_backward as backward
 from .helpers import assert_same
-from .pool import Pool
-from .test_sharding import assert_bytes, assert_close
+from .ranks import assert_bytes, assert_close
 
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(autouse=True)
-def _quantize_small(monkeypatch):
-    monkeypatch.setattr("lissom.optim.codec.SMALL", 1)
-    monkeypatch.setattr("lissom.optim.codec.SHORT", 0)
-    monkeypatch.setattr("lissom.optim.codec.SPREAD", 1)
-
+pytestmark = pytest.mark.usefixtures("quantize_shards")
 
 # Each has a projection of rows and one of columns, and refreshes by rows or of whole matrices.
 PROJECTED = [
@@ -43,8 +28,8 @@ PROJECTED = [
 @pytest.mark.parametrize(("name", "more"), PROJECTED, ids=str)
 def test_shards_are_projected_in_the_backward_pass(pool, name, more, ranks):
     """Bit for bit as by the step; and no gradient of a matrix is left."""
-    plain, outs = (pool.run(jobs.projected, ranks, name=name, work=work, **more)
-                   for work in (False, True))
+    plain, outs = (pool.run(backward.projected, ranks, name=name, work=on, **more)
+                   for on in (False, True))
     assert_close(plain[0], outs, True)
     for a, b in zip(plain[0]["state"], outs[0]["state"], strict=True):
         assert_same(a, b)
@@ -63,11 +48,11 @@ def test_shards_are_projected_in_the_backward_pass(pool, name, more, ranks):
 def test_options_change_between_a_projection_and_its_step(pool, name, more, change):
     """What the hook has found stands: a basis that waits is used, and none is looked for."""
     given = {"name": name, **more, "change": change}
-    outs = pool.run(jobs.projected, 2, **given)
+    outs = pool.run(backward.projected, 2, **given)
     for out in outs[1:]:
         assert_same(outs[0]["weights"], out["weights"])
     if "shards" in change:
-        assert_close(pool.run(jobs.projected, 2, **given, work=False)[0], outs, False, 1e-4)
+        assert_close(pool.run(backward.projected, 2, **given, work=False)[0], outs, False, 1e-4)
 
 
 @pytest.mark.parametrize("unsynced", [False, True])
@@ -76,8 +61,8 @@ def test_options_change_between_a_projection_and_its_step(pool, name, more, chan
 def test_micro_batches_of_shards(pool, name, unsynced):
     """Reduced one by one, or summed by FSDP2; a matrix keeps its shard for a refresh alone."""
     given = {"name": name, "steps": 10, "micro": 2, "update_proj_gap": 5}
-    plain = pool.run(jobs.projected, 2, **given, work=False)
-    outs = pool.run(jobs.projected, 2, **given, unsynced=unsynced)
+    plain = pool.run(backward.projected, 2, **given, work=False)
+    outs = pool.run(backward.projected, 2, **given, unsynced=unsynced)
     assert_close(plain[0], outs, False, 1e-4)
     for out in outs:
         assert out["kept"][0] == 6
@@ -88,26 +73,26 @@ def test_micro_batches_of_shards(pool, name, unsynced):
 @pytest.mark.parametrize("given", [{}, {"exact_norm": True}], ids=str)
 @pytest.mark.parametrize("name", ["galoreadamw", "dctadamw", "gradnormlorpadamw-svd"])
 def test_shards_are_clipped_by_the_norm_of_all(pool, name, given):
-    one, outs = (pool.run(jobs.projected, ranks, name=name, given=given, limit=0.02)
+    one, outs = (pool.run(backward.projected, ranks, name=name, given=given, limit=0.02)
                  for ranks in (1, 3))
     assert_close(one[0], outs, False, 1e-4)
     for out in outs:
         torch.testing.assert_close(out["norms"], one[0]["norms"], rtol=1e-5, atol=0)
-    free = pool.run(jobs.projected, 3, name=name)
+    free = pool.run(backward.projected, 3, name=name)
     assert any((a - b).abs().max() > 1e-3
                for a, b in zip(free[0]["weights"], outs[0]["weights"], strict=True))
 
 
 def test_shards_of_mixed_precision(pool):
-    plain, outs = (pool.run(jobs.projected, 3, name="galoreadamw", half=True, work=work)
-                   for work in (False, True))
+    plain, outs = (pool.run(backward.projected, 3, name="galoreadamw", half=True, work=on)
+                   for on in (False, True))
     assert_close(plain[0], outs, True)
 
 
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("explicit", [False, True])
 def test_an_overflow_in_one_shard_is_one_on_all(pool, explicit, alone):
-    outs = pool.run(jobs.projected_scaled, 2, explicit=explicit, alone=alone)
+    outs = pool.run(backward.projected_scaled, 2, explicit=explicit, alone=alone)
     assert_same(outs[0]["weights"], outs[1]["weights"])
     for out in outs:
         assert out["skipped"] == [i == 3 for i in range(8)]
@@ -117,8 +102,8 @@ def test_an_overflow_in_one_shard_is_one_on_all(pool, explicit, alone):
 @pytest.mark.parametrize("name", ["galoreadamw-8bit", "dctadamw", "gradnormlorpadamw-svd"])
 def test_saved_in_the_middle_of_an_accumulation(pool, name, tmp_path):
     """On three ranks, and gone on with on two."""
-    straight = pool.run(jobs.projected_saved, 3, name=name, folder=str(tmp_path), save=True)
-    outs = pool.run(jobs.projected_saved, 2, name=name, folder=str(tmp_path), save=False)
+    straight = pool.run(backward.projected_saved, 3, name=name, folder=str(tmp_path), save=True)
+    outs = pool.run(backward.projected_saved, 2, name=name, folder=str(tmp_path), save=False)
     assert_same(straight[0]["waiting"], outs[0]["waiting"])
     assert all(x.any() for x in outs[0]["waiting"])
     assert_close(straight[0], outs, False, 1e-5)
@@ -129,8 +114,143 @@ def test_saved_in_the_middle_of_an_accumulation(pool, name, tmp_path):
 def test_gradients_of_shards_take_what_the_memory_profiler_says(pool, way, ranks):
     """A norm that stays does not keep its layer, which FSDP2 reduces in one buffer."""
     with torch.device("meta"):
-        held = estimate.holdings("galore", jobs.small_llama(), 8)
+        held = estimate.holdings("galore", backward.small_llama(), 8)
     expected = estimate.count(held, way, ranks)["gradients"]
-    for peak in pool.run(jobs.gradient_bytes, ranks, way=way):
+    for peak in pool.run(backward.gradient_bytes, ranks, way=way):
         # The tables' gradients come last, and then no layer's buffer is there.
         assert (0.8 if way == "project" else 1) * expected <= peak <= expected
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "galoreadamw", "muon", "gradnormlorpadamw-svd"])
+def test_update_in_backward_under_fsdp2(pool, name):
+    assert_close(pool.run(jobs.fsdp, 3, name=name)[0],
+                 pool.run(jobs.fsdp, 3, name=name, in_backward=True), True)
+
+
+@pytest.mark.parametrize("name", ["galoreadamw-8bit", "muon"])
+def test_accumulation_in_update_in_backward_under_fsdp2(pool, name):
+    """FSDP2 sums gradients that it does not reduce: the hook sees the sum, once."""
+    plain = pool.run(backward.accumulated, 2, name=name, in_backward=False)
+    outs = pool.run(backward.accumulated, 2, name=name, in_backward=True)
+    assert_close(plain[0][0], [result for result, _ in outs], True)
+    for _, message in outs:
+        assert "second gradient" in message
+        assert "set_requires_gradient_sync(False)" in message
+
+
+@pytest.mark.parametrize("name", ["adamw", "polargrad"])
+def test_clipping_in_the_backward_pass_takes_the_norm_of_all_shards(pool, name):
+    given = {"name": name, "in_backward": True, "limit": 0.02, "lr": 0.1}
+    one = jobs.fsdp(None, **given)
+    assert_close(one, pool.run(jobs.fsdp, 3, **given), False, 1e-4)
+    free = jobs.fsdp(None, **{**given, "limit": None})
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(one["weights"], free["weights"],
+                                                          strict=True))
+
+
+def test_work_in_the_backward_pass_is_refused_where_gradients_are_not_complete(pool):
+    for messages in pool.run(backward.in_backward_refused, 2):
+        assert "project_in_backward: '0.weight' is no DTensor, but there are 4" in messages[0]
+        assert "update_in_backward: '0.weight' is no DTensor, but there are 4" in messages[1]
+
+
+@pytest.mark.parametrize(("name", "ranks"), [
+    ("galoreadamw", 3), *((name, 2) for name in (
+        "galoreadamw-8bit", "galoreadamw-right-svd", "galoreadamw-full-svd", "galoreadamw-random",
+        "dctadamw"))])
+def test_projected_gradients_are_averaged_in_the_backward_pass(pool, name, ranks):
+    """Without DDP: the same step on all ranks, and that of DDP."""
+    plain = pool.run(jobs.ddp, ranks, name=name, steps=10)
+    outs = pool.run(backward.replicas, ranks, name=name, steps=10)
+    assert_close(plain[0], outs, False, 1e-4)
+    for out in outs[1:]:
+        assert_same(outs[0]["state"], out["state"])
+    # Of six gradients those of three biases; 10 steps of 383 numbers in fp32.
+    assert outs[0]["at_once"] == 3
+    assert outs[0]["sent"] < 0.6 * 10 * 383 * 4
+
+
+@pytest.mark.parametrize("name", ["galoreadamw", "galoreadamw-8bit", "dctadamw"])
+def test_micro_batches_are_averaged_once(pool, name):
+    """With the last one, or where a step comes early by the step."""
+    given = {"name": name, "steps": 10, "micro": 2, "update_proj_gap": 5}
+    plain = pool.run(jobs.ddp, 2, **given)
+    outs, early = (pool.run(backward.replicas, 2, **given, cut=cut) for cut in (0, 1))
+    assert_close(plain[0], outs, False, 1e-4)
+    for a, b in zip(outs, early, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "galoreadamw", "firaadamw-svd", "muon",
+                                  "gradnormlorpadamw-svd"])
+def test_updates_by_means_that_are_taken_in_the_backward_pass(pool, name):
+    given = {"name": name, "steps": 10}
+    outs = pool.run(backward.replicas, 2, **given, way="update")
+    assert_close(pool.run(jobs.ddp, 2, **given)[0], outs, True)
+    assert outs[0]["at_once"] == 0  # beside the mean that is on its way
+    assert outs[0]["sent"] == 10 * 383 * 4
+
+
+@pytest.mark.parametrize("way", ["project", "update"])
+def test_means_are_taken_of_gradients_in_any_layout(pool, way):
+    outs, turned = (pool.run(backward.replicas, 2, name="galoreadamw", way=way, turned=turned)
+                    for turned in (False, True))
+    assert_close(outs[0], turned, False)
+
+
+@pytest.mark.parametrize("way", ["project", "update"])
+def test_means_of_gradients_that_share_memory(pool, way):
+    """And of a parameter that is unfrozen late; when the backward pass ends nothing is on its way.
+    """
+    for out in pool.run(backward.replicas_of_views, 2, way=way):
+        for a, b in zip(out["plain"], out["weights"], strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["project", "update"])
+def test_means_after_a_backward_pass_that_failed(pool, way):
+    """Of which nothing is left after zero_grad(): neither a gradient nor that it would end."""
+    for out in pool.run(backward.replicas_after_failure, 2, way=way):
+        assert_same(out["plain"], out["weights"])
+
+
+@pytest.mark.parametrize("way", ["project", "update"])
+def test_means_over_ranks_are_clipped_as_one_gradient(pool, way):
+    limit = {"max_grad_norm": 0.02}
+    free, *others = (pool.run(backward.replicas, ranks, name="galoreadamw", way=way, given=given)
+                     for ranks, given in ((2, {}), (1, limit), (2, limit)))
+    assert_close(others[0][0], others[1], False, 1e-4)
+    assert any((a - b).abs().max() > 1e-3
+               for a, b in zip(free[0]["weights"], others[1][0]["weights"], strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_an_overflow_on_one_rank_is_one_on_all(pool, explicit, accumulation):
+    outs = pool.run(backward.replicas_scaled, 2, explicit=explicit, accumulation=accumulation)
+    assert_same(outs[0], outs[1])
+    assert outs[0]["skipped"] == [i == 3 for i in range(8)]
+    assert outs[0]["scales"] == [1024.0, 1024.0, 2048.0, 1024.0, 1024.0, 1024.0, 2048.0, 2048.0]
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_nan_on_one_rank_is_one_on_all(pool, nonfinite):
+    outs = pool.run(backward.replicas_spoilt, 2, nonfinite=nonfinite)
+    assert_same(outs[0], outs[1])
+    assert_same(outs[0]["before"], outs[0]["after"])
+    assert outs[0]["skipped"] == (nonfinite == "skip")
+    assert ("has a NaN" in outs[0]["error"]) == (nonfinite == "raise")
+
+
+def test_what_ranks_cannot_average_is_refused(pool):
+    words = ["project_in_backward: '2.weight' differs between ranks",
+             "update_in_backward: '2.weight' differs between ranks", "from 3 to 4 parameters",
+             "is sharded (DTensor), but with a process_group", "process_group is a DeviceMesh",
+             "exact_norm=True", "cannot be saved between", "after the mean over ranks",
+             "micro-batch 3", "call unscale_() of this handle", "second gradient",
+             "second gradient", "must not be wrapped in DistributedDataParallel"]
+    last = ("capturable=True, but it must be False", "another rank refuses, and says why")
+    for messages, end in zip(pool.run(backward.replicas_refusals, 2), last, strict=True):
+        assert len(messages) == len(words) + 1
+        for word, message in zip([*words, end], messages, strict=True):
+            assert word in message
