@@ -181,7 +181,7 @@ def holdings(name: str, model: nn.Module, rank: int | None, **options: Any) -> l
         buffers: dict[str, Slot] = {}
         waiting, gap = 0, 1
         if own and isinstance(optimizer, LowRankOptimizer):  # it can be projected early
-            buffers = optimizer.buffers(p, options_of[p])
+            buffers = optimizer.buffers(p, options_of[p], sums=False)
             waiting, gap = _waiting(optimizer, p, options_of[p]), options_of[p]["update_proj_gap"]
         found.append(Held(label, "low-rank matrices" if own and what == "matrices" else what,
                           Slot(tuple(p.shape), p.dtype, p.device), p.requires_grad,

@@ -110,7 +110,8 @@ class ProjectInBackward(InBackward):
                 "at once")
 
     def slots(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        return self.optimizer.buffers(p, o) if self.optimizer.own_rule(p, o) else {}
+        sums = self.accumulation > 1 or self.replicas is not None
+        return self.optimizer.buffers(p, o, sums) if self.optimizer.own_rule(p, o) else {}
 
     def ready(self, p: Tensor) -> None:
         optimizer, g = self.optimizer, p.grad
@@ -488,8 +489,8 @@ def project_in_backward(
 ) -> ProjectInBackward:
     """Project each gradient of a low-rank matrix as soon as it is ready, and free it.
 
-    ``backward()`` adds R = P^T G Q to a buffer of the state (r x n or m x r, fp32; it counts in
-    ``plan()`` and is saved) and sets ``p.grad`` to None; ``step()`` works from the buffers, with
+    ``backward()`` adds R = P^T G Q to a buffer of the state (r x n or m x r, fp32, or for one
+    micro-batch in bf16 as R itself; it counts in ``plan()`` and is saved) and sets ``p.grad`` to None; ``step()`` works from the buffers, with
     the result of the ordinary path. Parameters that get AdamW keep their ``p.grad``.
 
     With one micro-batch a step a new basis is computed in the hook, and no full gradient is left

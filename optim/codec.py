@@ -133,9 +133,16 @@ def basis(shape: tuple[int, ...], bits: int | None, p: Tensor, rows: bool = Fals
     return slot if bits in (None, 16, 32) else slot._replace(bits=bits)
 
 
-def buffer(shape: tuple[int, ...], p: Tensor) -> Slot:
-    """A slot for a sum over micro-batches; it is there while they are summed."""
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+def buffer(shape: tuple[int, ...], p: Tensor, wide: bool = True) -> Slot:
+    """A slot for what waits of a gradient from the backward pass to the step.
+
+    Args:
+        shape: of the tensor.
+        p: the parameter.
+        wide: in fp32 at least; else in p's dtype, if that is bf16.
+    """
+    dtype = p.dtype if p.dtype == torch.float64 or (
+        p.dtype == torch.bfloat16 and not wide) else torch.float32
     return basis(shape, 32, p, rows=True)._replace(dtype=dtype, optional=True)
 
 

@@ -144,8 +144,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             slots |= {_MAGNITUDE + k: slot for k, slot in adam_slots(count, p, o, _STREAM).items()}
         return slots
 
-    def buffers(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
-        slots = super().buffers(p, o)
+    def buffers(self, p: Tensor, o: Mapping[str, Any], sums: bool = True) -> dict[str, Slot]:
+        slots = super().buffers(p, o, sums)
         if o["roles"] is None:
             *batch, m, n = self.matrix_shape(p, o)
             count = (1, n) if o["axis"] == "input" else (m, 1)

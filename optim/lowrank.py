@@ -180,12 +180,18 @@ class LowRankOptimizer(Batched, Subspace):
             slots["basis_energy"] = codec.counter()._replace(optional=True)
         return slots
 
-    def buffers(self, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
+    def buffers(self, p: Tensor, o: Mapping[str, Any], sums: bool = True) -> dict[str, Slot]:
         """Slots of :func:`lissom.optim.project_in_backward`: the sum of R, and its number of terms.
 
         Names begin with ``projected``. Further ones hold the tensors of ``Projected.more``.
+
+        Args:
+            p: the parameter.
+            o: its options.
+            sums: of several terms, or means over ranks, which need fp32. One R is kept as it is:
+                in bf16 for a bf16 gradient.
         """
-        return {"projected": codec.buffer(self._low_shape(p, o), p),
+        return {"projected": codec.buffer(self._low_shape(p, o), p, wide=sums),
                 "projected_count": codec.counter()._replace(optional=True)}
 
     def _low_shape(self, p: Tensor, o: Mapping[str, Any]) -> tuple[int, ...]:

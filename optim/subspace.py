@@ -190,7 +190,8 @@ class Subspace(Ranked):
         assert low is not None
         if bases.left is not None and bases.right is not None:
             low = low @ bases.right.to(low.dtype)
-        return Projected(bases, low, (turns[0], turns[1]), writes)
+        # As a product with stored bases is, and with the kernel of a GPU.
+        return Projected(bases, low.to(g.dtype), (turns[0], turns[1]), writes)
 
     def _phase(self, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> int:
         """How far this matrix's refreshes are shifted.
