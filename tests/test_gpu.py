@@ -14,6 +14,7 @@ from lissom.optim import (
     project_in_backward,
     update_in_backward,
 )
+from torch.distributed.fsdp import fully_shard
 
 from .cases import CASES, first_of_each_class
 from .helpers import run, tensors
@@ -160,4 +161,32 @@ def test_means_over_one_rank_are_its_gradients(attach):
     finally:
         torch.distributed.destroy_process_group()
     for a, b in zip(*results, strict=True):  # what had not arrived would be off by the rate
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("attach", [project_in_backward, update_in_backward])
+def test_hooks_run_where_fsdp2_reduces(attach):
+    """On a stream of its own, at the end of which the step waits for it."""
+    results = []
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)
+    try:
+        for handle in (None, attach):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(8))).cuda()
+            for layer in model:
+                fully_shard(layer)
+            fully_shard(model)
+            optimizer = GaLoreAdamW(param_groups(model, rank=8), lr=1e-2, update_proj_gap=3)
+            if handle is not None:
+                handle(optimizer)
+            for i in range(6):
+                x = torch.randn(64, 256, generator=torch.Generator().manual_seed(i)).cuda()
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append([p.full_tensor().detach().cpu() for p in model.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
