@@ -490,8 +490,9 @@ def project_in_backward(
     """Project each gradient of a low-rank matrix as soon as it is ready, and free it.
 
     ``backward()`` adds R = P^T G Q to a buffer of the state (r x n or m x r, fp32, or for one
-    micro-batch in bf16 as R itself; it counts in ``plan()`` and is saved) and sets ``p.grad`` to None; ``step()`` works from the buffers, with
-    the result of the ordinary path. Parameters that get AdamW keep their ``p.grad``.
+    micro-batch in bf16 as R itself; it counts in ``plan()`` and is saved) and sets ``p.grad`` to
+    None; ``step()`` works from the buffers, with the result of the ordinary path. Parameters that
+    get AdamW keep their ``p.grad``.
 
     With one micro-batch a step a new basis is computed in the hook, and no full gradient is left
     after it, at the first step either. With more, a matrix whose basis the coming step refreshes
