@@ -66,6 +66,7 @@ for cls, given in ((AdamW, {}), (GaLoreAdamW, {"rank": 8})):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
 def test_kernels_that_are_found_again_are_those_of_triton(tmp_path):
     compile_for_a_gpu(LAUNCH, tmp_path)

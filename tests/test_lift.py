@@ -336,6 +336,7 @@ for capability in (80, 90):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_triton.triton is None, reason="needs triton")
 def test_compiles_for_a_gpu(tmp_path):
     """To machine code, which needs no GPU: tensor cores, wide accesses, two programs' memory."""

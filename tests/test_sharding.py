@@ -226,7 +226,7 @@ def test_what_cannot_be_is_refused_by_name(pool):
 # ---- engines
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", all_slow_but([4], [2, 4]))
 @pytest.mark.parametrize("name", [case.name for case in CLASSES])
 def test_fsdp2_and_ddp_train_as_one_process(pool, name, ranks):
     one = jobs.fsdp(None, name)
@@ -340,7 +340,8 @@ def straight(pool, tmp_path_factory) -> Any:
 
 
 @pytest.mark.parametrize("way", all_slow_but(["dcp"], ["dcp", "full"]))
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", all_slow_but(
+    [*(case.name for case in CLASSES), "galoreadamw-8bit"], FEW))
 def test_saved_on_three_ranks_continues_on_two(pool, straight, name, way, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()

@@ -8,6 +8,7 @@ from lissom.bench import estimate
 
 from . import jobs
 from . import jobs_backward as backward
+from .cases import all_slow_but
 from .helpers import assert_same
 from .ranks import assert_bytes, assert_close
 
@@ -24,7 +25,7 @@ PROJECTED = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, (2, 2)])
+@pytest.mark.parametrize("ranks", all_slow_but([3], [2, 3, (2, 2)]))
 @pytest.mark.parametrize(("name", "more"), PROJECTED, ids=str)
 def test_shards_are_projected_in_the_backward_pass(pool, name, more, ranks):
     """Bit for bit as by the step; and no gradient of a matrix is left."""

@@ -229,6 +229,7 @@ for capability in (80, 90):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(_triton.triton is None, reason="needs triton")
 def test_compiles_for_a_gpu(tmp_path):
     """To machine code, which needs no GPU: tensor cores, 16-byte accesses, two programs' memory."""
