@@ -58,8 +58,8 @@ class InBackward(Gradients):
         except (TypeError, ValueError) as error:
             failure = error
         if self.replicas is not None:  # the other ranks wait in a reduction
-            self.replicas.agree(failure, self.name)
-            self.replicas.check(optimizer, self.name)
+            self.replicas.agree(failure)
+            self.replicas.check(optimizer)
         elif failure is not None:
             raise failure
         optimizer._gradients = self
@@ -178,6 +178,10 @@ class InBackward(Gradients):
                                "may run several backward passes, and each would count; run "
                                "backward before step(), or .remove() the handle")
         return True
+
+    def check_saved(self) -> None:
+        if self.replicas is not None:
+            self.replicas.settle()
 
 
 def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:

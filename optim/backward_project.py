@@ -148,7 +148,7 @@ class ProjectInBackward(InBackward):
                 self._send(p)
             return
         if due and self.replicas is not None:  # the mean, so that all ranks find the same basis
-            g = self.replicas.send(g).arrive()
+            g = self.replicas.send(name, g).arrive()
             now.averaged = True
         if self.exact:
             now.norm = sharding.norm_of([codec.wide(g)])
@@ -294,16 +294,21 @@ class ProjectInBackward(InBackward):
         if self.replicas is None or not (waiting or p.grad is not None) or (
                 self._now.get(p, _NOTHING).averaged):
             return False
-        self._now[p].averaged = True
-        self._sent += [self.replicas.send(x, in_place=True) for x in waiting]
+        self._now[p].averaged, name = True, self.place(p)[0]
+        self._sent += [self.replicas.send(name, x, in_place=True) for x in waiting]
         if p.grad is not None and not waiting:
-            self._sent.append(self.replicas.send(p.grad))
+            self._sent.append(self.replicas.send(name, p.grad))
             p.grad = self._sent[-1].mean
         if later:
             self.finish_later()
         return True
 
     def finish(self) -> None:
+        if self.replicas is not None:
+            self.replicas.compare()
+        self._arrive()
+
+    def _arrive(self) -> None:
         for sent in self._sent:
             sent.arrive()
         self._sent.clear()
@@ -432,7 +437,7 @@ class ProjectInBackward(InBackward):
 
     def clear(self) -> None:
         self._queued = False
-        self.finish()
+        self._arrive()
         for p in list(self.optimizer._held):
             self.consumed(p)
         self._buffers.clear()
@@ -440,6 +445,7 @@ class ProjectInBackward(InBackward):
         self._unscaled = False
 
     def check_saved(self) -> None:
+        super().check_saved()
         pending = [self.place(p)[0] for p, now in self._now.items()
                    if now.pending is not None and self.knows(p)]
         if pending:
@@ -455,7 +461,7 @@ class ProjectInBackward(InBackward):
                 "after step(), or after zero_grad() of the optimizer")
 
     def loaded(self) -> None:
-        self.finish()
+        self._arrive()
         self._now.clear()
         self._unscaled = False
 
@@ -521,8 +527,9 @@ def project_in_backward(
             part of the batch: the step is that of the mean of their gradients, as under DDP, and
             the same on all. Of a matrix the mean of R is taken, of one that is refreshed, and of
             what gets AdamW, that of G: with the last micro-batch, while the backward pass goes on,
-            which ends when all is there. Each rank must run the same graph, and parameters that are
-            added later must be the same on all. Default None: one process.
+            which ends when all is there. Each rank must run the same graph (if its gradients are of
+            other parameters, an error says so), and parameters that are added later must be the
+            same on all. Default None: one process.
 
     Returns:
         A handle with ``remove()``, ``clip_grad_norm_(max_norm)``, ``unscale_()`` and

@@ -64,12 +64,14 @@ class UpdateInBackward(InBackward):
             self._update(p, g)
             return
         self.finish_later()
-        last, self._sent = self._sent, (p, self.replicas.send(g))
+        last, self._sent = self._sent, (p, self.replicas.send(name, g))
         p.grad = None  # the mean takes its place
         if last is not None:
             self._update(last[0], last[1].arrive())
 
     def finish(self) -> None:
+        assert self.replicas is not None
+        self.replicas.compare()
         last, self._sent = self._sent, None
         if last is not None:
             self._update(last[0], last[1].arrive())
@@ -109,6 +111,7 @@ class UpdateInBackward(InBackward):
     def _average(self) -> None:
         """Average gradients that no hook has seen, e.g. of a parameter that was frozen."""
         assert self.replicas is not None
+        sent: list[Sent] = []
         for name, p, _ in self.optimizer._named():
             if p.grad is not None and p in self._done:
                 raise RuntimeError(
@@ -116,7 +119,11 @@ class UpdateInBackward(InBackward):
                     "process_group the model must not be wrapped in DistributedDataParallel, which "
                     "averages too")
             if p.grad is not None:
-                p.grad = self.replicas.send(p.grad).arrive()
+                sent.append(self.replicas.send(name, p.grad))
+                p.grad = sent[-1].mean
+        self.replicas.compare()
+        for one in sent:
+            one.arrive()
 
     def before(self, work: Sequence[Work]) -> None:
         if work and not self._warned:
@@ -158,8 +165,9 @@ def update_in_backward(optimizer: MatrixOptimizer, *, max_grad_norm: float | Non
         process_group: ranks that each have the whole model, not wrapped in anything, and their own
             part of the batch: the update is that of the mean of their gradients, as under DDP. Two
             gradients exist at a time, one of which is being reduced while the next is computed.
-            Each rank must run the same graph, and parameters that are added later must be the same
-            on all. Default None: one process.
+            Each rank must run the same graph (if its gradients are of other parameters, an error
+            says so), and parameters that are added later must be the same on all. Default None: one
+            process.
 
     Returns:
         A handle with ``remove()`` and ``bytes_sent``; as a context manager it removes itself.

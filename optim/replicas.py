@@ -4,11 +4,14 @@ Data parallelism for handles that work in the backward pass (:mod:`lissom.optim.
 DistributedDataParallel averages gradients after the hooks, and keeps all of them in full size.
 
 Reductions are matched by their order, which is that of the backward pass: each rank has to run the
-same graph, and a parameter that gets a gradient on one rank must get one on all.
+same graph, and a parameter that gets a gradient on one rank must get one on all. Ranks compare the
+names of what they have sent: else the gradients of two parameters could be averaged in silence.
 """
 
 from __future__ import annotations
 
+import itertools
+import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -44,6 +47,26 @@ class Sent(NamedTuple):
         return self.mean
 
 
+class _Compared(NamedTuple):
+    """What ranks are told of the gradients that they have sent.
+
+    Args:
+        names: of this rank's.
+        both: int64 (2,) on the host: the largest digest of names, and less the smallest.
+        arrived: where it comes from a GPU, when it is there.
+    """
+
+    names: list[str]
+    both: Tensor
+    arrived: torch.cuda.Event | None
+
+    def differ(self) -> bool:
+        """Whether ranks have sent different ones; waits for the answer."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.both.sum())
+
+
 class Replicas:
     """The ranks of a process group, which average their gradients.
 
@@ -51,41 +74,101 @@ class Replicas:
         bytes_sent: bytes that this rank has put into reductions.
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: ProcessGroup, device: torch.device, where: str) -> None:
         """Nothing is sent yet.
 
         Args:
             group: the ranks.
             device: for small tensors that are no gradients.
+            where: named in errors.
         """
         self.group, self.size = group, torch.distributed.get_world_size(group)
-        self.device, self.bytes_sent = device, 0
+        self.device, self.where, self.bytes_sent = device, where, 0
+        # Names of what was sent since they were compared.
+        self._names: list[str] = []
+        # Whether hosts can compare them without the GPU; else they read the answer a step later.
+        self._at_once = "cpu:" in torch.distributed.get_backend_config(group)
+        self._compared: _Compared | None = None
 
-    def send(self, x: Tensor, in_place: bool = False) -> Sent:
+    def send(self, name: str, x: Tensor, in_place: bool = False) -> Sent:
         """Begin to take the mean of x over ranks.
 
         Args:
+            name: of the parameter.
             x: this rank's tensor. A gradient is not written to: in the backward pass it may share
                 memory with one that is still propagated, as those of views do.
             in_place: x is a buffer, which becomes the mean.
         """
+        if not self._names:
+            self._name_them()
+        self._names.append(name)
         # Divided first, as DDP does, so that fp16 stays in its range.
         mean = x.div_(self.size) if in_place else x.div(self.size).contiguous()
         work = torch.distributed.all_reduce(mean, group=self.group, async_op=True)
         self.bytes_sent += mean.nbytes
         return Sent(work, mean)
 
-    def agree(self, failure: Exception | None, where: str) -> None:
+    def compare(self) -> None:
+        """Check that all ranks have sent the same gradients in one order; collective if any was.
+
+        Where only a GPU knows, the next :meth:`send` asks it, so that it need not be waited for.
+
+        Raises:
+            RuntimeError: on every rank, names the first two parameters that differ.
+        """
+        if not self._names:
+            return
+        names, self._names = self._names, []
+        digest = zlib.crc32("\n".join(names).encode())
+        both = torch.full((2,), digest, device="cpu" if self._at_once else self.device)
+        both[1].neg_()
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=self.group)
+        arrived = None
+        if both.is_cuda:
+            there = both
+            both = torch.empty(2, dtype=there.dtype, device="cpu", pin_memory=True)
+            both.copy_(there, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._compared = _Compared(names, both, arrived)
+        if self._at_once:
+            self._name_them()
+
+    def settle(self) -> None:
+        """Raise if :meth:`compare` has found a difference; not collective."""
+        if self._compared is not None and self._compared.differ():
+            raise RuntimeError(
+                f"{self.where}: ranks do not have gradients of the same parameters in one order, "
+                "so that means were taken of what does not belong together; the next backward pass "
+                "says which; go on from an earlier checkpoint")
+
+    def _name_them(self) -> None:
+        last, self._compared = self._compared, None
+        if last is None or not last.differ():
+            return
+        names: list[list[str]] = [[]] * self.size
+        torch.distributed.all_gather_object(names, last.names, self.group)
+        rank, theirs = next((i, x) for i, x in enumerate(names) if x != names[0])
+        pairs = itertools.zip_longest(names[0], theirs)
+        number, (first, other) = next((i, pair) for i, pair in enumerate(pairs, 1)
+                                      if pair[0] != pair[1])
+        raise RuntimeError(
+            f"{self.where}: ranks do not have gradients of the same parameters in one order: "
+            f"number {number} is {first!r} on rank 0 and {other!r} on rank {rank}; each rank must "
+            "run the same graph (call an expert without tokens on an empty batch, expert(x[:0])); "
+            "means were taken of what does not belong together, so go on from a checkpoint")
+
+    def agree(self, failure: Exception | None) -> None:
         """Raise a failure, or that there is one on another rank; collective."""
         named = torch.tensor(float(failure is not None), device=self.device)
         torch.distributed.all_reduce(named, torch.distributed.ReduceOp.MAX, group=self.group)
         if failure is not None:
             raise failure
         if float(named):
-            raise ValueError(f"{where}: another rank refuses, and says why")
+            raise ValueError(f"{self.where}: another rank refuses, and says why")
 
     @torch.no_grad()
-    def check(self, optimizer: MatrixOptimizer, where: str) -> None:
+    def check(self, optimizer: MatrixOptimizer) -> None:
         """Refuse ranks whose weights or steps differ; collective.
 
         Raises:
@@ -94,8 +177,8 @@ class Replicas:
         named = [(name, p) for name, p, _ in optimizer._named()]
         few, many = map(int, self._range(torch.tensor([float(len(named))], device=self.device)))
         if few != many:
-            raise ValueError(f"{where}: ranks have from {few} to {many} parameters, but each must "
-                             "have the same model")
+            raise ValueError(f"{self.where}: ranks have from {few} to {many} parameters, but each "
+                             "must have the same model")
         if not named:
             return
         numbers = torch.stack([_fingerprint(optimizer, p) for _, p in named]).to(self.device)
@@ -104,8 +187,8 @@ class Replicas:
         for (name, _), ok in zip(named, same.tolist(), strict=True):
             if not ok:
                 raise ValueError(
-                    f"{where}: {name!r} differs between ranks in its shape, its weights or the "
-                    "steps it has taken, but each rank must hold the same; load one checkpoint on "
+                    f"{self.where}: {name!r} differs between ranks in its shape, its weights or "
+                    "the steps it has taken, but each rank must hold the same; load one checkpoint on "
                     "all, or send rank 0's (torch.distributed.broadcast) before")
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,4 +223,4 @@ def replicas_of(group: Any, optimizer: MatrixOptimizer, where: str) -> Replicas 
                         "process group of torch.distributed, which init_process_group makes "
                         "(torch.distributed.group.WORLD for all ranks), or None")
     device = next((p.device for _, p, _ in optimizer._named()), torch.device("cpu"))
-    return Replicas(group, device)
+    return Replicas(group, device, where)

@@ -392,6 +392,70 @@ def replicas_after_failure(mesh: DeviceMesh, way: str) -> dict[str, Any]:
     return {"plain": found[0], "weights": found[1]}
 
 
+class Experts(torch.nn.Module):
+    """Experts of one shape, of which a rank may need one and another rank another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(3))
+        self.out = torch.nn.Linear(12, 12)
+
+    def forward(self, parts: list[Tensor | None]) -> Tensor:
+        done = [expert(x) for expert, x in zip(self.experts, parts, strict=True) if x is not None]
+        out: Tensor = self.out(torch.cat(done).tanh())
+        return out
+
+
+def replicas_of_experts(mesh: DeviceMesh, way: str, used: list[list[int]], empty: bool,
+                        late: bool = False) -> dict[str, Any]:
+    """Two steps in which ranks use experts of their own.
+
+    Args:
+        mesh: all ranks.
+        way: what works in the backward pass; "" averages gradients before the step.
+        used: numbers of each rank's experts.
+        empty: the others get an empty batch, else nothing.
+        late: what was sent is compared as where a GPU must not be waited for.
+
+    Returns:
+        The error, whether weights have moved before it, those of saving, and weights.
+    """
+    group = torch.distributed.new_group()  # where ranks do not match it is spoilt
+    model, rank = Experts(), mesh.get_rank()
+    optimizer = case_of("galoreadamw")([
+        {"params": [(name, p)], **({"rank": 3} if p.ndim == 2 else {})}
+        for name, p in model.named_parameters()], lr=1e-2)
+    attach: Any = {"project": project_in_backward, "update": update_in_backward}.get(way)
+    if attach is not None:
+        replicas = attach(optimizer, process_group=group).replicas
+        assert replicas._at_once  # gloo
+        replicas._at_once = not late
+    before = [plain(p) for p in model.parameters()]
+    error, saving = "", []
+    for step in range(2):
+        generator = torch.Generator().manual_seed(9 * step + rank)
+        x = torch.randn(4, 12, generator=generator)
+        parts = [x if i in used[rank] else x[:0] if empty else None for i in range(3)]
+        try:
+            model(parts).square().sum().backward()
+        except RuntimeError as found:
+            error = str(found)
+            break
+        for p in model.parameters() if attach is None else ():
+            assert p.grad is not None
+            torch.distributed.all_reduce(p.grad.div_(mesh.size()), group=group)
+        optimizer.step()
+        optimizer.zero_grad()
+        try:
+            optimizer.state_dict()
+        except RuntimeError as found:
+            saving.append(str(found))
+    after = [plain(p) for p in model.parameters()]
+    return {"error": error, "saving": saving, "weights": after,
+            "moved": not all(map(torch.equal, before, after))}
+
+
 def replicas_refusals(mesh: DeviceMesh) -> list[str]:
     """What both handles say of what ranks cannot do together, and that training goes on."""
     group, messages = mesh.get_group(), []

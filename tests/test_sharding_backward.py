@@ -10,6 +10,7 @@ from . import jobs
 from . import jobs_backward as backward
 from .cases import all_slow_but
 from .helpers import assert_same
+from .pool import RANKS
 from .ranks import assert_bytes, assert_close
 
 pytestmark = pytest.mark.usefixtures("quantize_shards")
@@ -213,6 +214,31 @@ def test_means_after_a_backward_pass_that_failed(pool, way):
     """Of which nothing is left after zero_grad(): neither a gradient nor that it would end."""
     for out in pool.run(backward.replicas_after_failure, 2, way=way):
         assert_same(out["plain"], out["weights"])
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("way", ["project", "update"])
+def test_means_of_gradients_of_different_parameters_are_noticed(pool, way, late):
+    """At the end of that backward pass; on a GPU by the next one, or before a state is saved."""
+    for out in pool.run(backward.replicas_of_experts, RANKS, way=way, used=[[0], [0], [1], [0]],
+                        empty=False, late=late):
+        assert ("number 3 is 'experts.0.bias' on rank 0 and 'experts.1.bias' on rank 2"
+                in out["error"])
+        assert out["moved"] == (late or way == "update")
+        assert len(out["saving"]) == late
+        assert all("does not belong together" in error for error in out["saving"])
+
+
+@pytest.mark.parametrize("way", ["project", "update"])
+def test_an_expert_without_tokens_takes_part_in_means(pool, way):
+    given = {"used": [[0, 2], [1, 2], [2], [1]], "empty": True}
+    plain, outs = (pool.run(backward.replicas_of_experts, RANKS, way=w, **given)
+                   for w in ("", way))
+    for a, b in zip(plain, outs, strict=True):
+        assert not b["error"]
+        assert b["moved"]
+        for x, y in zip(a["weights"], b["weights"], strict=True):
+            torch.testing.assert_close(y, x, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", ["project", "update"])
