@@ -188,8 +188,8 @@ class Replicas:
             if not ok:
                 raise ValueError(
                     f"{self.where}: {name!r} differs between ranks in its shape, its weights or "
-                    "the steps it has taken, but each rank must hold the same; load one checkpoint on "
-                    "all, or send rank 0's (torch.distributed.broadcast) before")
+                    "the steps it has taken, but each rank must hold the same; load one checkpoint "
+                    "on all, or send rank 0's (torch.distributed.broadcast) before")
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest x of all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -88,6 +89,37 @@ def projected(mesh: DeviceMesh | None, name: str, steps: int = 8, micro: int = 1
         "kept": kept, "norms": norms, "slots": while_on["slots"], "bytes": while_on["bytes"]}
 
 
+def _scaled(mesh: DeviceMesh, model: torch.nn.Module, optimizer: Any, scaler: Any, handle: Any,
+            explicit: bool, overflow: Callable[[Tensor], Any]) -> dict[str, Any]:
+    """Eight steps that a GradScaler takes.
+
+    Args:
+        mesh: the ranks.
+        model: what is trained.
+        optimizer: of its parameters.
+        scaler: takes the steps.
+        handle: works in the backward pass.
+        explicit: by unscale_() and clip_grad_norm_() of the handle.
+        overflow: is added to the loss before the fourth step, from the batch.
+    """
+    scales, skipped = [], []
+    for i in range(8):
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(9 * i + mesh.get_rank()))
+        loss = model(x).square().mean() + (overflow(x) if i == 3 else 0.0)
+        before = [plain(p) for p in model.parameters()]
+        scaler.scale(loss).backward()
+        if explicit:
+            handle.unscale_()
+            handle.clip_grad_norm_(0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        skipped.append(all(map(torch.equal, before, map(plain, model.parameters()))))
+    handle.remove()
+    return outcome(optimizer, list(model.parameters())) | {"scales": scales, "skipped": skipped}
+
+
 def projected_scaled(mesh: DeviceMesh, explicit: bool, alone: bool) -> dict[str, Any]:
     """Steps that a GradScaler takes under FSDP2, with an overflow in one rank's rows of a matrix.
 
@@ -103,24 +135,9 @@ def projected_scaled(mesh: DeviceMesh, explicit: bool, alone: bool) -> dict[str,
     optimizer = optimizer_of(model, "galoreadamw")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
     handle = project_in_backward(optimizer, grad_scaler=scaler)
-    scales, skipped = [], []
-    for i in range(8):
-        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(9 * i + mesh.get_rank()))
-        loss = model(x).square().mean()
-        if i == 3:  # of the weight the last rank has the last row
-            loss = loss + 1e38 * model(x)[:, -1].sum()
-        before = [plain(p) for p in model.parameters()]
-        scaler.scale(loss).backward()
-        if explicit:
-            handle.unscale_()
-            handle.clip_grad_norm_(0.5)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        scales.append(scaler.get_scale())
-        skipped.append(all(map(torch.equal, before, map(plain, model.parameters()))))
-    handle.remove()
-    return outcome(optimizer, list(model.parameters())) | {"scales": scales, "skipped": skipped}
+    # Of the weight the last rank has the last row.
+    return _scaled(mesh, model, optimizer, scaler, handle, explicit,
+                   lambda x: 1e38 * model(x)[:, -1].sum())
 
 
 def projected_saved(mesh: DeviceMesh, name: str, folder: str, save: bool) -> dict[str, Any]:
@@ -278,24 +295,9 @@ def replicas_scaled(mesh: DeviceMesh, explicit: bool, accumulation: int) -> dict
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
     handle = project_in_backward(optimizer, accumulation, grad_scaler=scaler,
                                  process_group=mesh.get_group())
-    scales, skipped = [], []
-    for i in range(8):
-        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(9 * i + mesh.get_rank()))
-        loss = model(x).square().mean()
-        if i == 3 and mesh.get_rank() == mesh.size() - 1:  # of a dense parameter alone
-            loss = loss + 1e38 * model[4].bias.sum()
-        before = [plain(p) for p in model.parameters()]
-        scaler.scale(loss).backward()
-        if explicit:
-            handle.unscale_()
-            handle.clip_grad_norm_(0.5)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        scales.append(scaler.get_scale())
-        skipped.append(all(map(torch.equal, before, map(plain, model.parameters()))))
-    handle.remove()
-    return outcome(optimizer, list(model.parameters())) | {"scales": scales, "skipped": skipped}
+    last = mesh.get_rank() == mesh.size() - 1
+    return _scaled(mesh, model, optimizer, scaler, handle, explicit,  # of a dense parameter alone
+                   lambda x: 1e38 * model[4].bias.sum() if last else 0.0)
 
 
 def replicas_spoilt(mesh: DeviceMesh, nonfinite: str) -> dict[str, Any]:
