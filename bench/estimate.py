@@ -331,7 +331,8 @@ class _Attention(torch.autograd.Function):
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Attention as :class:`_Attention`: on the meta device torch takes the unfused one."""
-    out: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    attention: Any = _Attention  # torch before 2.15 has no types for it
+    out: Tensor = attention.apply(query, key, value)
     return out
 
 

@@ -89,7 +89,8 @@ def _hook(state: ProjectedAllReduce, bucket: dist.GradBucket  # type: ignore[nam
         return buffer  # type: ignore[no-any-return]
 
     work = dist.all_reduce(flat, group=state.group, async_op=True)
-    return work.get_future().then(done)  # type: ignore[no-any-return]
+    reduced: torch.futures.Future[Tensor] = work.get_future().then(done)
+    return reduced
 
 
 class _Lift:

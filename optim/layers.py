@@ -114,8 +114,8 @@ class NormalizedLinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
-        y: Tensor = _NormalizedProduct.apply(  # type: ignore[no-untyped-call]
-            x, *self._factors(), self.bias, self.scaling, self.axis)
+        product: Any = _NormalizedProduct  # torch before 2.15 has no types for it
+        y: Tensor = product.apply(x, *self._factors(), self.bias, self.scaling, self.axis)
         return y
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ next arrive and the results of the last are sent back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class _Round:
 
     def _send(self, source: Tensor, sizes: list[list[int]], target: Tensor,
               others: list[list[int]]) -> None:
-        self.work = torch.distributed.all_to_all_single(
+        self.work: Any = torch.distributed.all_to_all_single(
             target, source, [*map(sum, others)], [*map(sum, sizes)], group=self.group,
             async_op=True)
 
