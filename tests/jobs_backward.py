@@ -13,6 +13,7 @@ from lissom.bench.backward import held
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import Shape
 from lissom.optim import project_in_backward, update_in_backward
+from lissom.optim.ddp import projected_allreduce
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -456,6 +457,31 @@ def replicas_of_experts(mesh: DeviceMesh, way: str, used: list[list[int]], empty
     after = [plain(p) for p in model.parameters()]
     return {"error": error, "saving": saving, "weights": after,
             "moved": not all(map(torch.equal, before, after))}
+
+
+def experts_under_ddp(mesh: DeviceMesh, projected: bool, **given: Any) -> dict[str, Any]:
+    """Six steps in which a rank uses one of three experts, and all of them two or one.
+
+    Args:
+        mesh: the ranks.
+        projected: DDP sends projected gradients.
+        given: to DDP.
+    """
+    model, rank = Experts(), mesh.get_rank()
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        model, process_group=mesh.get_group(), find_unused_parameters=True, **given)
+    optimizer = case_of("galoreadamw")([
+        {"params": [p], **({"rank": 3} if p.ndim == 2 else {})} for p in model.parameters()],
+        lr=1e-2, update_proj_gap=3)
+    counts = projected_allreduce(optimizer, wrapped) if projected else None
+    for step in range(6):
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(9 * step + rank))
+        used = (step + rank) % 3 if step % 2 else step % 3
+        wrapped([x if i == used else None for i in range(3)]).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome(optimizer, list(model.parameters())) | {
+        "less": counts is not None and counts.bytes_sent < 0.9 * counts.bytes_plain}
 
 
 def replicas_refusals(mesh: DeviceMesh) -> list[str]:

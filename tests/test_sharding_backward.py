@@ -241,6 +241,15 @@ def test_an_expert_without_tokens_takes_part_in_means(pool, way):
             torch.testing.assert_close(y, x, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("view", [False, True])
+def test_projected_gradients_of_experts_under_ddp(pool, view):
+    """Some have a gradient on one rank, some on none."""
+    plain, outs = (pool.run(backward.experts_under_ddp, 2, projected=projected,
+                            gradient_as_bucket_view=view) for projected in (False, True))
+    assert_close(plain[0], outs, False, 1e-4)
+    assert all(out["less"] for out in outs)
+
+
 @pytest.mark.parametrize("way", ["project", "update"])
 def test_means_over_ranks_are_clipped_as_one_gradient(pool, way):
     limit = {"max_grad_norm": 0.02}
