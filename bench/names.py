@@ -41,7 +41,7 @@ from ..optim.sharding import local
 __all__ = ["OPTIMIZERS", "PEERS", "REST", "Entry", "add_options", "build", "build_peer", "command",
            "commit", "options_of", "prepare", "state_bytes"]
 
-#: Rate of embeddings, head and norms in the entries with two rates.
+#: Rate of embeddings, head and norms in entries with two rates.
 REST = 1e-2
 
 
@@ -127,8 +127,8 @@ OPTIMIZERS: dict[str, Entry] = {
     "trion": Entry(Trion, 2e-2, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None}),
     "muon": Entry(Muon, 5e-3, {"adjust_lr_fn": "match_rms_adamw", "lr_adamw": None,
                                "weight_decay": 1e-2}),
-    "polargrad": Entry(PolarGrad, 1.0, {"lr_adamw": 3e-3, "polar": "polar-express",
-                                        "polar_steps": 5}),
+    "polargrad": Entry(PolarGrad, 6.25e-2, {"lr_adamw": REST, "polar": "polar-express",
+                                            "polar_steps": 5}),
 }
 
 #: Optimizers of other packages, to compare with where they are installed, and their rates.
