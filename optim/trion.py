@@ -95,7 +95,7 @@ class Trion(Ranked):
         return momentum_slots(self.matrix_shape(p, o), p, o)
 
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
-        return self.rank_and_side(p, o)[1] == "right" and len(self.matrix_shape(p, o)) == 2
+        return len(self.matrix_shape(p, o)) == 2
 
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
@@ -105,13 +105,18 @@ class Trion(Ranked):
         full = s["momentum_buffer"] + g
         del s["momentum_buffer"]  # decoded, it would be a third matrix
         # b = columns of B Q, or rows of Q^T B
-        index, low = dct.project(full, min(o["rank"], m, n), kind=o["dct_basis"],
+        rows = codec.rows_of(s)
+        across = rows if left else None  # Q^T B needs whole columns, and is whole on each rank
+        index, low = dct.project(full if across is None else across.columns(full),
+                                 min(o["rank"], m, n), kind=o["dct_basis"],
                                  dim=-2 if left else -1, norm=o["column_norm"],
-                                 similarity=o["similarity"], cut=codec.rows_of(s))
+                                 similarity=o["similarity"], cut=rows)
         basis = dct.columns(index, m if left else n, o["dct_basis"], full)
+        if across is not None:
+            low, basis = across.joined(low, n), across.own(basis)
         factors = (basis, low) if left else (low, basis.mT)
         oracle = polar.Oracle("newton-schulz", o["ns_steps"], o["polar_dtype"])
-        (o_,) = yield Whole((low,), oracle)
+        (o_,) = yield Whole((low,), oracle, whole=across is not None)
         o_ = o_.to(g.dtype)
         # M <- B - (1 - mu) b Q_r^T
         add = torch.addmm if g.ndim == 2 else torch.baddbmm

@@ -33,11 +33,13 @@ class Whole(NamedTuple):
         function: from (b, m, n) to (b, m, n), matrix by matrix; hashable and comparable by value,
             so that equal functions are called once.
         rows: which rows of (m, n) matrices these are, if not all.
+        whole: they are whole on each rank, also where an update works on some rows.
     """
 
     matrices: tuple[Tensor, ...]
     function: _Function
     rows: Rows | None = None
+    whole: bool = False
 
 
 #: An update in progress: yields requests, is sent their results, returns T.
@@ -45,11 +47,12 @@ Waiting = Generator[Whole, tuple[Tensor, ...], T]
 
 
 def requested(update: Waiting[T], rows: Rows | None) -> Waiting[T]:
-    """The same update, with ``rows`` added to its requests."""
+    """The same update, with ``rows`` added to its requests of matrices that are not whole."""
     try:
         request = next(update)
         while True:
-            request = update.send((yield request._replace(rows=rows)))
+            request = update.send((yield request if request.whole else
+                                   request._replace(rows=rows)))
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
 
@@ -80,8 +83,8 @@ def _results(requests: dict[int, Whole]) -> dict[int, list[Tensor]]:
     """The results of every request."""
     results: dict[int, list[Tensor]] = {i: [] for i in requests}
     sharers: dict[Any, list[int]] = {}
-    for i, (_, _, rows) in requests.items():
-        sharers.setdefault(rows and rows.group, []).append(i)
+    for i, request in requests.items():
+        sharers.setdefault(request.rows and request.rows.group, []).append(i)
     for group, members in sharers.items():
         asked = [x for i in members for x in requests[i].matrices]
         functions = [requests[i].function for i in members for _ in requests[i].matrices]

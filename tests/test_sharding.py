@@ -204,6 +204,13 @@ def test_what_ranks_exchange_between_refreshes(pool, name, more, gathers, sums):
         assert found[1:] == [(gathers, sums)] * 3
 
 
+@pytest.mark.parametrize(("shape", "length"), [((11, 8), 8), ((8, 11), 8)])
+def test_columns_for_trion_are_found_without_gathering_its_matrix(pool, shape, length):
+    """Added up are the sizes of the coefficients alone, for either side."""
+    for found in pool.run(jobs.exchanged, 3, name="trion", shape=shape, steps=3):
+        assert found == [([], [length])] * 3
+
+
 @pytest.mark.parametrize("name", ["adamw", "galoreadamw", "muon"])
 def test_a_nan_on_one_rank_stops_all(pool, name):
     for nonfinite, ranks in (("skip", 3), ("raise", 3), ("skip", (2, 2))):
