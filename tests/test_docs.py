@@ -508,8 +508,9 @@ def lines_of_flips() -> Iterator[str]:
     assert {(row["optimizer"], row["ranks"]) for row in exact} == {
         (name, ranks) for ranks in (2, 4) for name in
         ("adamw", "adamw8bit", "galore", "fira", "dct-adamw", "muon", "trion")}
-    # whose left sides are sums over the ranks
-    summed = [row for row in exact if row["optimizer"] in ("galore", "fira", "dct-adamw")]
+    # whose left sides are sums over the ranks, or transforms of other pieces
+    summed = [row for row in exact
+              if row["optimizer"] in ("galore", "fira", "dct-adamw", "trion")]
     assert not any(row["gradients_apart"] or (row["flipped"] and row not in summed)
                    for row in exact)
     yield f"| none | none of {exact[0]['elements']} each |"
