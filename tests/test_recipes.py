@@ -147,6 +147,7 @@ def test_one_gpu_has_24_gib_before_there_is_a_model(text, monkeypatch):
     assert shares == [0.3, 1.0]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path):
     """With a new model after the first step, which goes on from what was saved.
 

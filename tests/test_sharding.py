@@ -33,12 +33,12 @@ def alone(name: str, steps: int = 20) -> dict[str, Any]:
 
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="needs triton's interpreter")
 @pytest.mark.parametrize(("name", "dtype"), [
-    ("adamw8bit", torch.bfloat16), ("galoreadamw-8bit", torch.bfloat16),
-    *(pytest.param(name, dtype, marks=pytest.mark.slow) for name, dtype in [
+    ("adamw8bit", torch.bfloat16), *(pytest.param(name, dtype, marks=pytest.mark.slow)
+                                     for name, dtype in [
         ("adamw", torch.float32), ("adamw-16bit", torch.bfloat16), ("galoreadamw", torch.float32),
-        ("galoreadamw-16bit", torch.bfloat16), ("dctadamw", torch.bfloat16),
-        ("firaadamw-svd", torch.bfloat16), ("apollo", torch.bfloat16),
-        ("frugal", torch.bfloat16)])])
+        ("galoreadamw-8bit", torch.bfloat16), ("galoreadamw-16bit", torch.bfloat16),
+        ("dctadamw", torch.bfloat16), ("firaadamw-svd", torch.bfloat16),
+        ("apollo", torch.bfloat16), ("frugal", torch.bfloat16)])])
 def test_rows_of_several_go_together(pool, name, dtype):
     """What ranks hold of matrices that are alike, as one after the other, bit for bit.
 
