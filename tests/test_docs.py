@@ -14,7 +14,7 @@ import shlex
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import GenericAlias, ModuleType
 from typing import Any
 
 import lissom.bench
@@ -547,11 +547,13 @@ def modules(package: ModuleType) -> list[ModuleType]:
 
 
 def public() -> dict[str, Any]:
-    """Every name in an ``__all__``, by where it stands."""
+    """Every name in an ``__all__``, by where it stands, but names of types."""
     pytest.importorskip("peft")
-    return {f"{module.__name__}.{name}": getattr(module, name)
-            for package in (lissom.optim, lissom.kernels, lissom.bench)
-            for module in modules(package) for name in getattr(module, "__all__", [])}
+    found = {f"{module.__name__}.{name}": getattr(module, name)
+             for package in (lissom.optim, lissom.kernels, lissom.bench)
+             for module in modules(package) for name in getattr(module, "__all__", [])}
+    # Python 3.10 takes these for classes.
+    return {where: x for where, x in found.items() if not isinstance(x, GenericAlias)}
 
 
 def documented(x: Any) -> dict[str, str]:
