@@ -178,13 +178,21 @@ def prepare(name: str, model: nn.Module, rank: int | None) -> None:
 
 def build(name: str, model: nn.Module, rank: int | None, lr: float, **options: Any
           ) -> MatrixOptimizer:
-    """The named optimizer over the model; options of other classes are left out."""
+    """The named optimizer over the model; options of other classes are left out.
+
+    ``lr_adamw`` is the rate of what is no matrix: that of AdamW's part, or with AdamW itself of the
+    groups that have another one than ``lr``.
+    """
     cls, _, own, groups, _ = OPTIMIZERS[name]
     prepare(name, model, rank)
-    parts = ("lr_adamw",) if cls.algorithm != "adamw" else ()  # rate of what is no matrix
+    parts = ("lr_adamw",) if cls.algorithm != "adamw" else ()
     known = {**own, **{k: v for k, v in options.items() if k in cls.table() or k in parts}}
+    made = groups(model, rank)
+    if not parts and "lr_adamw" in options:
+        made = [{**group, "lr": options["lr_adamw"]}
+                if isinstance(group, dict) and "lr" in group else group for group in made]
     make: Callable[..., MatrixOptimizer] = cls
-    return make(groups(model, rank), lr=lr, **known)
+    return make(made, lr=lr, **known)
 
 
 def build_peer(name: str, model: nn.Module, rank: int | None, lr: float, **options: Any

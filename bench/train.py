@@ -202,6 +202,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=16, help="sequences in a batch")
     parser.add_argument("--length", type=int, default=128, help="bytes in a sequence")
     parser.add_argument("--lr", help="peak rate; one, or comma-separated as --optimizers")
+    parser.add_argument("--lr-adamw", type=float,
+                        help="that of what is no matrix of a block, where it has its own")
     names.add_options(parser)
     parser.add_argument("--data", metavar="FILE", help="plain or .xz text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -265,11 +267,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = text.load(args.data)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    options = names.options_of(args)
+    if args.lr_adamw is not None:
+        options["lr_adamw"] = args.lr_adamw
     rows = []
     for name, lr in zip(chosen, rates, strict=True):
         run = Run(args.size, args.tied, args.steps, min(args.until or args.steps, args.steps),
                   args.batch, args.length, args.seed, args.device, args.dtype,
-                  args.rank or PAPER_RANK[args.size], lr, names.options_of(args), ranks)
+                  args.rank or PAPER_RANK[args.size], lr, options, ranks)
         with rich.progress.Progress(
             f"{name:8}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
             "loss {task.fields[loss]:.3f}", "{task.fields[tokens_per_s]:.0f} tokens/s",

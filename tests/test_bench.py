@@ -212,6 +212,9 @@ def test_train_reads_files_and_refuses(tmp_path, capsys):
     rows = quick(tmp_path, "--optimizers", "adamw", "--steps", "2", "--data", str(file), "--tied",
                  "--dtype", "bf16")
     assert len(rows[0]["losses"]) == 2
+    rows += quick(tmp_path, "--optimizers", "muon", "--steps", "2", "--data", str(file),
+                  "--lr-adamw", "7e-2")
+    assert rows[1]["options"] == {"lr_adamw": 7e-2}
     short = tmp_path / "short.txt"
     short.write_text("abc")
     for argv in (["--optimizers", "adam"], ["--data", str(short)], ["--data", "absent"],
@@ -219,6 +222,14 @@ def test_train_reads_files_and_refuses(tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.main([*argv, "--plot", ""])
         assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "rates"), [
+    ("adamw", [1e-3]), ("adamw-two-rates", [7e-2, 7e-2, 1e-3]), ("muon", [7e-2, 7e-2, 1e-3]),
+    ("galore", [7e-2, 7e-2, 1e-3])])
+def test_what_is_no_matrix_can_have_its_own_rate(name, rates):
+    optimizer = names.build(name, Llama(Shape(16, 40, 2, 2, 30)), 4, 1e-3, lr_adamw=7e-2)
+    assert [group["lr"] for group in optimizer.param_groups] == rates
 
 
 def test_text_batches_depend_on_the_key_alone():
