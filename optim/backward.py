@@ -87,13 +87,19 @@ class InBackward(Gradients):
             self.optimizer._gradients = Gradients()
             self.optimizer.__dict__.pop("_step_supports_amp_scaling", None)
             self._changed()
+            if self.replicas is not None:
+                self.replicas.settle()
 
     def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self.remove()
+        try:
+            self.remove()
+        except RuntimeError:
+            if error is None:  # else that one is the cause
+                raise
 
     def _changed(self) -> None:
         """The slots of every parameter may have changed."""
@@ -182,6 +188,10 @@ class InBackward(Gradients):
     def check_saved(self) -> None:
         if self.replicas is not None:
             self.replicas.settle()
+
+    def loaded(self) -> None:
+        if self.replicas is not None:
+            self.replicas.forget()
 
 
 def _fire(handle: weakref.ref[InBackward], p: Tensor) -> None:

@@ -148,8 +148,9 @@ class ProjectInBackward(InBackward):
                 self._send(p)
             return
         if due and self.replicas is not None:  # the mean, so that all ranks find the same basis
-            g = self.replicas.send(name, g).arrive()
+            g = self.replicas.send(p, g).arrive()
             now.averaged = True
+            self.finish_later()
         if self.exact:
             now.norm = sharding.norm_of([codec.wide(g)])
         rows = optimizer._rows(p, o)
@@ -294,19 +295,19 @@ class ProjectInBackward(InBackward):
         if self.replicas is None or not (waiting or p.grad is not None) or (
                 self._now.get(p, _NOTHING).averaged):
             return False
-        self._now[p].averaged, name = True, self.place(p)[0]
-        self._sent += [self.replicas.send(name, x, in_place=True) for x in waiting]
+        self._now[p].averaged = True
+        self._sent += [self.replicas.send(p, x, in_place=True) for x in waiting]
         if p.grad is not None and not waiting:
-            self._sent.append(self.replicas.send(name, p.grad))
+            self._sent.append(self.replicas.send(p, p.grad))
             p.grad = self._sent[-1].mean
         if later:
             self.finish_later()
         return True
 
     def finish(self) -> None:
-        if self.replicas is not None:
-            self.replicas.compare()
         self._arrive()
+        if self.replicas is not None:
+            self.replicas.compare(self.optimizer)
 
     def _arrive(self) -> None:
         for sent in self._sent:
@@ -461,6 +462,7 @@ class ProjectInBackward(InBackward):
                 "after step(), or after zero_grad() of the optimizer")
 
     def loaded(self) -> None:
+        super().loaded()
         self._arrive()
         self._now.clear()
         self._unscaled = False

@@ -64,14 +64,14 @@ class UpdateInBackward(InBackward):
             self._update(p, g)
             return
         self.finish_later()
-        last, self._sent = self._sent, (p, self.replicas.send(name, g))
+        last, self._sent = self._sent, (p, self.replicas.send(p, g))
         p.grad = None  # the mean takes its place
         if last is not None:
             self._update(last[0], last[1].arrive())
 
     def finish(self) -> None:
         assert self.replicas is not None
-        self.replicas.compare()
+        self.replicas.compare(self.optimizer)
         last, self._sent = self._sent, None
         if last is not None:
             self._update(last[0], last[1].arrive())
@@ -111,19 +111,17 @@ class UpdateInBackward(InBackward):
     def _average(self) -> None:
         """Average gradients that no hook has seen, e.g. of a parameter that was frozen."""
         assert self.replicas is not None
-        sent: list[Sent] = []
-        for name, p, _ in self.optimizer._named():
-            if p.grad is not None and p in self._done:
+        late = [(name, p) for name, p, _ in self.optimizer._named() if p.grad is not None]
+        for name, p in late:
+            if p in self._done:
                 raise RuntimeError(
                     f"{self.name}: {name!r} has a gradient beside the one that was applied; with a "
                     "process_group the model must not be wrapped in DistributedDataParallel, which "
                     "averages too")
-            if p.grad is not None:
-                sent.append(self.replicas.send(name, p.grad))
-                p.grad = sent[-1].mean
-        self.replicas.compare()
-        for one in sent:
-            one.arrive()
+        for _, p in late:
+            assert p.grad is not None
+            p.grad = self.replicas.send(p, p.grad).arrive()
+        self.replicas.compare(self.optimizer)
 
     def before(self, work: Sequence[Work]) -> None:
         if work and not self._warned:
@@ -143,6 +141,7 @@ class UpdateInBackward(InBackward):
             self._sent = None
 
     def loaded(self) -> None:
+        super().loaded()
         self.clear()
         self._done.clear()
 

@@ -60,7 +60,7 @@ def windows(optimizer: MatrixOptimizer, work: Sequence[Work]) -> Iterator[list[l
     window: list[list[Work]] = []
     held = 0
     for w in matrices:
-        size = sharding.share(w.p, optimizer._rows(w.p, w.o))
+        size = optimizer.while_waiting(w.p, w.o, optimizer._rows(w.p, w.o))
         if window and held + size > most:
             yield window
             window, held = [], 0

@@ -36,7 +36,7 @@ from .batches import Work
 from .codec import Slot, State
 from .common import BOOKKEEPING, COMMON
 from .options import Option, choice
-from .sharding import Rows
+from .sharding import Rows, share
 from .whole import Waiting
 
 __all__ = ["Method"]
@@ -101,8 +101,8 @@ class Method:
 
         If so, a sharded p is updated where its rows are: the rule takes sums over rows by
         :func:`lissom.optim.codec.row_sum`, the height of the matrix from
-        :func:`lissom.optim.codec.whole_shape`, and what it yields is gathered on one rank. If not,
-        every rank gathers the whole matrix.
+        :func:`lissom.optim.codec.whole_shape`, and what it yields is gathered on one rank, if it is
+        not whole already. If not, every rank gathers the whole matrix.
 
         Args:
             p: the parameter, a DTensor cut by rows.
@@ -111,6 +111,19 @@ class Method:
             t: 1-based count of the update.
         """
         return False
+
+    def while_waiting(self, p: Tensor, o: Mapping[str, Any], rows: Rows | None) -> int:
+        """Elements that an update keeps while it waits for functions of whole matrices.
+
+        Args:
+            p: the parameter, of the own rule.
+            o: options of its group.
+            rows: which of its rows the update works on, if not all.
+
+        Returns:
+            A number that is equal on all ranks.
+        """
+        return share(p, rows)
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
                  rows: Rows | None) -> tuple[int, Hashable]:

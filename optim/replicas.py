@@ -4,8 +4,8 @@ Data parallelism for handles that work in the backward pass (:mod:`lissom.optim.
 DistributedDataParallel averages gradients after the hooks, and keeps all of them in full size.
 
 Reductions are matched by their order, which is that of the backward pass: each rank has to run the
-same graph, and a parameter that gets a gradient on one rank must get one on all. Ranks compare the
-names of what they have sent: else the gradients of two parameters could be averaged in silence.
+same graph, and a parameter that gets a gradient on one rank must get one on all. Ranks compare
+whose gradients they have sent: else those of two parameters could be averaged in silence.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class _Compared(NamedTuple):
     """What ranks are told of the gradients that they have sent.
 
     Args:
-        names: of this rank's.
-        both: int64 (2,) on the host: the largest digest of names, and less the smallest.
+        sent: numbers and names of this rank's parameters.
+        both: int64 (2,) on the host: the largest digest of such numbers, and less the smallest.
         arrived: where it comes from a GPU, when it is there.
     """
 
-    names: list[str]
+    sent: list[tuple[int, str]]
     both: Tensor
     arrived: torch.cuda.Event | None
 
@@ -84,31 +84,31 @@ class Replicas:
         """
         self.group, self.size = group, torch.distributed.get_world_size(group)
         self.device, self.where, self.bytes_sent = device, where, 0
-        # Names of what was sent since they were compared.
-        self._names: list[str] = []
+        # Whose gradients were sent since they were compared.
+        self._sent: list[Tensor] = []
         # Whether hosts can compare them without the GPU; else they read the answer a step later.
-        self._at_once = "cpu:" in torch.distributed.get_backend_config(group)
+        self._at_once = device.type == "cpu" or _by_hosts(group)
         self._compared: _Compared | None = None
 
-    def send(self, name: str, x: Tensor, in_place: bool = False) -> Sent:
+    def send(self, p: Tensor, x: Tensor, in_place: bool = False) -> Sent:
         """Begin to take the mean of x over ranks.
 
         Args:
-            name: of the parameter.
+            p: the parameter.
             x: this rank's tensor. A gradient is not written to: in the backward pass it may share
                 memory with one that is still propagated, as those of views do.
             in_place: x is a buffer, which becomes the mean.
         """
-        if not self._names:
+        if not self._sent:
             self._name_them()
-        self._names.append(name)
+        self._sent.append(p)
         # Divided first, as DDP does, so that fp16 stays in its range.
         mean = x.div_(self.size) if in_place else x.div(self.size).contiguous()
         work = torch.distributed.all_reduce(mean, group=self.group, async_op=True)
         self.bytes_sent += mean.nbytes
         return Sent(work, mean)
 
-    def compare(self) -> None:
+    def compare(self, optimizer: MatrixOptimizer) -> None:
         """Check that all ranks have sent the same gradients in one order; collective if any was.
 
         Where only a GPU knows, the next :meth:`send` asks it, so that it need not be waited for.
@@ -116,10 +116,14 @@ class Replicas:
         Raises:
             RuntimeError: on every rank, names the first two parameters that differ.
         """
-        if not self._names:
+        if not self._sent:
             return
-        names, self._names = self._names, []
-        digest = zlib.crc32("\n".join(names).encode())
+        places = {p: (i, name) for i, (name, p, _) in enumerate(optimizer._named())}
+        # One device's have an order: each has a thread of its own in the backward pass.
+        own = sorted(self._sent, key=lambda p: str(p.device))
+        sent = [places.get(p, (-1, "a parameter that is gone")) for p in own]
+        self._sent = []
+        digest = zlib.crc32(" ".join(str(i) for i, _ in sent).encode())
         both = torch.full((2,), digest, device="cpu" if self._at_once else self.device)
         both[1].neg_()
         torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=self.group)
@@ -128,35 +132,40 @@ class Replicas:
             there = both
             both = torch.empty(2, dtype=there.dtype, device="cpu", pin_memory=True)
             both.copy_(there, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._compared = _Compared(names, both, arrived)
+            arrived = torch.cuda.current_stream(there.device).record_event()
+        self._compared = _Compared(sent, both, arrived)
         if self._at_once:
             self._name_them()
 
     def settle(self) -> None:
         """Raise if :meth:`compare` has found a difference; not collective."""
         if self._compared is not None and self._compared.differ():
-            raise RuntimeError(
-                f"{self.where}: ranks do not have gradients of the same parameters in one order, "
-                "so that means were taken of what does not belong together; the next backward pass "
-                "says which; go on from an earlier checkpoint")
+            raise RuntimeError(self._told("some differ"))
+
+    def forget(self) -> None:
+        """Begin anew, on all ranks: weights and state have been loaded."""
+        self._sent, self._compared = [], None
 
     def _name_them(self) -> None:
         last, self._compared = self._compared, None
         if last is None or not last.differ():
             return
-        names: list[list[str]] = [[]] * self.size
-        torch.distributed.all_gather_object(names, last.names, self.group)
-        rank, theirs = next((i, x) for i, x in enumerate(names) if x != names[0])
-        pairs = itertools.zip_longest(names[0], theirs)
+        of: list[list[tuple[int, str]]] = [[]] * self.size
+        torch.distributed.all_gather_object(of, last.sent, self.group)
+        numbers = [[i for i, _ in x] for x in of]
+        rank = next(i for i, x in enumerate(numbers) if x != numbers[0])
+        pairs = itertools.zip_longest(of[0], of[rank], fillvalue=(-1, None))
         number, (first, other) = next((i, pair) for i, pair in enumerate(pairs, 1)
-                                      if pair[0] != pair[1])
-        raise RuntimeError(
-            f"{self.where}: ranks do not have gradients of the same parameters in one order: "
-            f"number {number} is {first!r} on rank 0 and {other!r} on rank {rank}; each rank must "
-            "run the same graph (call an expert without tokens on an empty batch, expert(x[:0])); "
-            "means were taken of what does not belong together, so go on from a checkpoint")
+                                      if pair[0][0] != pair[1][0])
+        raise RuntimeError(self._told(
+            f"number {number} is {first[1]!r} on rank 0 of the group and {other[1]!r} on rank "
+            f"{rank}"))
+
+    def _told(self, difference: str) -> str:
+        return (f"{self.where}: ranks do not have gradients of the same parameters in one order: "
+                f"{difference}; each rank must run the same graph (call an expert without tokens "
+                "on an empty batch, expert(x[:0])); means were taken of what does not belong "
+                "together, so go on from a checkpoint")
 
     def agree(self, failure: Exception | None) -> None:
         """Raise a failure, or that there is one on another rank; collective."""
@@ -181,15 +190,15 @@ class Replicas:
                              "must have the same model")
         if not named:
             return
-        numbers = torch.stack([_fingerprint(optimizer, p) for _, p in named]).to(self.device)
+        numbers = torch.stack([_fingerprint(optimizer, *x) for x in named]).to(self.device)
         low, high = self._range(numbers)
         same = (high - low <= _SAME * torch.maximum(low.abs(), high.abs())).all(1)
         for (name, _), ok in zip(named, same.tolist(), strict=True):
             if not ok:
                 raise ValueError(
-                    f"{self.where}: {name!r} differs between ranks in its shape, its weights or "
-                    "the steps it has taken, but each rank must hold the same; load one checkpoint "
-                    "on all, or send rank 0's (torch.distributed.broadcast) before")
+                    f"{self.where}: {name!r} differs between ranks in its name, its shape, its "
+                    "weights or the steps it has taken, but each rank must hold the same; load one "
+                    "checkpoint on all, or send rank 0's (torch.distributed.broadcast) before")
 
     def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest x of all ranks."""
@@ -199,8 +208,10 @@ class Replicas:
         return -low, high
 
 
-def _fingerprint(optimizer: MatrixOptimizer, p: Tensor) -> Tensor:
-    """Numbers that differ where weights do: size, rows, steps, sum and norm."""
+def _fingerprint(optimizer: MatrixOptimizer, name: str, p: Tensor) -> Tensor:
+    """Numbers that differ where weights do, or what random bits come from: name, size, rows, steps,
+    sum and norm.
+    """
     steps = float(optimizer.state[p]["step"]) if p in optimizer.state else 0.0
     # In pieces, since each is copied to float64.
     real = torch.view_as_real(p) if p.is_complex() else p
@@ -208,8 +219,16 @@ def _fingerprint(optimizer: MatrixOptimizer, p: Tensor) -> Tensor:
     total = sum(float(x.sum(dtype=torch.float64)) for x in parts)
     norm = sum(float(x.double().square().sum()) for x in parts)
     rows = float(len(p)) if p.ndim else 1.0
-    numbers = [float(p.numel()), rows, steps, total, norm]
+    numbers = [float(zlib.crc32(name.encode())), float(p.numel()), rows, steps, total, norm]
     return torch.tensor(numbers, dtype=torch.float64, device="cpu").nan_to_num()
+
+
+def _by_hosts(group: ProcessGroup) -> bool:
+    """Whether the group reduces tensors of CPUs; False for groups that torch did not make."""
+    try:
+        return "cpu:" in torch.distributed.get_backend_config(group)
+    except (TypeError, ValueError):
+        return False
 
 
 def replicas_of(group: Any, optimizer: MatrixOptimizer, where: str) -> Replicas | None:

@@ -17,6 +17,7 @@ from .inner import momentum_slots
 from .muon import ADJUST_LR
 from .options import Option, choice, integer, optional, real
 from .ranked import Ranked
+from .sharding import Rows
 from .whole import Waiting, Whole
 
 __all__ = ["Trion"]
@@ -97,6 +98,14 @@ class Trion(Ranked):
     def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
         return len(self.matrix_shape(p, o)) == 2
 
+    def while_waiting(self, p: Tensor, o: Mapping[str, Any], rows: Rows | None) -> int:
+        rank, side = self.rank_and_side(p, o)
+        elements = super().while_waiting(p, o, rows)
+        if rows is None or side == "right":
+            return elements
+        # Q_r^T B is whole on each rank, and Newton-Schulz keeps several of its size.
+        return max(elements, 4 * rank * self.matrix_shape(p, o)[-1])
+
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
                ) -> Waiting[Update]:
         m, n = codec.whole_shape(g, s)[-2:]
@@ -111,13 +120,13 @@ class Trion(Ranked):
                                  min(o["rank"], m, n), kind=o["dct_basis"],
                                  dim=-2 if left else -1, norm=o["column_norm"],
                                  similarity=o["similarity"], cut=rows)
-        basis = dct.columns(index, m if left else n, o["dct_basis"], full)
-        if across is not None:
-            low, basis = across.joined(low, n), across.own(basis)
-        factors = (basis, low) if left else (low, basis.mT)
+        low = low if across is None else across.joined(low, n)
         oracle = polar.Oracle("newton-schulz", o["ns_steps"], o["polar_dtype"])
         (o_,) = yield Whole((low,), oracle, whole=across is not None)
         o_ = o_.to(g.dtype)
+        basis = dct.columns(index, m if left else n, o["dct_basis"], full)
+        basis = basis if across is None else across.own(basis)
+        factors = (basis, low) if left else (low, basis.mT)
         # M <- B - (1 - mu) b Q_r^T
         add = torch.addmm if g.ndim == 2 else torch.baddbmm
         s["momentum_buffer"] = add(full, *factors, alpha=o["momentum"] - 1, out=full)

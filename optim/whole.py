@@ -4,7 +4,8 @@ An update that needs one (e.g. a polar factor) is a generator: it yields a :clas
 sent the results. The loop runs several updates to that point, stacks requests of the same shape
 and function, computes each stack once and resumes the updates. A stack of one is the ordinary
 case. A request with some rows of a sharded matrix is answered with the same rows of the result:
-each matrix is gathered on one rank (:mod:`lissom.optim.owners`).
+each matrix is gathered on one rank (:mod:`lissom.optim.owners`). One with a matrix that is whole on
+each rank is answered on each.
 """
 
 from __future__ import annotations

@@ -346,12 +346,11 @@ CASES = ROWS + [replace(row, name=f"{row.name}-{bits}bit",
                         options={**row.options, "state_bits": bits})
                 for row in first_of_each_class() for bits in (16, 8, 4)
                 if row.option("state_bits") != bits]
-#: Marks of the files of the contract, in each of which every test gets every row as ``case``. 16
-#: and 4 bits are slow but for AdamW and GaLore.
-CONTRACT = [pytest.mark.parametrize("case", all_slow_but(
-                [row for row in CASES if row in ROWS or row.option("state_bits") == 8
-                 or row.name.startswith(("adamw-", "galoreadamw-"))], CASES),
-                ids=lambda c: c.name),
+#: Rows that are not slow where all are run: of 16 and 4 bits AdamW's and GaLore's.
+QUICK = [row for row in CASES if row in ROWS or row.option("state_bits") == 8
+         or row.name.startswith(("adamw-", "galoreadamw-"))]
+#: Marks of the files of the contract, in each of which every test gets every row as ``case``.
+CONTRACT = [pytest.mark.parametrize("case", all_slow_but(QUICK, CASES), ids=lambda c: c.name),
             pytest.mark.usefixtures("quantize_all")]
 #: How 16-bit weights are written, the columns beside: options, and whether the result is random.
 WRITING = [({"rounding": "nearest"}, False), ({"rounding": "stochastic"}, True),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from lissom.bench.livebytes import LiveBytes
 from lissom.optim import (
     adapter_groups,
     batches,
@@ -116,6 +117,19 @@ def by_kernels(mesh: DeviceMesh | None, name: str, dtype: torch.dtype, shapes: A
         # What is gathered goes alone: by default nothing is.
         out = trained(mesh, name, 4, dtype, shapes, spread=spread, **more, **options)
     return {**out, "found": found}
+
+
+def temporaries(mesh: DeviceMesh, make: Any, shape: tuple[int, int]) -> int:
+    """Peak bytes of the second step's temporaries on this rank, of 16 sharded matrices."""
+    ps = [torch.nn.Parameter(placed(x, mesh)) for x in tensors([shape] * 16)]
+    optimizer = make(ps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lissom.optim.batches._WINDOW", 1)  # windows of one matrix, in elements
+        for i in range(2):
+            give(ps, i, mesh)
+            with LiveBytes() as live:
+                optimizer.step()
+    return int(live.peak)
 
 
 def exchanged(mesh: DeviceMesh, name: str, shape: tuple[int, int], steps: int, **more: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -459,6 +460,33 @@ def replicas_of_experts(mesh: DeviceMesh, way: str, used: list[list[int]], empty
             "moved": not all(map(torch.equal, before, after))}
 
 
+def replicas_noticed_late(mesh: DeviceMesh, way: str) -> list[str]:
+    """What is said, where a GPU must not be waited for, of gradients that do not match: when the
+    state is saved; then, after it was loaded, saved and did not match again, when the handle goes.
+    """
+    group = torch.distributed.new_group()  # all ranks'
+    model, used, messages = Experts(), int(mesh.get_rank() == 2), []
+    optimizer = case_of("galoreadamw")([
+        {"params": [p], **({"rank": 3} if p.ndim == 2 else {})} for p in model.parameters()])
+    state = copy.deepcopy(optimizer.state_dict())
+    attach = project_in_backward if way == "project" else update_in_backward
+    handle = attach(optimizer, process_group=group)
+    assert handle.replicas is not None
+    handle.replicas._at_once = False
+    for last in (optimizer.state_dict, handle.remove):
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(mesh.get_rank()))
+        model([x if i == used else None for i in range(3)]).square().sum().backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError) as error:
+            last()
+        messages.append(str(error.value))
+        if last == optimizer.state_dict:
+            optimizer.load_state_dict(state)
+            optimizer.state_dict()
+    optimizer.state_dict()
+    return messages
+
+
 def experts_under_ddp(mesh: DeviceMesh, projected: bool, **given: Any) -> dict[str, Any]:
     """Six steps in which a rank uses one of three experts, and all of them two or one.
 
@@ -504,6 +532,9 @@ def replicas_refusals(mesh: DeviceMesh) -> list[str]:
     said(lambda: update_in_backward(optimizer_of(other, "galoreadamw"), process_group=group))
     fewer = list(network().parameters())[:4 - mesh.get_rank()]
     said(lambda: update_in_backward(case_of("adamw")(fewer), process_group=group))
+    other = network()
+    renamed = [("wrapped." * mesh.get_rank() + name, p) for name, p in other.named_parameters()]
+    said(lambda: update_in_backward(case_of("adamw")(renamed), process_group=group))
     said(lambda: update_in_backward(optimizer_of(sharded(mesh), "adamw"), process_group=group))
     model = network()
     optimizer = optimizer_of(model, "galoreadamw")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo
-from lissom.optim import codec, norms
+from lissom.optim import AdamW, GaLoreAdamW, Muon, SwitchLoRAAdamW, codec, norms
 from lissom.optim.apply import apply
 from lissom.optim.dense import representable, step_adamw
 from lissom.optim.subspace import Projected
@@ -142,7 +142,10 @@ def test_a_polar_factor_is_one_graph(case):
 
 
 @traces_mappings
-@pytest.mark.parametrize("case", first_of_each_class(), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", all_slow_but(
+    [case for case in first_of_each_class()
+     if case.make in (AdamW, GaLoreAdamW, Muon, SwitchLoRAAdamW)], first_of_each_class()),
+    ids=lambda c: c.name)
 def test_a_compiled_step_is_the_step(case):
     """With breaks where the host decides, refreshes included."""
     results = []

@@ -45,7 +45,7 @@ from lissom.optim.keys import key_of
 from torch.library import opcheck
 
 from .aot import compile_for_a_gpu
-from .cases import CASES
+from .cases import CASES, QUICK, all_slow_but
 from .helpers import assert_same, run, tensors
 
 tl = _triton.tl
@@ -711,8 +711,8 @@ def test_refusals():
         quantize_dynamic(x.to("meta"), 8, True, backend="triton")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", all_slow_but(QUICK, CASES), ids=lambda c: c.name)
+@pytest.mark.parametrize("kind", all_slow_but([torch.bfloat16], [torch.float32, torch.bfloat16]))
 def test_optimizers_step_through_the_kernels_as_without_them(device, case, kind, monkeypatch):
     """What CUDA does by default, over two refreshes of most rules."""
     monkeypatch.setattr("lissom.optim.codec.SMALL", 1)

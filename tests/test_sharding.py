@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lissom.kernels import _triton
-from lissom.optim import AdamW, GradNormLoRPAdamW, SwitchLoRAAdamW
+from lissom.optim import AdamW, GradNormLoRPAdamW, SwitchLoRAAdamW, Trion
 from torch.distributed.tensor import Replicate, Shard
 
 from . import jobs
@@ -202,6 +202,13 @@ def test_what_ranks_exchange_between_refreshes(pool, name, more, gathers, sums):
         drawn = name in ("frugal", "apollo", "dctadamw")
         assert (11 * 8 in found[0][0]) == (not drawn)
         assert found[1:] == [(gathers, sums)] * 3
+
+
+def test_temporaries_of_shards_are_bounded_by_the_largest_matrix(pool):
+    """R is whole on each rank, so few of these may wait for their polar factors at once."""
+    peaks = pool.run(jobs.temporaries, 4, make=functools.partial(Trion, rank=128),
+                     shape=(256, 1024))
+    assert all(0 < peak <= 3.5 * 256 * 1024 * 4 for peak in peaks)
 
 
 @pytest.mark.parametrize(("shape", "length"), [((11, 8), 8), ((8, 11), 8)])

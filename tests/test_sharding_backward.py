@@ -222,11 +222,18 @@ def test_means_of_gradients_of_different_parameters_are_noticed(pool, way, late)
     """At the end of that backward pass; on a GPU by the next one, or before a state is saved."""
     for out in pool.run(backward.replicas_of_experts, RANKS, way=way, used=[[0], [0], [1], [0]],
                         empty=False, late=late):
-        assert ("number 3 is 'experts.0.bias' on rank 0 and 'experts.1.bias' on rank 2"
-                in out["error"])
+        assert ("number 3 is 'experts.0.bias' on rank 0 of the group and 'experts.1.bias' on rank "
+                "2;") in out["error"]
         assert out["moved"] == (late or way == "update")
         assert len(out["saving"]) == late
-        assert all("does not belong together" in error for error in out["saving"])
+        assert all("some differ" in error for error in out["saving"])
+
+
+@pytest.mark.parametrize("way", ["project", "update"])
+def test_means_that_were_wrong_are_told_once(pool, way):
+    for messages in pool.run(backward.replicas_noticed_late, RANKS, way=way):
+        assert len(messages) == 2
+        assert all("some differ" in message for message in messages)
 
 
 @pytest.mark.parametrize("way", ["project", "update"])
@@ -281,6 +288,7 @@ def test_a_nan_on_one_rank_is_one_on_all(pool, nonfinite):
 def test_what_ranks_cannot_average_is_refused(pool):
     words = ["project_in_backward: '2.weight' differs between ranks",
              "update_in_backward: '2.weight' differs between ranks", "from 3 to 4 parameters",
+             "0.weight' differs between ranks in its name",
              "is sharded (DTensor), but with a process_group", "process_group is a DeviceMesh",
              "exact_norm=True", "cannot be saved between", "after the mean over ranks",
              "micro-batch 3", "call unscale_() of this handle", "second gradient",
