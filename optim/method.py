@@ -31,12 +31,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from . import sharding
 from .apply import Update
 from .batches import Work
 from .codec import Slot, State
 from .common import BOOKKEEPING, COMMON
 from .options import Option, choice
-from .sharding import Rows, share
+from .sharding import Rows
 from .whole import Waiting
 
 __all__ = ["Method"]
@@ -123,7 +124,7 @@ class Method:
         Returns:
             A number that is equal on all ranks.
         """
-        return share(p, rows)
+        return sharding.share(p, rows)
 
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
                  rows: Rows | None) -> tuple[int, Hashable]:
