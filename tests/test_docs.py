@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from lissom.bench.converge import METHODS
 from lissom.bench.llama import Llama
+from lissom.bench.names import REST
 from lissom.bench.shapes import Shape
 from lissom.optim.base import MatrixOptimizer
 from lissom.optim.common import ADAMW_PART, BOOKKEEPING
@@ -327,7 +328,7 @@ def test_longer_training_is_what_was_measured():
     for row in rows_of("converge-tiny-1000-cpu"):
         methods.setdefault(row["method"], []).append(row)
     page, readme = ((ROOT / x).read_text() for x in ("docs/results.md", "README.md"))
-    table = page[page.index("## Longer training"):page.index("## Ranks and gaps")]
+    table = page[page.index("## Longer training"):page.index("## The rate of the rest")]
     lines = [x for x in table.splitlines() if x.startswith("| `")]
     assert len(lines) == len(methods) >= 7
     for method, rows in methods.items():
@@ -349,6 +350,23 @@ def test_longer_training_is_what_was_measured():
                       "Muon, 8 bits"):
             said = " ".join(readme[readme.index("After 1000 steps"):].split()).partition(". In")[0]
             assert losses[0] in said, method
+
+
+def test_rates_of_the_rest_are_those_that_were_run():
+    page = (ROOT / "docs/results.md").read_text()
+    labels = {"adamw-two-rates": "AdamW", "muon": "Muon", "polargrad": "PolarGrad"}
+    rows = rows_of("train-tiny-rest-cpu")
+    rates = {row["optimizer"]: row["lr"] for row in rows}
+    # Of the other file, whose rest had Muon's own rate, or REST.
+    rows += [{**row, "lr_adamw": row["lr"] if row["optimizer"] == "muon" else REST}
+             for row in rows_of("converge-tiny-1000-cpu")
+             if row["lr"] == rates.get(row["optimizer"]) and not row["options"]]
+    for name, label in labels.items():
+        tried = sorted((row["lr_adamw"], row["valid_loss"]) for row in rows
+                       if row["optimizer"] == name and row["seed"] == 0)
+        said = ", ".join(f"{loss:.3f} at {rest:.0e}".replace("e-0", "e-") for rest, loss in tried)
+        rate = f"{rates[name]:.1e}".replace(".0", "").replace("e-0", "e-")
+        assert f"| `{label}` | {rate} | {said} |" in page, said
 
 
 def test_rates_of_other_ranks_are_those_that_were_run():
