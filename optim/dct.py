@@ -135,7 +135,7 @@ def by_fft(n: int, x: Matrices, similarity: str) -> bool:
 
 
 def project(x: Matrices, r: int, *, kind: int, dim: int, norm: int, similarity: str,
-            old: Tensor | None = None, cut: Rows | None = None) -> tuple[Tensor, Tensor]:
+            old: Tensor | None = None, held: Rows | None = None) -> tuple[Tensor, Tensor]:
     """The r basis vectors with the largest coefficients of x along dim, and x projected on them.
 
     Both from one transform.
@@ -150,12 +150,22 @@ def project(x: Matrices, r: int, *, kind: int, dim: int, norm: int, similarity: 
             choice minimizes what is left of x.
         similarity: ``"matmul"``, ``"fft"`` or ``"auto"``, how x Q is computed.
         old: the last choice, kept where x is zero or not finite.
-        cut: the sharding of a matrix x: into rows, or with ``dim=-2`` into columns, one share per
-            rank; norms are those of the whole matrix. None: x is whole.
+        held: which rows of a sharded matrix x is, if not all; norms are those of the whole one.
 
     Returns:
-        Indices (..., r), int32, in ascending order, and R = x Q or Q^T x on them.
+        Indices (..., r), int32, in ascending order, and R = x Q or Q^T x on them: this rank's rows
+        of x Q, or all of Q^T x.
     """
+    if held is not None and dim == -2:
+        # A transform along rows needs whole columns: exchange row shards for column shards.
+        index, low = _project(held.columns(stack(x)), r, kind, dim, norm, similarity, old, held)
+        return index, held.joined(low, x.shape[-1])
+    return _project(x, r, kind, dim, norm, similarity, old, held)
+
+
+def _project(x: Matrices, r: int, kind: int, dim: int, norm: int, similarity: str,
+             old: Tensor | None, cut: Rows | None) -> tuple[Tensor, Tensor]:
+    """:func:`project` of x, or of a share of it: some rows, or with ``dim=-2`` some columns."""
     n, other = x.shape[dim], -1 if dim == -2 else -2
     # MKL fails on empty input, which a rank without rows may have.
     fast = by_fft(n, x, similarity) and x.numel() > 0

@@ -171,19 +171,15 @@ class Subspace(Ranked):
         for number, side, length in project.sides(m, n, o["proj_type"]):
             left, name = side == "left", f"columns_{side}"
             old = stack(s[name])
-            # A transform along rows needs whole columns: exchange row shards for column shards.
-            across = rows if left else None
-            index, part = dct.project(g if across is None else across.columns(g), r,
-                                      kind=o["dct_basis"], dim=-2 if left else -1,
+            index, part = dct.project(g, r, kind=o["dct_basis"], dim=-2 if left else -1,
                                       norm=o["column_norm"], similarity=o["similarity"],
-                                      old=old if born else None, cut=rows)
-            part = part if across is None else across.joined(part, g.shape[-1])
+                                      old=old if born else None, held=rows)
             if o["moments"] == "rotate" and born:
                 turns[number] = project.shift(old, index, left)
             if not born and not _learnt(part, s):
                 return None
             basis = dct.columns(index, length, o["dct_basis"], g)
-            new[number] = basis if across is None else across.own(basis)
+            new[number] = rows.own(basis) if left and rows is not None else basis
             writes[name] = index
             low = part if low is None else low
         bases = Bases(new[0], new[1], rows)

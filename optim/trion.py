@@ -115,17 +115,14 @@ class Trion(Ranked):
         del s["momentum_buffer"]  # decoded, it would be a third matrix
         # b = columns of B Q, or rows of Q^T B
         rows = codec.rows_of(s)
-        across = rows if left else None  # Q^T B needs whole columns, and is whole on each rank
-        index, low = dct.project(full if across is None else across.columns(full),
-                                 min(o["rank"], m, n), kind=o["dct_basis"],
+        index, low = dct.project(full, min(o["rank"], m, n), kind=o["dct_basis"],
                                  dim=-2 if left else -1, norm=o["column_norm"],
-                                 similarity=o["similarity"], cut=rows)
-        low = low if across is None else across.joined(low, n)
+                                 similarity=o["similarity"], held=rows)
         oracle = polar.Oracle("newton-schulz", o["ns_steps"], o["polar_dtype"])
-        (o_,) = yield Whole((low,), oracle, whole=across is not None)
+        (o_,) = yield Whole((low,), oracle, whole=left)
         o_ = o_.to(g.dtype)
         basis = dct.columns(index, m if left else n, o["dct_basis"], full)
-        basis = basis if across is None else across.own(basis)
+        basis = rows.own(basis) if left and rows is not None else basis
         factors = (basis, low) if left else (low, basis.mT)
         # M <- B - (1 - mu) b Q_r^T
         add = torch.addmm if g.ndim == 2 else torch.baddbmm
