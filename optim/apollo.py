@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -88,7 +88,7 @@ class APOLLO(LowRankOptimizer):
         "scale_type": choice("channel", "channel", "tensor"),
     }
     spellings: ClassVar[Mapping[str, str]] = {**LowRankOptimizer.spellings, "proj": "projection"}
-    draw = staticmethod(project.gaussian_basis)
+    draw: ClassVar[Callable[..., Any]] = staticmethod(project.gaussian_basis)
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),

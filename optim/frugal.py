@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import project
+from . import codec, project
 from .apply import Update
 from .base import MatrixOptimizer
+from .coordinates import Coordinates, put
 from .lowrank import LowRankOptimizer, SubspaceOptions
 from .options import Option, choice, real
 from .project import Bases
@@ -21,26 +22,50 @@ __all__ = ["FRUGAL"]
 
 
 class _Free(Sign):
-    """u = scale * P N + free_scale * sign(G - P R)."""
+    """u = scale * P N + free_scale * sign(G - P R).
+
+    With coordinates G - P R is G, where N does not take its place: one matrix D has both, and
+    nothing is multiplied.
+    """
+
+    def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
+        rows, columns = bases.coordinates()
+        if rows is None and columns is None:
+            return super().measure(g, low, bases, o)
+        *batch, m, n = g.shape
+        cut = rows is not None and rows.cut
+        # Signs are exact in 16 bits; two scales are not.
+        kind = g.dtype if o["scale"] == o["free_scale"] else codec.wide(g[:0]).dtype
+        d = g.new_empty((*batch, m + cut, n), dtype=kind)
+        signs = d[..., :m, :]
+        torch.sign(g if g.dtype == kind else signs.copy_(g), out=signs)
+        return d
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
-        u = super().combine(g, low, n, bases, measured, s, o, t)
-        # not _replace, which dynamo does not trace in torch 2.9 and 2.11
-        return Update(u.left, u.right, u.factor, u.dense, o["free_scale"])
+        scale, free = o["scale"], o["free_scale"]
+        rows, columns = bases.coordinates()
+        if rows is None and columns is None:
+            u = super().combine(g, low, n, bases, measured, s, o, t)
+            # not _replace, which dynamo does not trace in torch 2.9 and 2.11
+            return Update(u.left, u.right, u.factor, u.dense, free)
+        assert measured is not None
+        n = n.to(g.dtype).to(measured.dtype)
+        if scale != free:
+            measured.mul_(free)
+            n = n * scale
+        put(measured, n, rows, columns)
+        return Update(dense=measured[..., :g.shape[-2], :], gain=scale if scale == free else 1.0)
 
 
 def _coordinates(n: int, r: int, batch: tuple[int, ...], key: tuple[int, int], stream: int,
-                 like: Tensor) -> Tensor:
-    """The columns of the identity for r of n coordinates, drawn at random: (..., n, r)."""
-    # Drawn on the GPU if it is used there, as by project.gaussian, so that nothing synchronizes. A
-    # comparison for the same reason: functional.one_hot would check the indices on the host.
+                 like: Tensor) -> Coordinates:
+    """R of n coordinates, drawn at random, as a basis (..., n, r)."""
+    # Drawn on the GPU if it is used there, as by project.gaussian, so that nothing synchronizes.
     place = like.device if like.device.type == "cuda" else torch.device("cpu")
     drawn = torch.rand((*batch, n), generator=project.generator(key, stream, place), device=place,
                        dtype=torch.float32)
-    index = drawn.topk(r).indices.sort().values
-    numbers = torch.arange(n, device=place).unsqueeze(-1)
-    return (index.unsqueeze(-2) == numbers).to(like)
+    return Coordinates(drawn.topk(r).indices.sort().values.to(like.device), n)
 
 
 class FRUGALOptions(SubspaceOptions, total=False):
@@ -82,7 +107,7 @@ class FRUGAL(LowRankOptimizer):
         "scale": real(1.0),
         "free_scale": real(1.0),
     }
-    draw = staticmethod(_coordinates)
+    draw: ClassVar[Callable[..., Any]] = staticmethod(_coordinates)
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),

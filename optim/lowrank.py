@@ -15,9 +15,9 @@ from . import codec, dct, metrics, project
 from .apply import Update
 from .codec import Slot, State
 from .common import AdamWPart
+from .coordinates import Shift
 from .inner import RULES, Rule
 from .options import Option, choice, integer, optional, real
-from .project import Shift
 from .ranked import Ranked
 from .residual import RESIDUALS, Batched, Residual, residual_of
 from .sharding import Rows

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,13 +17,13 @@ from ..kernels._triton import by_kernel, use_triton
 from ..kernels.project import project as product
 from ..kernels.tiles import precision
 from . import codec
+from .coordinates import Coordinates, chosen, shift
 
 if TYPE_CHECKING:
     from .sharding import Rows
 
-__all__ = ["FINDERS", "Bases", "Gradient", "Shift", "Turn", "find", "gaussian", "gaussian_basis",
-           "generator", "random_basis", "shift", "side_of", "sides",
-           "turn"]
+__all__ = ["FINDERS", "Bases", "Gradient", "Turn", "find", "gaussian", "gaussian_basis",
+           "generator", "random_basis", "side_of", "sides", "turn"]
 
 # torch.linalg.LinAlgError, which torch's annotations do not export.
 _NOT_CONVERGED: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009
@@ -43,7 +42,8 @@ _IN_RANGE = 1e12
 class Bases(NamedTuple):
     """The basis P of the left side and Q of the right; a side without one is not projected.
 
-    Those of several matrices are stacked, or one :class:`lissom.kernels.apart.Apart`. Under row
+    Those of several matrices are stacked, or one :class:`lissom.kernels.apart.Apart`. Columns of
+    the identity are :class:`lissom.optim.coordinates.Coordinates` in a tensor's place. Under row
     sharding, G and P hold only this rank's ``rows``. R = G Q then has the same rows; R = P^T G is
     summed over ranks and is whole on each.
     """
@@ -74,10 +74,17 @@ class Bases(NamedTuple):
 
     def down(self, g: Tensor) -> Tensor:
         """R = P^T G Q; a collective operation where P is sharded by rows."""
-        if self.left is not None and self.rows is not None:
+        rows, columns = self.coordinates()
+        if rows is not None:
+            g = rows.down(g, -2)
+            if self.rows is not None:  # one entry and zeros of other ranks
+                g = self.rows.sum(codec.wide(g)).to(g.dtype)
+        elif self.left is not None and self.rows is not None:
             g = self.rows.sum(_wide_product(self.left, g)).to(g.dtype)
         elif self.left is not None:
             g = self.left.mT @ g
+        if columns is not None:
+            return columns.down(g, -1)
         return g if self.right is None else g @ self.right
 
     def factors(self, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +93,10 @@ class Bases(NamedTuple):
             assert self.right is not None
             return n, self.right.mT
         return self.left, n if self.right is None else n @ self.right.mT
+
+    def coordinates(self) -> tuple[Coordinates | None, Coordinates | None]:
+        """Which rows and which columns, if the bases are coordinates."""
+        return chosen(self.left), chosen(self.right)
 
 
 def side_of(m: int, n: int, proj_type: str) -> str:
@@ -397,6 +408,9 @@ Turn = Callable[[Tensor, int], Tensor]
 
 def turn(old: Tensor, new: Tensor, left: bool) -> Turn:
     """M <- Rot M, V <- (Rot o Rot) V, with Rot = new^T old: V stays positive."""
+    before, now = chosen(old), chosen(new)
+    if before is not None and now is not None:
+        return shift(before.index, now.index, left)
     rot = codec.wide(new).mT @ codec.wide(old)
 
     def turned(x: Tensor, power: int) -> Tensor:
@@ -404,37 +418,3 @@ def turn(old: Tensor, new: Tensor, left: bool) -> Turn:
         return by @ x if left else x @ by.mT
 
     return turned
-
-
-@dataclass(frozen=True)
-class Shift:
-    """A change between two choices of columns of one orthonormal basis.
-
-    The rotation is a partial permutation: moments are copied to the column's new place, and a
-    column that was not chosen before starts at zero.
-
-    Args:
-        source: (..., r), place of each new column among the old ones, -1 if it was not there.
-        left: whether the basis is a left one.
-    """
-
-    source: Tensor
-    left: bool
-
-    def __call__(self, x: Tensor, power: int) -> Tensor:
-        dim, other = (-2, -1) if self.left else (-1, -2)
-        place = self.source.clamp(min=0)
-        if place.ndim == 1:
-            taken = x.index_select(dim, place)
-        else:
-            taken = x.take_along_dim(place.unsqueeze(other), dim)
-        return taken.masked_fill_((self.source < 0).unsqueeze(other), 0.0)
-
-
-def shift(old: Tensor, new: Tensor, left: bool) -> Shift:
-    """From old to new columns, given by their indices (..., r).
-
-    Both lists ascend, so a column is found by bisection.
-    """
-    place = torch.searchsorted(old, new).clamp_max_(old.shape[-1] - 1)
-    return Shift(torch.where(old.gather(-1, place) == new, place, -1), left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels.apart import Apart, stack
 from . import codec, dct, metrics, project
+from .coordinates import shift
 from .keys import key_of, keys_of
 from .project import Bases, Turn
 from .ranked import Ranked
@@ -120,7 +121,7 @@ class Subspace(Ranked):
                           for key, at in zip(keys, steps, strict=True)])
         return self.draw(length, r, batch, key_of(s, o), 2 * int(steps) + number, g)
 
-    draw = staticmethod(project.random_basis)
+    draw: ClassVar[Callable[..., Any]] = staticmethod(project.random_basis)
 
     def _found(self, g: Tensor, last: Bases | None, s: Mapping[str, Tensor], o: Mapping[str, Any],
                t: int) -> Projected | None:
@@ -175,7 +176,7 @@ class Subspace(Ranked):
                                       norm=o["column_norm"], similarity=o["similarity"],
                                       old=old if born else None, held=rows)
             if o["moments"] == "rotate" and born:
-                turns[number] = project.shift(old, index, left)
+                turns[number] = shift(old, index, left)
             if not born and not _learnt(part, s):
                 return None
             basis = dct.columns(index, length, o["dct_basis"], g)

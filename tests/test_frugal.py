@@ -53,7 +53,7 @@ def test_coordinates_change_and_moments_start_anew():
         feed([p], step)
         optimizer.step()
         s, o = optimizer.state[p], optimizer.param_groups[0]
-        basis = optimizer.bases(p.grad, s, o, int(s["basis_step"])).right
+        basis = optimizer.bases(p.grad, s, o, int(s["basis_step"])).right.matrix(p)
         assert torch.equal(basis.sum(0), torch.ones(5))  # columns of the identity
         assert basis.sum() == basis.count_nonzero() == 5
         chosen.append(basis.sum(1).nonzero().flatten().tolist())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lissom.kernels import _triton
 from lissom.optim import GaLoreAdamW, project
+from lissom.optim.coordinates import shift
 
 from .helpers import parameters, tensors
 
@@ -38,11 +39,11 @@ def test_rotation_is_exact_where_columns_are_shared(left):
     zero = torch.zeros(5)
     expected = torch.stack([zero, m[:, 1], m[:, 2]], -1)
     for turned in (project.turn(basis[:, old], basis[:, new], left),
-                   project.shift(old.int(), new.int(), left)):
+                   shift(old.int(), new.int(), left)):
         for power, x, y in ((1, m, expected), (2, m.square(), expected.square())):
             moved = turned(x.mT if left else x, power)
             assert torch.equal(moved.mT if left else moved, y)
-    batch = project.shift(torch.stack([old, new]).int(), torch.stack([new, old]).int(), left)
+    batch = shift(torch.stack([old, new]).int(), torch.stack([new, old]).int(), left)
     moved = batch(torch.stack([m.mT, m.mT] if left else [m, m]), 1)
     back = torch.stack([zero, m[:, 1], m[:, 2]], -1)
     for x, y in zip(moved, (expected, back), strict=True):
