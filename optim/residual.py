@@ -151,7 +151,10 @@ class Sign(Residual):
     def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
         if bases.span(g):  # full rank: the rest is rounding, whose sign means nothing
             return None
-        return _without(g.to(codec.wide(g[:0]).dtype, copy=True), low, bases).sign_()
+        # A kernel rounds the difference once, which leaves its sign: 16 bits will do.
+        kind = g.dtype if by_kernel(g) else codec.wide(g[:0]).dtype
+        rest = g.to(kind, copy=True, memory_format=torch.contiguous_format)
+        return _without(rest, low, bases).sign_()
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
@@ -213,6 +216,9 @@ def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
     """G - P R Q^T in g's place."""
     left, right = (x if x is None else x.to(g.dtype) for x in bases[:2])
     left, right = Bases(left, right).factors(low.to(g.dtype))
+    if by_kernel(g) and g.element_size() == 2:
+        lift(g, left, right, alpha=-1.0)
+        return g
     return g.addmm_(left, right, alpha=-1) if g.ndim == 2 else g.baddbmm_(left, right, alpha=-1)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from lissom.optim import FRUGAL, GaLoreAdamW
+from lissom.optim.coordinates import Coordinates, put
 
-from .helpers import feed, parameters, run
+from .helpers import feed, parameters, run, tensors
 
 
 def signs(p, gradient, lr, decay):
@@ -84,3 +85,62 @@ def test_the_sign_of_rounding_moves_nothing(projection):
     run(both[0], [p], range(5))
     run(both[1], [q], range(5))
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coordinates_are_columns_of_the_identity(batch, dtype):
+    drawn = tensors([(*batch, 9), (*batch, 7)], 2)
+    left, right = (Coordinates(x.topk(r).indices.sort().values, x.shape[-1])
+                   for x, r in zip(drawn, (4, 3), strict=True))
+    g = tensors([(*batch, 9, 7)], 1)[0].to(dtype)
+    p, q = left.matrix(g), right.matrix(g)
+    assert p.shape == left.shape
+    assert q.shape == right.shape
+    assert torch.equal(p.mT @ p, torch.eye(4, dtype=dtype).expand(*batch, 4, 4))
+    assert torch.equal(left.down(g, -2), p.mT @ g)
+    assert torch.equal(right.down(g, -1), g @ q)
+    for rows, columns in ((left, None), (None, right), (left, right)):
+        n = left.down(g, -2) if rows else g
+        n = 5 + (right.down(n, -1) if columns else n)
+        d = g.clone()
+        put(d, n, rows, columns)
+        # The identity stands in for a basis that is not there.
+        a, b = (x.matrix(g) if x else torch.eye(size, dtype=dtype)
+                for x, size in ((rows, 9), (columns, 7)))
+        assert torch.equal(d, g - a @ (a.mT @ g @ b) @ b.mT + a @ n @ b.mT)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("ranks", [[9], [4, 5], [0, 6, 3, 0], [1] * 9])
+def test_coordinates_on_some_rows(ranks, both):
+    """What ranks find is summed, and each puts what falls on its rows."""
+    left = Coordinates(torch.tensor([0, 3, 5, 8]), 9)
+    right = Coordinates(torch.tensor([1, 2, 6]), 7) if both else None
+    (g,) = tensors([(9, 7)], 1)
+    n = left.down(g, -2) if right is None else right.down(left.down(g, -2), -1)
+    d, start, found = g.clone(), 0, torch.zeros(4, 7)
+    put(d, n + 5, left, right)
+    for count in ranks:
+        part, g_ = left[start:start + count], g[start:start + count]
+        assert torch.equal(part.matrix(g), left.matrix(g)[start:start + count])
+        found += part.down(g_, -2)
+        d_ = torch.cat([g_, torch.full((1, 7), torch.nan)])  # for what is on other rows
+        put(d_, n + 5, part, right)
+        assert torch.equal(d_[:count], d[start:start + count])
+        start += count
+    assert torch.equal(found, left.down(g, -2))
+
+
+@pytest.mark.parametrize(("scale", "free"), [(1.0, 1.0), (1.0, 0.3), (0.7, 0.0), (0.0, 1.0)])
+def test_two_scales_in_16_bits(scale, free):
+    """The rates of both parts are exact, though a scale of 0.3 is no bf16 number."""
+    p = torch.nn.Parameter(torch.zeros(64, 32, dtype=torch.bfloat16))
+    optimizer = FRUGAL([p], rank=8, lr=1.0, weight_decay=0.0, rounding="nearest", scale=scale,
+                       free_scale=free)
+    feed([p], 0)
+    optimizer.step()
+    basis = optimizer.bases(p.grad, optimizer.state[p], optimizer.param_groups[0]).right
+    of_adam = torch.zeros(32, dtype=torch.bool).index_fill(0, basis.index, True)
+    sizes = torch.where(of_adam, scale, free).bfloat16()  # Adam's first step is a sign, too
+    torch.testing.assert_close(p.detach(), -sizes * p.grad.sign(), rtol=2**-8, atol=0)
