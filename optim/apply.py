@@ -15,7 +15,7 @@ from . import codec
 from .keys import keys_of
 from .weights import MASTERS, random_rounding, read_weight, write_weight
 
-__all__ = ["Update", "apply", "block_of", "negated"]
+__all__ = ["Update", "apply", "block_of", "block_rows", "negated"]
 
 # Elements in one block of an element-wise update: temporaries stay this small, and in a CPU's
 # cache. A GPU is not busy with fewer than some millions.
@@ -54,6 +54,11 @@ def negated(g: Tensor, o: Mapping[str, Any]) -> Tensor:
 def block_of(x: Tensor) -> int:
     """Elements of a block for an element-wise update of x."""
     return _BLOCK.get(x.device.type, _BLOCK["cuda"])
+
+
+def block_rows(x: Tensor) -> int:
+    """Rows of a matrix, or of each of a stack, in such a block; at least one."""
+    return max(1, block_of(x) // max(1, x[..., :1, :].numel()))
 
 
 def _in_one_pass(p: Matrices, u: Update, kept: Mapping[str, Tensor]) -> bool:
@@ -128,9 +133,9 @@ def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Te
                o: Mapping[str, Any], t: int | Tensor, start: int) -> None:
     """By torch operations; on blocks of rows where temporaries are needed."""
     lr, rows = o["lr"], p.shape[-2]
-    if u.dense is not None or codec.wide(p) is not p:
+    if u.dense is not None or p.element_size() == 2:
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.
-        rows = max(1, block_of(p) // max(1, p[..., :1, :].numel()))
+        rows = block_rows(p)
     parts = torch.split(p, rows, -2)
     masters = _masters(p, kept)
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain

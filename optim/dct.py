@@ -171,16 +171,17 @@ def _project(x: Matrices, r: int, kind: int, dim: int, norm: int, similarity: st
     fast = by_fft(n, x, similarity) and x.numel() > 0
     if not fast and x.element_size() == 2 and use_triton(None, x.device):
         return _in_one_pass(x, r, kind, dim, norm, old, cut)
-    x = codec.wide(stack(x))
+    x = stack(x)
+    dtype = codec.wide(x[..., :0]).dtype
     kept: list[Tensor] = []
     scores: Tensor | float = 0.0
-    largest = _largest(x, cut) if norm == 2 else 1.0
-    place, sign = _packing(n, kind, x.dtype, x.device) if fast else (None, None)
-    for part in _parts(x, other, fast):
+    largest = _largest(x, cut).to(dtype) if norm == 2 else 1.0
+    place, sign = _packing(n, kind, dtype, x.device) if fast else (None, None)
+    for part in map(codec.wide, _parts(x, other, fast)):
         if fast:
             full = _forward_fft(part, dim) if kind == 2 else _inverse_fft(part, dim).unsqueeze(-1)
         else:
-            q = rows(n, kind, x.dtype, x.device)
+            q = rows(n, kind, dtype, x.device)
             full = (part @ q.mT if dim == -1 else q @ part).unsqueeze(-1)
         # (..., m, n, 1), or (..., m, n, 2) with n or m halved where the FFT has packed pairs
         sizes = full.abs() if norm == 1 else (full / largest).square_()
@@ -189,7 +190,7 @@ def _project(x: Matrices, r: int, kind: int, dim: int, norm: int, similarity: st
     assert isinstance(scores, Tensor)
     scores = scores if place is None else scores[..., place]
     if cut is not None:
-        scores = cut.sum(scores.double()).to(x.dtype)
+        scores = cut.sum(scores.double()).to(dtype)
     index = _best(scores, r, old)
     at = index if place is None else place[index]
     low = torch.cat([_take(full, at, dim) for full in kept], other)

@@ -10,12 +10,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import codec
-from .apply import Update
+from .apply import Update, block_rows
 from .base import MatrixOptimizer
 from .codec import Slot, State
 from .dense import adam, adam_slots
 from .inner import RULES
 from .lowrank import LowRankOptimizer, SubspaceOptions
+from .norms import norms
 from .options import Option, choice, real
 from .pairs import check_factors, roles
 from .residual import RESIDUALS, Residual
@@ -156,14 +157,12 @@ class GradNormLoRPAdamW(LowRankOptimizer):
                          ) -> tuple[Tensor, Projected]:
         if o["roles"] is not None:
             return super().project_gradient(g, s, o, t)
-        w, x = codec.wide(s["weight"]), codec.wide(g)
+        w = s["weight"]
         dim, _, inverse = _columns(w, o)
         # dL/dmu = <G_j, V^_j>
-        slope = (x * w).sum(dim, keepdim=True) * inverse
+        slope = _dots(g, w, dim) * inverse
         # D = G - V^ diag(V^^T G), as mu = c
-        d = torch.addcmul(x, w, slope * inverse, value=-1)
-        if g.dtype != torch.float16:  # D leaves its range
-            d = d.to(g.dtype)
+        d = _minus(g, w, slope * inverse)
         d, space = super().project_gradient(d, s, o, t)
         return d, space._replace(more={_SLOPE: slope})
 
@@ -173,7 +172,7 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if o["roles"] is not None:
             return u
         w, slope, columns = s["weight"], space.more[_SLOPE], o["axis"] == "input"
-        dim, c, inverse = _columns(codec.wide(w), o)
+        dim, c, inverse = _columns(w, o)
         assert u.left is not None
         assert u.right is not None
         # L and R with entries up to 1, so that their squares are in range.
@@ -224,6 +223,24 @@ def _length(step: Tensor, along: Tensor, square: Tensor) -> Tensor:
 
 def _columns(w: Tensor, o: Mapping[str, Any]) -> tuple[int, Tensor, Tensor]:
     """The dimension that c is a norm along, c of each column (row), and 1 / c or 0."""
-    dim = -2 if o["axis"] == "input" else -1
-    c = torch.linalg.vector_norm(w, dim=dim, keepdim=True)
+    dim, side = (-2, "left") if o["axis"] == "input" else (-1, "right")
+    c = norms(w, side).to(codec.wide(w[..., :0]).dtype)
     return dim, c, torch.where(c > 0, 1 / c, 0.0)
+
+
+def _dots(g: Tensor, w: Tensor, dim: int) -> Tensor:
+    """<G_j, W_j> of the columns (dim -2) or rows (-1) of both, in blocks."""
+    rows = block_rows(g)
+    parts = [(codec.wide(g_) * w_).sum(dim, keepdim=True)
+             for g_, w_ in zip(g.split(rows, -2), w.split(rows, -2), strict=True)]
+    return torch.cat(parts, -2) if dim == -1 else torch.stack(parts).sum(0)
+
+
+def _minus(g: Tensor, w: Tensor, factor: Tensor) -> Tensor:
+    """G - factor o W, in blocks and G's dtype; in fp32 for fp16, whose range it leaves."""
+    d = torch.empty_like(g, dtype=torch.float32 if g.dtype == torch.float16 else g.dtype)
+    rows = block_rows(g)
+    blocks = zip(*(x.split(rows, -2) for x in (d, g, w, factor.expand(g.shape))), strict=True)
+    for d_, g_, w_, factor_ in blocks:
+        d_.copy_(torch.addcmul(codec.wide(g_), codec.wide(w_), factor_, value=-1))
+    return d

@@ -11,6 +11,7 @@ from ..kernels._triton import use_triton
 from ..kernels.apart import Apart, Matrices
 from ..kernels.norms import row_norms
 from . import codec
+from .apply import block_rows
 
 if TYPE_CHECKING:
     from .sharding import Rows
@@ -19,8 +20,6 @@ __all__ = ["ALONG", "norms", "sizes"]
 
 #: Dimensions of (..., m, n) along which norms are taken, by the side that is projected.
 ALONG = {"left": (-2,), "right": (-1,), "full": (-2, -1)}
-# Elements in one block of a sum of squares.
-_BLOCK = 1 << 18
 
 
 def sizes(x: Matrices, side: str, rows: Rows | None) -> Tensor:
@@ -52,9 +51,8 @@ def norms(x: Matrices, side: str) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
         return norm
     if side == "left":
-        rows = max(1, _BLOCK // max(1, x[..., :1, :].numel()))
         square = sum(codec.wide(part).square().sum(-2, keepdim=True, dtype=torch.float32)
-                     for part in torch.split(x, rows, -2))
+                     for part in torch.split(x, block_rows(x), -2))
         assert isinstance(square, Tensor)
         norm = square.double().sqrt()
     else:

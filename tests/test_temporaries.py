@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 from lissom.bench.livebytes import LiveBytes
-from lissom.optim import APOLLO, AdamW, DCTAdamW, FiraAdamW, GaLoreAdamW, Trion
+from lissom.optim import (
+    APOLLO,
+    FRUGAL,
+    AdamW,
+    DCTAdamW,
+    FiraAdamW,
+    GaLoreAdamW,
+    GradNormLoRPAdamW,
+    Trion,
+)
 
 from .helpers import feed, parameters, run
 
@@ -44,7 +53,8 @@ def test_temporaries_are_bounded_by_the_largest_matrix(options, dtype):
 
 
 @pytest.mark.parametrize("make", [
-    FiraAdamW, DCTAdamW, Trion, APOLLO, functools.partial(DCTAdamW, similarity="matmul"),
+    FiraAdamW, DCTAdamW, Trion, APOLLO, FRUGAL, functools.partial(DCTAdamW, similarity="matmul"),
+    GradNormLoRPAdamW, functools.partial(GradNormLoRPAdamW, axis="output"),
     functools.partial(DCTAdamW, error_feedback_bits=4), functools.partial(Trion, state_bits=8),
     functools.partial(GaLoreAdamW, residual="sign", state_bits=4, basis_bits=4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,6 +68,22 @@ def test_temporaries_of_the_family_are_bounded(make, dtype, monkeypatch):
         with LiveBytes() as live:
             optimizer.step()
         assert 0 < live.peak <= 3.5 * 2048 * 512 * 4
+
+
+@pytest.mark.parametrize(("make", "most"), [
+    (GaLoreAdamW, 0.5), (FiraAdamW, 0.5), (APOLLO, 0.5), (FRUGAL, 1.25), (GradNormLoRPAdamW, 1.5),
+    (DCTAdamW, 1.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_between_refreshes_no_matrix_is_copied(make, most, dtype):
+    """But by FRUGAL for signs and by GradNormLoRP for D; a cosine transform is at every step."""
+    (p,) = parameters([(4096, 512)], dtype=dtype)
+    optimizer = make([p], rank=64)
+    feed([p], 0)
+    optimizer.step()
+    feed([p], 1)
+    with LiveBytes() as live:
+        optimizer.step()
+    assert 0 < live.peak <= most * 4096 * 512 * 4
 
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
