@@ -113,8 +113,8 @@ def roofline(kind: str, matrices: Sequence[tuple[int, int]], rest: Sequence[tupl
 
     Args:
         kind: ``"adamw"``, ``"galore"``, ``"fira"`` (G once more), ``"dct"`` (a product with the
-            whole basis), ``"dct-gap"`` (as GaLore, columns of a table), ``"apollo"`` (one product,
-            and G twice), ``"muon"`` (five Newton-Schulz steps with symmetric products), ``"trion"``
+            whole basis), ``"apollo"`` (one product, and G twice), ``"frugal"`` (coordinates of G,
+            no product), ``"muon"`` (five Newton-Schulz steps with symmetric products), ``"trion"``
             (a whole basis, then those on R, and two products back).
         matrices: their shapes.
         rest: shapes that get AdamW.
@@ -135,6 +135,9 @@ def roofline(kind: str, matrices: Sequence[tuple[int, int]], rest: Sequence[tupl
         if kind == "muon":
             moved += size * (3 * element + 2 * moment)
             operations += 5 * (3 * short * short * long + short**3)
+            continue
+        if kind == "frugal":
+            moved += size * 3 * element + 4 * r * long * moment
             continue
         moved += size * 3 * element + 4 * r * long * element
         if kind == "trion":
@@ -287,7 +290,7 @@ class _Bench:
                                                      similarity="matmul"),
             "DCTAdamW, gap 200": ours(self.low_rank, "galore", DCTAdamW, 200),
             "APOLLO": ours(self.low_rank, "apollo", APOLLO),
-            "FRUGAL": ours(self.low_rank, "", FRUGAL),
+            "FRUGAL": ours(self.low_rank, "frugal", FRUGAL),
             "GradNormLoRPAdamW": ours(self.low_rank, "", GradNormLoRPAdamW),
             "Trion": ours(self.trion, "trion"),
             "Muon": ours(self.whole_matrix, "muon", Muon),

@@ -241,7 +241,8 @@ class Gradient:
         if self.narrow:  # only if sums of squares stay in fp32's range without the scaling
             inside = (self.divisor > 1 / _IN_RANGE) & (self.divisor < _IN_RANGE)
             self.narrow = bool(inside.all())
-        self.g = g if self.narrow else codec.wide(g) / self.divisor
+        # 16 bits become fp32, as the divisor is.
+        self.g = g if self.narrow else g / self.divisor
 
     def times(self, x: Tensor) -> Tensor:
         """G X."""
@@ -274,7 +275,7 @@ class Gradient:
 
     def whole(self) -> Tensor:
         """The scaled G as a matrix, in fp32 or float64."""
-        return codec.wide(self.g) / self.divisor if self.narrow else self.g
+        return self.g / self.divisor if self.narrow else self.g
 
 
 def _iterated(g: Gradient, q: Tensor, exact: bool) -> Tensor:

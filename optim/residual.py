@@ -175,7 +175,7 @@ class ErrorFeedback(Residual):
         return {"error": slot._replace(optional=True)}
 
     def gradient(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Tensor:
-        return codec.wide(g) + codec.read(s, "error")
+        return g + codec.wide(codec.read(s, "error"))
 
     def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
         return _without(g, low, bases)  # g is A, a temporary

@@ -252,6 +252,7 @@ def test_shapes_and_rooflines():
     # G, P read and written; R and N written and read; two moments; the basis twice
     assert moved == 2 * 3 * 600 + 2 * 4 * 150 + 4 * 4 * 150 + 2 * 2 * 100
     assert operations == 4 * 600 * 5
+    assert step.roofline("frugal", one, [], 5, 32, 2) == (2 * 3 * 600 + 4 * 5 * 30 * 4, 0)
     assert step.roofline("fira", one, [], 5, 32, 2) == (moved + 2 * 600, operations)
     assert step.roofline("adamw", one, [(7,)], 5, 8, 2) == (607 * (6 + 4 * (1 + 4 / 256)), 0)
     assert step.roofline("dct", one, [], 5, 32, 2)[1] == 2 * 600 * 20 + 2 * 600 * 5
