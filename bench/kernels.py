@@ -25,6 +25,7 @@ from torch import Tensor
 from ..kernels import _triton, dynamic
 from ..kernels import adam as adam_module
 from ..kernels import lift as lift_module
+from ..kernels import split as split_module
 from ..kernels.adam import adam8, adam8_ref, adamw8, adamw8_ref
 from ..kernels.blocks import BLOCK, unpack4
 from ..kernels.dynamic import (
@@ -43,6 +44,7 @@ from ..kernels.linear import (
 from ..kernels.norms import row_norms
 from ..kernels.philox import stochastic_round
 from ..kernels.project import project
+from ..kernels.split import join, join_ref, split, split_ref
 from ..kernels.symmul import newton_schulz_step, symm_muladd, syrk
 from . import clock
 
@@ -89,6 +91,11 @@ def _rounded(x: Tensor, *_: Any, **__: Any) -> Tensor:
     bits = x.clamp(-largest, largest).view(torch.int32)
     rounded = (bits + random).bitwise_and_(-65536).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).bfloat16()
+
+
+def _bits(start: int, count: int, key: Any, stream: Any, device: torch.device) -> Tensor:
+    """``random_bits16_ref`` with bits of torch's generator."""
+    return torch.randint(1 << 16, (count,), dtype=torch.int32, device=device)
 
 
 # Of 8- and 4-bit codes, by name, bits and sign: from here a compiler takes them as they are. What
@@ -191,6 +198,22 @@ def _round(size: int, device: str, dtype: torch.dtype) -> Work:
     return Work(run, x.nbytes + out.nbytes, definition=lambda: out.copy_(_rounded(x)), rounds=True)
 
 
+def _halves(writes: bool) -> Callable[[int, str, torch.dtype], Work]:
+    """An fp32 weight from bf16 and 8 bits more, or to them, rounded at random."""
+    def make(size: int, device: str, dtype: torch.dtype) -> Work:
+        x = _flat(size, 4, device, torch.float32)
+        p, high = x.bfloat16(), torch.zeros_like(x, dtype=torch.int8)
+        moved = x.nbytes + p.nbytes + high.nbytes
+        if not writes:
+            return Work(lambda backend: join(p, high, backend=backend), moved,
+                        definition=lambda: join_ref(p, high))
+        return Work(lambda backend: split(x, p, high, key=_KEY, backend=backend), moved,
+                    definition=lambda: split_ref(x, p, high, None, _bits(
+                        0, x.numel(), _KEY, None, x.device).view(x.shape)), rounds=True)
+
+    return make
+
+
 def _norms(transposed: bool) -> Callable[[int, str, torch.dtype], Work]:
     def make(size: int, device: str, dtype: torch.dtype) -> Work:
         x = _flat(size, dtype.itemsize, device, dtype)
@@ -290,6 +313,8 @@ CASES: dict[str, tuple[str, Callable[[int, str, torch.dtype], Work]]] = {
        for name in ("quantize_dynamic", "dequantize_dynamic", "quantize_linear",
                     "dequantize_linear")},
     "stochastic_round": ("memory", _round),
+    "join": ("memory", _halves(False)),
+    "split": ("memory", _halves(True)),
     "row_norms": ("memory", _norms(False)),
     "row_norms, transposed": ("memory", _norms(True)),
     "limited_gains": ("memory", _limited),
@@ -308,7 +333,8 @@ def _fair(device: str) -> Iterator[None]:
     with (mock.patch.object(dynamic, "_carries", _carries),
           mock.patch.multiple(adam_module, stochastic_bf16_ref=_rounded,
                               dequantize_dynamic_ref=_decoded),
-          mock.patch.object(lift_module, "stochastic_round", _rounded)):
+          mock.patch.object(lift_module, "stochastic_round", _rounded),
+          mock.patch.object(split_module, "random_bits16_ref", _bits)):
         yield
 
 

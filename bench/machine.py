@@ -30,6 +30,7 @@ from ..kernels import (
     linear,
     philox,
     project,
+    split,
     symmul,
     tiles,
 )
@@ -208,6 +209,12 @@ def cases() -> Iterator[Case]:
     yield Case("stochastic_round", philox._stochastic_round_kernel,
                {"x_ptr": "*fp32", "out_ptr": "*bf16"}, {"HELD": False, "TILE": philox._TILE},
                philox._TILE, 4)
+    parts = {"x_ptr": "*fp32", "p_ptr": "*bf16", "high_ptr": "*i8", "out_ptr": "*fp32"}
+    high = {"low_ptr": None, "LOW": False, "TILE": split._TILE}
+    yield Case("join", split._join_kernel, parts, high, split._TILE, 4)
+    yield Case("split", split._split_kernel, parts,
+               {**high, "STOCHASTIC": True, "HELD": False, "STREAM": philox.WEIGHT_STREAM,
+                "TOP": split._TOP}, split._TILE, 4)
     yield from _products()
     yield from _symmetric()
 

@@ -62,10 +62,17 @@ def block_rows(x: Tensor) -> int:
 
 
 def _in_one_pass(p: Matrices, u: Update, kept: Mapping[str, Tensor]) -> bool:
-    """Whether a kernel applies the update: on a GPU, except products in fp32 and split weights."""
-    product = u.left is None or (u.left.element_size() == 2 and p.element_size() == 2)
-    return (product and by_kernel(p) and p.dtype != torch.float64 and "master" not in kept
-            and p.is_contiguous())
+    """Whether a kernel applies the update to the weight: on a GPU, except products in fp32 and
+    split weights.
+    """
+    narrow = u.left is None or p.element_size() == 2
+    return narrow and "master" not in kept and _by_lift(p, u.left)
+
+
+def _by_lift(x: Matrices, left: Matrices | None) -> bool:
+    """Whether a kernel adds the terms of an update to x, with a product of factors in 16 bits."""
+    return ((left is None or left.element_size() == 2) and by_kernel(x)
+            and x.dtype != torch.float64 and x.is_contiguous())
 
 
 def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any],
@@ -144,23 +151,41 @@ def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Te
     for p_, left, dense, gain_, keep_, *masters_ in zip(parts, *cut, strict=True):
         kept_ = {**kept, **dict(zip(masters, masters_, strict=True))} if masters else kept
         x = read_weight(p_, kept_)
-        if isinstance(keep_, Tensor):
-            x.mul_(keep_)
-            keep_ = 1.0
-        if left is None or u.right is None:
-            x.mul_(keep_)
-        elif x is p_ and p.ndim == 2:
-            # The decay is the product's beta: one pass over p.
-            x.addmm_(left, u.right, beta=keep_, alpha=-lr * u.factor)
-        elif x is p_:
-            right = u.right.expand(len(p), *u.right.shape[-2:])
-            x.baddbmm_(left.expand(len(p), *left.shape[-2:]), right, beta=keep_,
-                       alpha=-lr * u.factor)
-        else:
-            x.mul_(keep_).add_(codec.wide(left @ u.right), alpha=-lr * u.factor)
-        if dense is not None and isinstance(gain_, Tensor):
-            x.addcmul_(codec.wide(dense), gain_, value=-lr)
-        elif dense is not None:
-            x.add_(dense, alpha=-lr * gain_)
+        _add(x, Update(left, u.right, u.factor, dense, gain_), keep_, lr, x is not p_)
         write_weight(p_, x, kept_, o, t, start)
         start += p_.numel()
+
+
+def _add(x: Tensor, u: Update, keep: Tensor | float, lr: float, copied: bool) -> None:
+    """X <- keep o X - lr u.
+
+    Args:
+        x: a block of the weight, or a copy of it in fp32.
+        u: its part of the update.
+        keep: its decay.
+        lr: the rate.
+        copied: x is a copy.
+    """
+    left, right, dense, gain = u.left, u.right, u.dense, u.gain
+    if copied and _by_lift(x, left):
+        lift(x, left, right, alpha=-lr * u.factor, keep=keep, dense=dense, gain=gain, beta=-lr)
+        return
+    if isinstance(keep, Tensor):
+        x.mul_(keep)
+        keep = 1.0
+    if left is None or right is None:
+        x.mul_(keep)
+    elif copied:
+        x.mul_(keep).add_(codec.wide(left @ right), alpha=-lr * u.factor)
+    elif x.ndim == 2:
+        # The decay is the product's beta: one pass over x.
+        x.addmm_(left, right, beta=keep, alpha=-lr * u.factor)
+    else:
+        x.baddbmm_(left.expand(len(x), *left.shape[-2:]), right.expand(len(x), *right.shape[-2:]),
+                   beta=keep, alpha=-lr * u.factor)
+    if dense is None:
+        return
+    if isinstance(gain, Tensor):
+        x.addcmul_(codec.wide(dense), gain, value=-lr)
+    else:
+        x.add_(dense, alpha=-lr * gain)

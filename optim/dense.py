@@ -44,8 +44,6 @@ def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mappin
         adamw8(p, g, **fused, lr=o["lr"], weight_decay=o["weight_decay"], t=t,
                maximize=o["maximize"], stochastic=random_rounding(p, o))
         return
-    lr = o["lr"].double() if isinstance(o["lr"], Tensor) else o["lr"]
-    keep = 1 - lr * o["weight_decay"]
     names = [k for k in stored
              if k in MASTERS or slots[k.partition(".")[0]].stream is not None]
     start = 0
@@ -53,15 +51,26 @@ def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mappin
         block = {**stored, **dict(zip(names, moments, strict=True))}
         s = codec.Decoded(block, slots, p, rows)
         x = read_weight(p_, block)
-        u = adam(negated(codec.wide(g_), o), s, o, t)
-        x.mul_(keep)
-        if isinstance(u.factor, Tensor):  # addcdiv would read the tensor back to the host
-            x += (u.numerator * (-lr * u.factor)).div_(u.denominator)
+        pair = s.stored_pair(g_, o) if fused is not None and x.is_contiguous() else None
+        if pair is not None:
+            adamw8(x, g_, **pair | {"start": pair["start"] + start}, lr=o["lr"],
+                   weight_decay=o["weight_decay"], t=t, maximize=o["maximize"])
         else:
-            x.addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
+            _by_torch(x, g_, s, o, t)
         write_weight(p_, x, block, o, t, first + start)
         codec.encode(s, block, slots, o, t, start)
         start += p_.numel()
+
+
+def _by_torch(x: Tensor, g: Tensor, s: codec.Decoded, o: dict[str, Any], t: int | Tensor) -> None:
+    """X <- (1 - lr * weight_decay) X - lr * Adam(G), moments in s."""
+    lr = o["lr"].double() if isinstance(o["lr"], Tensor) else o["lr"]
+    u = adam(negated(codec.wide(g), o), s, o, t)
+    x.mul_(1 - lr * o["weight_decay"])
+    if isinstance(u.factor, Tensor):  # addcdiv would read the tensor back to the host
+        x += (u.numerator * (-lr * u.factor)).div_(u.denominator)
+    else:
+        x.addcdiv_(u.numerator, u.denominator, value=-lr * u.factor)
 
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.apart import Matrices
-from ..kernels.philox import WEIGHT_STREAM, random_bits16_ref, stochastic_round
+from ..kernels.philox import WEIGHT_STREAM, stochastic_round
+from ..kernels.split import join, split
 from .codec import Slot, wide
 from .keys import key_of
 
 __all__ = ["MASTERS", "master_slots", "random_rounding", "read_weight", "write_weight"]
 
-#: The lower 16 bits of an fp32 weight, beside its bf16: a signed byte and the byte below it. Two
+#: The lower 16 bits of an fp32 weight, beside its bf16 (:mod:`lissom.kernels.split`). Two
 #: tensors, as gloo and NCCL do not send 16-bit integers, and sharded state must be gathered.
 MASTERS = {"master": torch.int8, "master_low": torch.uint8}
 
@@ -29,37 +30,24 @@ def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
 
 
 def read_weight(p: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
-    """The weight in the precision of the arithmetic, with the bits that the state keeps of it.
-
-    bits(fp32) = bits(bf16) 2^16 + master 2^8 + master_low.
-    """
+    """The weight in the precision of the arithmetic, with the bits that the state keeps of it."""
     if "master" not in kept:
         return wide(p)
-    bits = (p.contiguous().view(torch.int16).int() << 16) + (kept["master"].int() << 8)
-    if "master_low" in kept:
-        bits += kept["master_low"]
-    return bits.view(torch.float32)
+    low = kept.get("master_low")
+    return join(p.contiguous(), kept["master"].contiguous(),
+                None if low is None else low.contiguous())
 
 
-def _split_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], random: Tensor | None) -> None:
-    """Write the nearest bf16 number to p and the rest to the masters; ties away from zero.
-
-    Source: the split of master weights as in FlashOptim (databricks/flashoptim).
-    """
-    # above it the nearest bf16 number, or the rounding to 8 more bits, would be infinite
-    top = torch.full((), 0x7F7F7E00, dtype=torch.int32, device=x.device).view(torch.float32)
-    bits = torch.where(x.isfinite(), torch.minimum(torch.maximum(x, -top), top), x
-                       ).contiguous().view(torch.int32)
-    if "master_low" not in kept:  # 24 bits of fp32 stay
-        bits = (bits + (128 if random is None else random >> 8)) & -256
-    upper = (bits + 0x8000) >> 16
-    low = bits - (upper << 16)
-    finite = x.isfinite()
-    p.copy_(torch.where(finite, upper.to(torch.int16).view(torch.bfloat16), x.bfloat16()))
-    low = torch.where(finite, low, 0)
-    kept["master"].copy_(low >> 8)
-    if "master_low" in kept:
-        kept["master_low"].copy_(low & 255)
+def _split_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], key: tuple[int, int] | None,
+                  step: int | Tensor, start: int) -> None:
+    """Write the nearest bf16 number to p and the rest to the masters."""
+    parts = [p, *(kept[name] for name in MASTERS if name in kept)]
+    # rows of each matrix of a stack do not lie together
+    whole = [y.contiguous() for y in parts]
+    split(x.contiguous(), *whole, key=key, t=step, start=start)
+    for part, new in zip(parts, whole, strict=True):
+        if new is not part:
+            part.copy_(new)
 
 
 def random_rounding(p: Matrices, o: Mapping[str, Any]) -> bool:
@@ -87,11 +75,8 @@ def write_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], o: Mapping[st
     if x is p:
         return
     if "master" in kept:
-        random = None
-        if random_rounding(p, o):
-            random = random_bits16_ref(start, x.numel(), key_of(kept, o), (step, WEIGHT_STREAM),
-                                       x.device).view(x.shape)
-        _split_weight(p, x, kept, random)
+        key = key_of(kept, o) if random_rounding(p, o) else None
+        _split_weight(p, x, kept, key, step, start)
         return
     if random_rounding(p, o):
         x = stochastic_round(x, p.dtype, start, key_of(kept, o), (step, WEIGHT_STREAM))

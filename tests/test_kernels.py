@@ -40,6 +40,7 @@ from lissom.kernels.philox import (
     stochastic_round,
     within,
 )
+from lissom.kernels.split import join, split
 from lissom.optim import AdamW, codec, dense, weights
 from lissom.optim.keys import key_of
 from torch.library import opcheck
@@ -167,6 +168,48 @@ def test_rounding_is_that_of_the_reference(device, dtype, reference):
             assert stochastic_round(x, dtype, start, KEY, (5, 64), out=out,
                                     backend="triton") is out
             assert_same(out, reference(x, start, KEY, (5, 64)))
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_halves_of_weights_are_those_of_the_reference(device, bits, key):
+    generator = torch.Generator().manual_seed(0)
+    any_bits = torch.randint(-(1 << 31), 1 << 31, (4001,), generator=generator).to(torch.int32)
+    values = [any_bits.view(torch.float32), *tensors([(3, 401)], 1), torch.empty(0, 3),
+              torch.tensor(1.7), *tensors([(2, 512)], 4, 1e-39)]
+    values.append(torch.tensor([math.inf, -math.inf, math.nan, 3.4e38, -3.4028e38, -0.0]))
+    for start in (0, 13, (1 << 35) - 9):
+        for x in values:
+            found = []
+            for backend in ("torch", "triton"):
+                p = torch.full(x.shape, math.nan, dtype=torch.bfloat16, device=device)
+                high, low = (torch.full(x.shape, 77, dtype=kind, device=device)
+                             for kind in (torch.int8, torch.uint8))
+                parts = (p, high, low)[:2 + (bits == 16)]
+                version = p._version
+                split(x.to(device), *parts, key=key, t=5, start=start, backend=backend)
+                assert p._version > version or not x.numel()
+                found.append((*parts, join(*parts, backend=backend)))
+                if bits == 16:  # nothing is lost but what no bf16 is near to
+                    back, near = found[-1][-1].cpu(), x.abs() < 3.39e38
+                    assert torch.equal(back[near], x[near])
+            for a, b in zip(*found, strict=True):
+                assert_same(a, b)
+
+
+def test_halves_of_other_kinds_are_refused(device):
+    x = tensors([(4, 6)])[0].to(device)
+    p, high, low = x.bfloat16(), x.to(torch.int8), x.to(torch.uint8)
+    with pytest.raises(TypeError, match=r"p: expected torch.bfloat16, got torch.float16"):
+        join(p.half(), high)
+    with pytest.raises(TypeError, match=r"high: expected torch.int8, got torch.uint8"):
+        join(p, low)
+    with pytest.raises(ValueError, match=r"low: expected shape \(4, 6\), got \(4, 5\)"):
+        join(p, high, low[:, :5])
+    with pytest.raises(ValueError, match=r"x: expected shape \(4, 6\), got \(6, 4\)"):
+        split(x.mT, p, high)
+    with pytest.raises(ValueError, match=r"high: expected a contiguous tensor"):
+        split(x, p, x.to(torch.int8).mT.contiguous().mT)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -525,7 +568,7 @@ def test_large_weight_on_gpu(bits):
 
 
 COMPILE = """
-from lissom.kernels import adam, linear, philox, dynamic
+from lissom.kernels import adam, linear, philox, dynamic, split
 
 F, H, C, I = "*fp32", "*bf16", "*u8", "i32"
 pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "lines_ptr": "*i64",
@@ -544,6 +587,12 @@ def build(kernel, constants, **types):
 for kind, held in ((H, False), ("*fp16", False), (H, True)):
     build(philox._stochastic_round_kernel, {"TILE": 1024, "HELD": held}, out_ptr=kind, start="i64",
           step="*i64" if held else I)
+for low, held in ((None, False), (None, True), (C, False)):
+    parts = {"p_ptr": H, "high_ptr": "*i8", "out_ptr": F, "low_ptr": low, "start": "i64"}
+    none = {"LOW": low is not None, "TILE": 1024} | ({} if low else {"low_ptr": None})
+    build(split._join_kernel, none, **parts)
+    build(split._split_kernel, {**none, "STOCHASTIC": low is None, "HELD": held, "STREAM": 64,
+          "TOP": split._TOP}, step="*i64" if held else I, **parts)
 for bits, width in ((8, 256), (4, 8)):
     shape = {"BITS": bits, "R": 1024 // width, "W": width}
     for signed in (True, False):
@@ -588,6 +637,8 @@ def test_operators_are_declared_as_they_are(device, triton):
     cases = [
         (ops.stochastic_round, (x, x.bfloat16(), 3, [1, 2], [3, 4], triton)),
         (ops.quantize_dynamic, (x, m, m_scale, 8, True, triton)),
+        (ops.split, (x, x.bfloat16(), x.to(torch.int8), None, [1, 2], True, 3, 5, triton)),
+        (ops.join, (x.bfloat16(), x.to(torch.int8), x.to(torch.uint8), x.clone(), triton)),
         (ops.dequantize_dynamic, (m, m_scale, x, 8, True, triton)),
         (ops.adam8, (x.clone(), x, m, v, m_scale, v_scale, 8, 0.9, 0.99, 1e-8, 3, 1e-3, 0.1, False,
                      [1, 2], False, 0, triton)),
