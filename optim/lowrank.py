@@ -274,8 +274,10 @@ class LowRankOptimizer(Batched, Subspace):
         """
         if g.dtype == torch.float16:  # R = P^T G Q leaves its range
             g = g.float()
+        kind = g.dtype
         g = self.residual(o).gradient(g, s, o)
-        space = self._subspace(g, s, o, t)
+        # On a GPU products are of the gradient's 16 bits.
+        space = self._subspace(g.to(kind) if by_kernel(g) else g, s, o, t)
         if o["metrics"]:
             metrics.energy(self, s, space.low, g, space.bases)
         return g, space

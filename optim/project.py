@@ -88,10 +88,11 @@ class Bases(NamedTuple):
         return g if self.right is None else g @ self.right
 
     def factors(self, n: Tensor) -> tuple[Tensor, Tensor]:
-        """Two factors whose product is P N Q^T."""
+        """Two factors whose product is P N Q^T, in the dtype of the bases."""
         if self.left is None:
             assert self.right is not None
-            return n, self.right.mT
+            return n.to(self.right.dtype), self.right.mT
+        n = n.to(self.left.dtype)
         return self.left, n if self.right is None else n @ self.right.mT
 
     def coordinates(self) -> tuple[Coordinates | None, Coordinates | None]:

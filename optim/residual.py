@@ -82,7 +82,7 @@ class Residual(Batched):
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
         """U = scale * P N Q^T, plus the residual's term; n is a temporary, free to overwrite."""
-        left, right = bases.factors(n.to(g.dtype))
+        left, right = bases.factors(n)
         return Update(left, right, o["scale"])
 
 
@@ -136,7 +136,7 @@ class Fira(Residual):
                      1 - scale if released else 0.0)
         wide = torch.promote_types(low.dtype, torch.float32)
         gain = (gain if correction == 1.0 else gain * correction).to(wide)
-        left, right = bases.factors(_less(n, low, gain).to(g.dtype))
+        left, right = bases.factors(_less(n, low, gain))
         return Update(left, right, scale, g, gain if released else gain * scale)
 
 
@@ -158,14 +158,15 @@ class Sign(Residual):
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
-        left, right = bases.factors(n.to(g.dtype))
+        left, right = bases.factors(n)
         return Update(left, right, o["scale"], measured, o["scale"])
 
 
 class ErrorFeedback(Residual):
     """A = G + E is projected; what the projection drops is kept: E <- A - P R.
 
-    Kept in ``error_feedback_bits``. Source: arXiv 2505.17967, as in its DCT-AdamW.
+    Kept in ``error_feedback_bits``, and with it what R lacks where kernels round it to 16 bits.
+    Source: arXiv 2505.17967, as in its DCT-AdamW.
     """
 
     needs_gradient = True
@@ -214,11 +215,11 @@ def _less(n: Tensor, low: Tensor, gain: Tensor) -> Tensor:
 
 def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
     """G - P R Q^T in g's place."""
-    left, right = (x if x is None else x.to(g.dtype) for x in bases[:2])
-    left, right = Bases(left, right).factors(low.to(g.dtype))
-    if by_kernel(g) and g.element_size() == 2:
-        lift(g, left, right, alpha=-1.0)
+    if by_kernel(g) and low.element_size() == 2:
+        lift(g, *bases.factors(low), alpha=-1.0)
         return g
+    left, right = (x if x is None else x.to(g.dtype) for x in bases[:2])
+    left, right = Bases(left, right).factors(low)
     return g.addmm_(left, right, alpha=-1) if g.ndim == 2 else g.baddbmm_(left, right, alpha=-1)
 
 

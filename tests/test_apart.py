@@ -17,13 +17,22 @@ from lissom.kernels.limit import limited_gains
 from lissom.kernels.linear import dequantize_linear, quantize_linear
 from lissom.kernels.norms import row_norms
 from lissom.kernels.project import project
-from lissom.optim import AdamW, DCTAdamW, GaLoreAdamW, Muon, PartialStepError, batches, param_groups
+from lissom.optim import (
+    AdamW,
+    DCTAdamW,
+    GaLoreAdamW,
+    Muon,
+    PartialStepError,
+    batches,
+    codec,
+    param_groups,
+)
 from lissom.optim.batches import Work, windows
 from lissom.optim.residual import Fira
 
 from .aot import compile_for_a_gpu
 from .cases import CASES, first_of_each_class
-from .helpers import named, run
+from .helpers import feed, named, run
 
 COUNT = 3
 KEYS = [(1, 2), (3, 4), (5, 2**32 - 1)]
@@ -625,3 +634,23 @@ for case in cases():
 @pytest.mark.skipif(not _triton.EXACT, reason="needs triton >= 3.6")
 def test_addresses_from_a_table_cost_nothing(tmp_path):
     compile_for_a_gpu(COMPILE, tmp_path)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_error_feedback_keeps_what_16_bits_of_a_projection_lack(bits, through_kernels):
+    """E + R Q^T is the last E + G, though R is rounded to bf16; with M = R that can be seen."""
+    p = torch.nn.Parameter(torch.zeros(12, 8, dtype=torch.bfloat16))
+    optimizer = GaLoreAdamW([p], rank=3, error_feedback_bits=bits, inner="momentum",
+                            betas=(0.0, 0.9), update_proj_gap=10)
+    last = torch.zeros(12, 8)
+    for step in range(3):
+        feed([p], step)
+        optimizer.step()
+        s = codec.Decoded(optimizer.state[p], optimizer._layouts[p], p)
+        error = codec.read(s, "error").clone()
+        back = error + s["momentum_buffer"] @ s["basis_right"].float().mT
+        scale = 0 if bits == 32 else 2 * error.abs().max() / 254  # half a step of a code is lost
+        assert (back - last - p.grad.float()).abs().max() <= 1e-6 + scale
+        last = error
+    assert (s["momentum_buffer"].bfloat16() == s["momentum_buffer"]).all()
+    assert last.norm() > 0.5 * p.grad.norm()
