@@ -17,6 +17,7 @@ makes. The files of the package by layer, in reading order:
 - ``subspace``: when a basis is refreshed, and R = P^T G Q on it
 - ``ranked``: which matrices a class with a rank takes
 - ``project``, ``dct``: how a basis is found: singular vectors, random, cosine columns
+- ``coordinates``: bases that are columns of another one, known by their numbers
 - ``inner``: rules on R: Adam, momentum, Lion, factored Adam
 - ``residual``, ``norms``: what is done with the gradient outside the subspace, and its norms
 - ``polar``, ``polar_polynomial``, ``polar_rational``: polar factors

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..kernels._triton import by_kernel
+from ..kernels.lift import lift
 from . import codec
 from .apply import Update, block_rows
 from .base import MatrixOptimizer
@@ -16,7 +18,6 @@ from .codec import Slot, State
 from .dense import adam, adam_slots
 from .inner import RULES
 from .lowrank import LowRankOptimizer, SubspaceOptions
-from .norms import norms
 from .options import Option, choice, real
 from .pairs import check_factors, roles
 from .residual import RESIDUALS, Residual
@@ -223,13 +224,17 @@ def _length(step: Tensor, along: Tensor, square: Tensor) -> Tensor:
 
 def _columns(w: Tensor, o: Mapping[str, Any]) -> tuple[int, Tensor, Tensor]:
     """The dimension that c is a norm along, c of each column (row), and 1 / c or 0."""
-    dim, side = (-2, "left") if o["axis"] == "input" else (-1, "right")
-    c = norms(w, side).to(codec.wide(w[..., :0]).dtype)
+    dim = -2 if o["axis"] == "input" else -1
+    if dim == -2 and w.device.type == "cpu":  # where vector_norm is slow along columns
+        c = _dots(w, w, dim).sqrt()
+    else:
+        c = torch.linalg.vector_norm(w, dim=dim, keepdim=True,
+                                     dtype=torch.promote_types(w.dtype, torch.float32))
     return dim, c, torch.where(c > 0, 1 / c, 0.0)
 
 
 def _dots(g: Tensor, w: Tensor, dim: int) -> Tensor:
-    """<G_j, W_j> of the columns (dim -2) or rows (-1) of both, in blocks."""
+    """<G_j, W_j> of the columns (dim -2) or rows (-1) of both, in blocks of rows."""
     rows = block_rows(g)
     parts = [(codec.wide(g_) * w_).sum(dim, keepdim=True)
              for g_, w_ in zip(g.split(rows, -2), w.split(rows, -2), strict=True)]
@@ -237,10 +242,14 @@ def _dots(g: Tensor, w: Tensor, dim: int) -> Tensor:
 
 
 def _minus(g: Tensor, w: Tensor, factor: Tensor) -> Tensor:
-    """G - factor o W, in blocks and G's dtype; in fp32 for fp16, whose range it leaves."""
-    d = torch.empty_like(g, dtype=torch.float32 if g.dtype == torch.float16 else g.dtype)
-    rows = block_rows(g)
-    blocks = zip(*(x.split(rows, -2) for x in (d, g, w, factor.expand(g.shape))), strict=True)
-    for d_, g_, w_, factor_ in blocks:
-        d_.copy_(torch.addcmul(codec.wide(g_), codec.wide(w_), factor_, value=-1))
+    """G - factor o W in G's dtype, but in fp32 for fp16, whose range it leaves."""
+    kind = torch.float32 if g.dtype == torch.float16 else g.dtype
+    d = g.to(kind, copy=True, memory_format=torch.contiguous_format)
+    if by_kernel(d) and kind != torch.float64:
+        lift(d, dense=w, gain=factor, beta=-1.0)
+        return d
+    rows = block_rows(d)
+    for d_, w_, factor_ in zip(*(x.split(rows, -2) for x in (d, w, factor.expand(d.shape))),
+                               strict=True):
+        d_.copy_(codec.wide(d_) - factor_ * codec.wide(w_))  # no FMA, as in the kernel
     return d
