@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, define, jit, launch, tl, use_triton
+from .narrow import slow
 from .philox import nearest
 from .tiles import dot_tile, fits, precision, stacked, widened
 
@@ -24,10 +25,6 @@ _ROWS = 256
 # From this many rows on, an fp32 product on a CPU is split into two halves of rows, at 3/4 of the
 # operations: 0.8 of the time with MKL at 768 to 1376 rows. bf16 on AMX gains nothing.
 _HALVES = 768
-# The dtypes of 16 bits whose products oneDNN computes on this CPU: it asks for AVX-512. torch's own
-# loops take 7 to 40 times as long as fp32's do with AVX2.
-_FAST = [dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
-         if getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)()]
 # Programs of the large tile that keep an H100's or H200's 132 processors busy.
 _BUSY = 132
 
@@ -167,14 +164,9 @@ def _use_triton(x: Tensor, backend: str | None) -> bool:
     return along[0] == 1 and along[1] % 8 == 0
 
 
-def _slow(x: Tensor) -> bool:
-    """Whether products of x are to be computed in fp32, and rounded."""
-    return x.device.type == "cpu" and x.element_size() == 2 and x.dtype not in _FAST
-
-
 def _muladd(c: Tensor | None, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
     """Beta C + alpha A B."""
-    if _slow(a):
+    if slow(a):
         wide = None if c is None else c.float()
         return _muladd(wide, a.float(), b.float(), beta, alpha).to(a.dtype)
     if c is None:
@@ -192,7 +184,7 @@ def _product(x: Tensor, y: Tensor, alpha: float | None, beta: float, triton: boo
         out = torch.empty(*x.shape[:-1], m, dtype=x.dtype, device=x.device)
         _op(stacked(x), stacked(y), alpha, beta, stacked(out))
         return out
-    if _slow(x):
+    if slow(x):
         wide = x.float()
         return _product(wide, wide if y is x else wide.mT, alpha, beta, False).to(x.dtype)
     c = None if alpha is None else x

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels._triton import by_kernel
 from ..kernels.apart import Apart, Matrices, parts_of
 from ..kernels.lift import lift
+from ..kernels.narrow import slow
 from . import codec
 from .keys import keys_of
 from .weights import MASTERS, random_rounding, read_weight, write_weight
@@ -140,6 +141,9 @@ def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Te
                o: Mapping[str, Any], t: int | Tensor, start: int) -> None:
     """By torch operations; on blocks of rows where temporaries are needed."""
     lr, rows = o["lr"], p.shape[-2]
+    left, right = u.left, u.right
+    if left is not None and right is not None and slow(left):
+        left, right = codec.wide(left), codec.wide(right)
     if u.dense is not None or p.element_size() == 2:
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.
         rows = block_rows(p)
@@ -147,11 +151,11 @@ def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Te
     masters = _masters(p, kept)
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
     cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else [x] * len(parts)
-           for x in (u.left, u.dense, gain, keep, *masters.values())]
-    for p_, left, dense, gain_, keep_, *masters_ in zip(parts, *cut, strict=True):
+           for x in (left, u.dense, gain, keep, *masters.values())]
+    for p_, left_, dense, gain_, keep_, *masters_ in zip(parts, *cut, strict=True):
         kept_ = {**kept, **dict(zip(masters, masters_, strict=True))} if masters else kept
         x = read_weight(p_, kept_)
-        _add(x, Update(left, u.right, u.factor, dense, gain_), keep_, lr, x is not p_)
+        _add(x, Update(left_, right, u.factor, dense, gain_), keep_, lr, x is not p_)
         write_weight(p_, x, kept_, o, t, start)
         start += p_.numel()
 
@@ -175,8 +179,8 @@ def _add(x: Tensor, u: Update, keep: Tensor | float, lr: float, copied: bool) ->
         keep = 1.0
     if left is None or right is None:
         x.mul_(keep)
-    elif copied:
-        x.mul_(keep).add_(codec.wide(left @ right), alpha=-lr * u.factor)
+    elif left.dtype != x.dtype:
+        x.mul_(keep).add_(left @ right, alpha=-lr * u.factor)
     elif x.ndim == 2:
         # The decay is the product's beta: one pass over x.
         x.addmm_(left, right, beta=keep, alpha=-lr * u.factor)

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from ..kernels._triton import by_kernel
 from ..kernels.lift import lift
+from ..kernels.narrow import matmul
 from . import codec
 from .apply import Update, block_rows
 from .base import MatrixOptimizer
@@ -179,11 +180,11 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         # L and R with entries up to 1, so that their squares are in range.
         (left, one), (right, other) = _scaled(u.left), _scaled(u.right)
         if columns:
-            along = (codec.wide(left.mT @ w.to(left.dtype)) * right).sum(dim, keepdim=True)
+            along = (codec.wide(matmul(left.mT, w.to(left.dtype))) * right).sum(dim, keepdim=True)
             left, right = codec.wide(left), codec.wide(right)
             square = (right * (left.mT @ left @ right)).sum(dim, keepdim=True)
         else:
-            along = (left * codec.wide(w.to(right.dtype) @ right.mT)).sum(dim, keepdim=True)
+            along = (left * codec.wide(matmul(w.to(right.dtype), right.mT))).sum(dim, keepdim=True)
             left, right = codec.wide(left), codec.wide(right)
             square = (left * (left @ (right @ right.mT))).sum(dim, keepdim=True)
         length = _length(o["lr"] * u.factor * one * other * inverse, along * inverse, square)

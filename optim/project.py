@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._triton import by_kernel, use_triton
+from ..kernels.narrow import matmul
 from ..kernels.project import project as product
 from ..kernels.tiles import precision
 from . import codec
@@ -82,10 +83,10 @@ class Bases(NamedTuple):
         elif self.left is not None and self.rows is not None:
             g = self.rows.sum(_wide_product(self.left, g)).to(g.dtype)
         elif self.left is not None:
-            g = self.left.mT @ g
+            g = matmul(self.left.mT, g)
         if columns is not None:
             return columns.down(g, -1)
-        return g if self.right is None else g @ self.right
+        return g if self.right is None else matmul(g, self.right)
 
     def factors(self, n: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors whose product is P N Q^T, in the dtype of the bases."""
@@ -93,7 +94,7 @@ class Bases(NamedTuple):
             assert self.right is not None
             return n.to(self.right.dtype), self.right.mT
         n = n.to(self.left.dtype)
-        return self.left, n if self.right is None else n @ self.right.mT
+        return self.left, n if self.right is None else matmul(n, self.right.mT)
 
     def coordinates(self) -> tuple[Coordinates | None, Coordinates | None]:
         """Which rows and which columns, if the bases are coordinates."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lissom.kernels import _triton
+from lissom.kernels import _triton, narrow
 from lissom.optim import GaLoreAdamW, project
 from lissom.optim.coordinates import shift
 
@@ -129,6 +129,27 @@ def test_bases_of_dependent_columns_are_not_by_cholesky():
     # No pivot tells how dependent these are, but what the first pass leaves of them does.
     q = torch.linalg.qr(tensors([(200, 80)], 5)[0].double()).Q
     assert project._by_cholesky(q @ (torch.eye(80) - torch.ones(80, 80).triu(1)).double()) is None
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shapes", [((70, 30), (30, 4)), ((4, 30), (30, 70)), ((2, 9, 5), (5, 3)),
+                                    ((2, 3, 5), (2, 5, 40)), ((0, 5), (5, 3)), ((3, 0), (0, 5))])
+def test_products_on_cpus_without_16_bits(shapes, kind, monkeypatch):
+    """In fp32, a block at a time, rounded once."""
+    monkeypatch.setattr(narrow, "_BLOCK", 60)
+    a, b = (x.to(kind) for x in tensors(shapes, 3))
+    exact = a.double() @ b.double()
+    for fast in ([kind], []):
+        monkeypatch.setattr(narrow, "_FAST", fast)
+        assert narrow.slow(a) != bool(fast)
+        assert not narrow.slow(a.float())
+        for x, y in ((a, b), (a.mT.contiguous().mT, b.mT.contiguous().mT)):
+            c = narrow.matmul(x, y)
+            assert c.dtype == kind
+            assert c.shape == exact.shape
+            half = torch.finfo(kind).eps / 2
+            assert ((c.double() - exact).abs() <= 1.01 * half * exact.abs() + 1e-6).all()
+    assert torch.equal(narrow.matmul(a.double(), b.double()), exact)
 
 
 @pytest.mark.parametrize("shape", [(70, 130), (130, 70), (2, 40, 33), (1, 5)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lissom.kernels import _triton, symmul
+from lissom.kernels import _triton, narrow, symmul
 from lissom.kernels.symmul import (
     newton_schulz_step,
     newton_schulz_step_ref,
@@ -74,7 +74,7 @@ def test_sums_of_integers_are_exact(shape, dtype, device):
 @pytest.mark.parametrize("shape", [(33, 129), (900, 40), (2, 100, 64)])
 def test_products_of_16_bits_on_a_cpu_without_them(shape, dtype, monkeypatch):
     """In fp32, rounded once: by the definition, whatever this CPU is."""
-    monkeypatch.setattr(symmul, "_FAST", [])
+    monkeypatch.setattr(narrow, "_FAST", [])
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     x = (x / x.norm()).to(dtype)
     asked = []

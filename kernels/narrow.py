@@ -1,0 +1,45 @@
+"""Products of 16-bit matrices on CPUs without instructions for them: in fp32, rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .apart import Matrices
+
+__all__ = ["matmul", "slow"]
+
+# The dtypes of 16 bits whose products oneDNN computes on this CPU: it asks for AVX-512. torch's own
+# loops take 7 to 40 times as long as fp32's do with AVX2.
+_FAST = [dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+         if getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)()]
+# Elements that are copied to fp32 at a time.
+_BLOCK = 1 << 18
+
+
+def slow(x: Matrices) -> bool:
+    """Whether products of x are to be computed in fp32, and rounded."""
+    return x.device.type == "cpu" and x.element_size() == 2 and x.dtype not in _FAST
+
+
+def matmul(a: Matrices, b: Matrices) -> Tensor:
+    """A B of one dtype, with sums in fp32 for 16 bits.
+
+    Args:
+        a: (..., m, k).
+        b: (..., k, n).
+
+    Returns:
+        (..., m, n), rounded once to their dtype.
+    """
+    if not slow(a):
+        return a @ b
+    assert isinstance(a, Tensor)
+    assert isinstance(b, Tensor)
+    by_rows = a.numel() >= b.numel()
+    large, small = (a, b.float()) if by_rows else (b, a.float())
+    dim = -2 if by_rows else -1
+    each = max(1, _BLOCK // max(1, large.numel() // max(1, large.shape[dim])))
+    parts = [((x.float() @ small) if by_rows else (small @ x.float())).to(a.dtype)
+             for x in large.split(each, dim)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
