@@ -72,6 +72,10 @@ class Coordinates:
         start, stop, _ = rows.indices(self.length)
         return Coordinates(self.index - start, stop - start, cut=True)
 
+    def to(self, dtype: torch.dtype) -> Coordinates:
+        """Itself: zeros and ones are those of any dtype."""
+        return self
+
     def matrix(self, like: Tensor) -> Tensor:
         """It as a matrix of like's dtype."""
         numbers = torch.arange(self.length, device=self.index.device).unsqueeze(-1)

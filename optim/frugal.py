@@ -39,6 +39,7 @@ class _Free(Sign):
         d = g.new_empty((*batch, m + cut, n), dtype=kind)
         signs = d[..., :m, :]
         torch.sign(g if g.dtype == kind else signs.copy_(g), out=signs)
+        signs.add_(g, alpha=0)  # NaN where G is not finite, where the sign is a number
         return d
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,

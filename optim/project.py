@@ -90,11 +90,13 @@ class Bases(NamedTuple):
 
     def factors(self, n: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors whose product is P N Q^T, in the dtype of the bases."""
-        if self.left is None:
-            assert self.right is not None
-            return n.to(self.right.dtype), self.right.mT
-        n = n.to(self.left.dtype)
-        return self.left, n if self.right is None else matmul(n, self.right.mT)
+        left, right = (x if among is None else among.matrix(n)
+                       for x, among in zip(self[:2], self.coordinates(), strict=True))
+        if left is None:
+            assert right is not None
+            return n.to(right.dtype), right.mT
+        n = n.to(left.dtype)
+        return left, n if right is None else matmul(n, right.mT)
 
     def coordinates(self) -> tuple[Coordinates | None, Coordinates | None]:
         """Which rows and which columns, if the bases are coordinates."""

@@ -152,7 +152,7 @@ class Sign(Residual):
         if bases.span(g):  # full rank: the rest is rounding, whose sign means nothing
             return None
         # A kernel rounds the difference once, which leaves its sign: 16 bits will do.
-        kind = g.dtype if by_kernel(g) else codec.wide(g[:0]).dtype
+        kind = g.dtype if _by_lift(g, low, bases) else codec.wide(g[:0]).dtype
         rest = g.to(kind, copy=True, memory_format=torch.contiguous_format)
         return _without(rest, low, bases).sign_()
 
@@ -176,7 +176,7 @@ class ErrorFeedback(Residual):
         return {"error": slot._replace(optional=True)}
 
     def gradient(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any]) -> Tensor:
-        return g + codec.wide(codec.read(s, "error"))
+        return (g + codec.wide(codec.read(s, "error"))).contiguous()
 
     def measure(self, g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> Tensor | None:
         return _without(g, low, bases)  # g is A, a temporary
@@ -213,13 +213,18 @@ def _less(n: Tensor, low: Tensor, gain: Tensor) -> Tensor:
     return n.addcmul_(codec.wide(low), gain, value=-1)
 
 
+def _by_lift(g: Tensor, low: Tensor, bases: Bases) -> bool:
+    """Whether a kernel takes P R Q^T from G; with both bases its product would be rounded twice."""
+    return by_kernel(g) and low.element_size() == 2 and bases.side() != "full"
+
+
 def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:
-    """G - P R Q^T in g's place."""
-    if by_kernel(g) and low.element_size() == 2:
+    """G - P R Q^T in g's place; g is contiguous."""
+    if _by_lift(g, low, bases):
         lift(g, *bases.factors(low), alpha=-1.0)
         return g
     left, right = (x if x is None else x.to(g.dtype) for x in bases[:2])
-    left, right = Bases(left, right).factors(low)
+    left, right = Bases(left, right).factors(low.to(g.dtype))
     return g.addmm_(left, right, alpha=-1) if g.ndim == 2 else g.baddbmm_(left, right, alpha=-1)
 
 

@@ -636,8 +636,10 @@ def test_addresses_from_a_table_cost_nothing(tmp_path):
     compile_for_a_gpu(COMPILE, tmp_path)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bits", [32, 8])
-def test_error_feedback_keeps_what_16_bits_of_a_projection_lack(bits, through_kernels):
+def test_error_feedback_keeps_what_16_bits_of_a_projection_lack(bits, transposed,
+                                                                   through_kernels):
     """E + R Q^T is the last E + G, though R is rounded to bf16; with M = R that can be seen."""
     p = torch.nn.Parameter(torch.zeros(12, 8, dtype=torch.bfloat16))
     optimizer = GaLoreAdamW([p], rank=3, error_feedback_bits=bits, inner="momentum",
@@ -645,6 +647,8 @@ def test_error_feedback_keeps_what_16_bits_of_a_projection_lack(bits, through_ke
     last = torch.zeros(12, 8)
     for step in range(3):
         feed([p], step)
+        if transposed:
+            p.grad = p.grad.mT.contiguous().mT
         optimizer.step()
         s = codec.Decoded(optimizer.state[p], optimizer._layouts[p], p)
         error = codec.read(s, "error").clone()

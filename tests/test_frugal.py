@@ -144,3 +144,41 @@ def test_two_scales_in_16_bits(scale, free):
     of_adam = torch.zeros(32, dtype=torch.bool).index_fill(0, basis.index, True)
     sizes = torch.where(of_adam, scale, free).bfloat16()  # Adam's first step is a sign, too
     torch.testing.assert_close(p.detach(), -sizes * p.grad.sign(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("free", [1.0, 0.5])
+def test_what_is_not_finite_shows(value, dtype, free):
+    """On any coordinate, as with AdamW: the sign of NaN would be 0, and that of infinity a step."""
+    p = torch.nn.Parameter(torch.ones(6, 4, dtype=dtype))
+    optimizer = FRUGAL([p], rank=1, lr=0.1, free_scale=free)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.grad[2] = value
+    p.grad[5, 0] = value
+    optimizer.step()
+    assert torch.equal(p.isnan(), ~p.grad.isfinite())
+
+
+@pytest.mark.parametrize("residual", ["none", "sign", "fira", "error_feedback"])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
+def test_coordinates_with_other_residuals(residual, proj_type):
+    """As with the matrix that they stand for."""
+    class Picks(GaLoreAdamW):
+        draw = staticmethod(FRUGAL.draw)
+
+    class Multiplies(GaLoreAdamW):
+        @staticmethod
+        def draw(n, r, batch, key, stream, like):
+            return FRUGAL.draw(n, r, batch, key, stream, like).matrix(like)
+
+    results = []
+    for cls in (Picks, Multiplies):
+        ps = parameters([(10, 6), (6, 10), (2, 3, 5)])
+        optimizer = cls(ps, rank=2, projection="random", residual=residual, proj_type=proj_type,
+                        moments="rotate", update_proj_gap=2, matricize="batch", lr=1e-2)
+        run(optimizer, ps, range(5))
+        results.append([p.detach() for p in ps])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
