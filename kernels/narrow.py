@@ -1,4 +1,8 @@
-"""Products of 16-bit matrices on CPUs without instructions for them: in fp32, rounded once."""
+"""Products of 16-bit matrices on CPUs without instructions for them.
+
+With sums in float64 an entry hardly depends on their order, so that it is rounded to the same 16
+bits whatever rows are multiplied at once: those of one rank, or all.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +11,50 @@ from torch import Tensor
 
 from .apart import Matrices
 
-__all__ = ["matmul", "slow"]
+__all__ = ["exact", "matmul", "slow"]
 
 # The dtypes of 16 bits whose products oneDNN computes on this CPU: it asks for AVX-512. torch's own
 # loops take 7 to 40 times as long as fp32's do with AVX2.
 _FAST = [dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
          if getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)()]
-# Elements that are copied to fp32 at a time.
+# Elements that are copied to float64 at a time.
 _BLOCK = 1 << 18
 
 
 def slow(x: Matrices) -> bool:
-    """Whether products of x are to be computed in fp32, and rounded."""
+    """Whether products of x are to be computed in more bits, and rounded."""
     return x.device.type == "cpu" and x.element_size() == 2 and x.dtype not in _FAST
 
 
 def matmul(a: Matrices, b: Matrices) -> Tensor:
-    """A B of one dtype, with sums in fp32 for 16 bits.
+    """A B of one dtype, rounded once.
 
     Args:
         a: (..., m, k).
         b: (..., k, n).
 
     Returns:
-        (..., m, n), rounded once to their dtype.
+        (..., m, n) in their dtype.
     """
     if not slow(a):
         return a @ b
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
+    return exact(a, b, a.dtype)
+
+
+def exact(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A B with sums in float64, a block of the larger one at a time.
+
+    Args:
+        a: (..., m, k).
+        b: (..., k, n).
+        dtype: of the result.
+    """
     by_rows = a.numel() >= b.numel()
-    large, small = (a, b.float()) if by_rows else (b, a.float())
+    large, small = (a, b.double()) if by_rows else (b, a.double())
     dim = -2 if by_rows else -1
     each = max(1, _BLOCK // max(1, large.numel() // max(1, large.shape[dim])))
-    parts = [((x.float() @ small) if by_rows else (small @ x.float())).to(a.dtype)
+    parts = [((x.double() @ small) if by_rows else (small @ x.double())).to(dtype)
              for x in large.split(each, dim)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

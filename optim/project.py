@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._triton import by_kernel, use_triton
-from ..kernels.narrow import matmul
+from ..kernels.narrow import exact, matmul
 from ..kernels.project import project as product
 from ..kernels.tiles import precision
 from . import codec
@@ -124,9 +124,11 @@ def sides(m: int, n: int, proj_type: str) -> list[tuple[int, str, int]]:
 
 
 def _wide_product(left: Tensor, g: Tensor) -> Tensor:
-    """P^T G over this rank's rows, kept in fp32 (not 16 bits) for the sum over ranks."""
+    """P^T G over this rank's rows, kept in more than 16 bits for the sum over ranks."""
     if by_kernel(g) and g.numel() and g.element_size() == 2:
         return product(left.mT, g)[0]
+    if g.device.type == "cpu" and g.element_size() == 2:
+        return exact(left.mT, g)
     return codec.wide(left).mT @ codec.wide(g)
 
 
