@@ -181,8 +181,11 @@ def _project(x: Matrices, r: int, kind: int, dim: int, norm: int, similarity: st
         if fast:
             full = _forward_fft(part, dim) if kind == 2 else _inverse_fft(part, dim).unsqueeze(-1)
         else:
-            q = rows(n, kind, dtype, x.device)
-            full = (part @ q.mT if dim == -1 else q @ part).unsqueeze(-1)
+            # Where it is short, in float64: the same bits for the rows of a rank as for all.
+            short = x.device.type == "cpu" and n < _FFT_FROM["cpu"]
+            q = rows(n, kind, torch.float64 if short else dtype, x.device)
+            part = part.to(q.dtype)
+            full = (part @ q.mT if dim == -1 else q @ part).to(dtype).unsqueeze(-1)
         # (..., m, n, 1), or (..., m, n, 2) with n or m halved where the FFT has packed pairs
         sizes = full.abs() if norm == 1 else (full / largest).square_()
         scores = scores + sizes.sum(other - 1).flatten(-2)
