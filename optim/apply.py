@@ -142,7 +142,7 @@ def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Te
     """By torch operations; on blocks of rows where temporaries are needed."""
     lr, rows = o["lr"], p.shape[-2]
     left, right = u.left, u.right
-    if left is not None and right is not None and slow(left):
+    if left is not None and right is not None and slow(left) and not by_kernel(left):
         left, right = codec.wide(left), codec.wide(right)
     if u.dense is not None or p.element_size() == 2:
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.

@@ -127,7 +127,7 @@ def _wide_product(left: Tensor, g: Tensor) -> Tensor:
     """P^T G over this rank's rows, kept in more than 16 bits for the sum over ranks."""
     if by_kernel(g) and g.numel() and g.element_size() == 2:
         return product(left.mT, g)[0]
-    if g.device.type == "cpu" and g.element_size() == 2:
+    if g.device.type == "cpu" and g.element_size() == 2 and not by_kernel(g):
         return exact(left.mT, g)
     return codec.wide(left).mT @ codec.wide(g)
 
