@@ -368,7 +368,7 @@ def under_torchrun(folder: Path, engine: str) -> Any:
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "-m", "tests.trainer_job", str(folder), engine],
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
-        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"})
     assert not done.returncode, done.stderr
     return torch.load(folder / "results.pt", weights_only=True)
 

@@ -137,6 +137,8 @@ def main(folder: Path, engine: str) -> None:
     found = {"ddp": ddp, "fsdp2": fsdp2}[engine](folder)
     if os.environ["RANK"] == "0":
         torch.save(found, folder / "results.pt")
+    # Else threads of gloo may let go of a tensor when Python is gone, and abort the process.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
