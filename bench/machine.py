@@ -174,9 +174,15 @@ def cases() -> Iterator[Case]:
                                                   "correction", "keep", "factor"), "fp32")}
         for name, weight in (("adamw8", True), ("adam8", False)):
             flags = {"BITS": bits, "WEIGHT": weight, "MAXIMIZE": False, "STOCHASTIC": weight,
-                     "HELD": False, "ALIGNED": True, **none, **tile}
+                     "HELD": False, "ALIGNED": True, **none, **tile, "high_ptr": None,
+                     "low_ptr": None}
             yield Case(f"{name}, {bits} bits", adam._adam_kernel, types, flags, of_blocks,
                        blocks.WARPS)
+            if bits == 8 and weight:
+                yield Case(f"{name}, {bits} bits, weight and 8 bits more", adam._adam_kernel,
+                           {**types, "high_ptr": "*i8"},
+                           {k: v for k, v in flags.items() if k != "high_ptr"} | {"BELOW": 8},
+                           of_blocks, blocks.WARPS)
             if bits == 8 and not weight:  # from rows or columns of a copy
                 old = {"m_old_ptr": store, "v_old_ptr": store, "m_old_scale_ptr": "*fp32",
                        "v_old_scale_ptr": "*fp32", "source_ptr": "*i64"}
@@ -210,11 +216,10 @@ def cases() -> Iterator[Case]:
                {"x_ptr": "*fp32", "out_ptr": "*bf16"}, {"HELD": False, "TILE": philox._TILE},
                philox._TILE, 4)
     parts = {"x_ptr": "*fp32", "p_ptr": "*bf16", "high_ptr": "*i8", "out_ptr": "*fp32"}
-    high = {"low_ptr": None, "LOW": False, "TILE": split._TILE}
+    high = {"low_ptr": None, "BELOW": 8, "TILE": split._TILE}
     yield Case("join", split._join_kernel, parts, high, split._TILE, 4)
     yield Case("split", split._split_kernel, parts,
-               {**high, "STOCHASTIC": True, "HELD": False, "STREAM": philox.WEIGHT_STREAM,
-                "TOP": split._TOP}, split._TILE, 4)
+               {**high, "STOCHASTIC": True, "HELD": False}, split._TILE, 4)
     yield from _products()
     yield from _symmetric()
 
@@ -231,14 +236,17 @@ def _products() -> Iterator[Case]:
     for name, product, gain in (("lift", True, 0), ("lift of several", True, 0),
                                 ("lift with a gain of columns", True, 2),
                                 ("lift with a gain of rows", True, 1),
+                                ("lift of weight and 8 bits more", True, 0),
                                 ("lift without a product", False, 2)):
         t = lift._SHARED if product else lift._FLAT
         sizes |= {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group}
         none = {} if product else {"left_ptr": None, "right_ptr": None}
         none |= {"keep_ptr": None} if gain else {"keep_ptr": None, "dense_ptr": None,
                                                  "gain_ptr": None}
+        none |= {"low_ptr": None} if name.endswith("more") else {"high_ptr": None, "low_ptr": None}
         types = {**dict.fromkeys(("p_ptr", "left_ptr", "right_ptr", "dense_ptr"), "*bf16"),
-                 "gain_ptr": "*fp32", **dict.fromkeys(("alpha", "beta", "keep"), "fp32")}
+                 "high_ptr": "*i8", "gain_ptr": "*fp32",
+                 **dict.fromkeys(("alpha", "beta", "keep"), "fp32")}
         ones = {"left_column": 1, "right_row": 1, "dense_column": 1,
                 "gain_column" if gain == 2 else "gain_row": 1}
         if name.endswith("several"):  # weights and bases lie apart, directions are stacked
@@ -247,8 +255,8 @@ def _products() -> Iterator[Case]:
         yield Case(name, lift._lift_kernel, types,
                    {**sizes, **none, **ones, "PRODUCT": product, "DENSE": bool(gain), "GAIN": gain,
                     "KEEP": 0, "STOCHASTIC": True, "HELD": False, "ALIGNED": True,
-                    "SLICES": lift._SLICES if product else 1}, t.rows * t.columns, t.warps,
-                   t.stages)
+                    "SLICES": lift._SLICES if product else 1,
+                    "BELOW": 8 * name.endswith("more")}, t.rows * t.columns, t.warps, t.stages)
 
 
 def _symmetric() -> Iterator[Case]:

@@ -63,9 +63,9 @@ from .philox import (
     round_bf16,
     stochastic_bf16_ref,
     stochastic_fp16_ref,
-    weight_tile,
     within,
 )
+from .split import check_below, join_ref, load_weight, random_split_ref, store_weight
 
 __all__ = ["STREAMS", "adam8", "adam8_ref", "adamw8", "adamw8_ref"]
 
@@ -104,8 +104,9 @@ class Step(NamedTuple):
     start: int = 0
 
 
-#: The target (a weight, or the direction's output), the gradient, M, V and their scales or None.
-#: For several tensors moments and scales are ``Apart``, target and gradient too or a stack.
+#: The target (a weight, or the direction's output), the gradient, M, V, their scales or None, and
+#: what is kept below a weight or None and None (:mod:`.split`). For several tensors all are
+#: ``Apart``, but the direction's output and its gradient stacks.
 Tensors = tuple[Any, ...]
 
 
@@ -164,18 +165,22 @@ def _moments_ref(g: Tensor, stored: Sequence[Any], step: Step, root: float | Ten
 def _adam_ref(tensors: Tensors, step: Step, source: Tensor | None = None, rows_move: bool = False
               ) -> None:
     """Define both operations."""
-    target, g, *stored = tensors
+    target, g, *stored, high, low = tensors
     root, keep, factor = _numbers(step)
     numerator, denominator = _moments_ref(-g if step.maximize else g, stored, step, root, source,
                                           rows_move)
     if step.lr is None:
         target.copy_(torch.div(numerator, denominator, out=denominator).mul_(factor))
         return
-    x = target.float().mul_(keep)
+    x = (target.float() if high is None else join_ref(target, high, low)).mul_(keep)
     if isinstance(factor, Tensor):  # addcdiv would read it
         x += (numerator * factor).div_(denominator)
     else:
         x.addcdiv_(numerator, denominator, value=factor)
+    if high is not None:
+        random_split_ref(x, target, high, low, step.key if step.stochastic else None, step.t,
+                         step.start)
+        return
     if step.stochastic and target.dtype != torch.float32:
         rounding = stochastic_bf16_ref if target.dtype == torch.bfloat16 else stochastic_fp16_ref
         x = rounding(x, step.start, step.key, (step.t, WEIGHT_STREAM))
@@ -189,7 +194,7 @@ def adam8_ref(g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None = None,
     """Define :func:`adam8`."""
     n = torch.empty_like(g, dtype=torch.float32)
     step = Step(bits, beta1, beta2, eps, t, key=key, start=start)
-    _adam_ref((n, g, m, v, m_scale, v_scale), step, source, rows_move)
+    _adam_ref((n, g, m, v, m_scale, v_scale, None, None), step, source, rows_move)
     return n
 
 
@@ -197,10 +202,16 @@ def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | Non
                v_scale: Tensor | None = None, *, bits: int, lr: float | Tensor,
                weight_decay: float, beta1: float, beta2: float, eps: float, t: int | Tensor,
                maximize: bool = False, key: tuple[int, int] = (0, 0), stochastic: bool = False,
-               start: int = 0) -> None:
+               start: int = 0, below: Sequence[Tensor] = ()) -> None:
     """Define :func:`adamw8`."""
     step = Step(bits, beta1, beta2, eps, t, lr, weight_decay, maximize, key, stochastic, start)
-    _adam_ref((p, g, m, v, m_scale, v_scale), step)
+    _adam_ref((p, g, m, v, m_scale, v_scale, *_both(below)), step)
+
+
+def _both(below: Sequence[Any]) -> tuple[Any, Any]:
+    """What is kept below a weight, None for what is not."""
+    high, low, *_ = *below, None, None
+    return high, low
 
 
 def _root(x: tl.tensor) -> tl.tensor:
@@ -277,19 +288,20 @@ def _encode(x: tl.tensor, ptr: tl.tensor, scale_ptr: tl.tensor, lines_ptr: tl.te
 
 @jit
 def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor,
-                 m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, m_book_ptr: tl.tensor,
-                 v_book_ptr: tl.tensor, m_lines_ptr: tl.tensor, m_ends_ptr: tl.tensor,
-                 v_lines_ptr: tl.tensor, v_ends_ptr: tl.tensor, m_old_ptr: tl.tensor,
-                 v_old_ptr: tl.tensor, m_old_scale_ptr: tl.tensor, v_old_scale_ptr: tl.tensor,
-                 source_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
-                 start: tl.tensor, seed: tl.tensor, parameter: tl.tensor, step: tl.tensor,
-                 weight1: tl.tensor, beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor,
-                 correction: tl.tensor, keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr,
-                 WEIGHT: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
-                 HELD: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+                 m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, high_ptr: tl.tensor,
+                 low_ptr: tl.tensor, m_book_ptr: tl.tensor, v_book_ptr: tl.tensor,
+                 m_lines_ptr: tl.tensor, m_ends_ptr: tl.tensor, v_lines_ptr: tl.tensor,
+                 v_ends_ptr: tl.tensor, m_old_ptr: tl.tensor, v_old_ptr: tl.tensor,
+                 m_old_scale_ptr: tl.tensor, v_old_scale_ptr: tl.tensor, source_ptr: tl.tensor,
+                 rows: tl.tensor, columns: tl.tensor, width: tl.tensor, start: tl.tensor,
+                 seed: tl.tensor, parameter: tl.tensor, step: tl.tensor, weight1: tl.tensor,
+                 beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor, correction: tl.tensor,
+                 keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr, WEIGHT: tl.constexpr,
+                 MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, HELD: tl.constexpr,
+                 ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
                  TARGET: tl.constexpr = None, GRADIENT: tl.constexpr = None,
-                 MOMENT: tl.constexpr = None, ALIGN: tl.constexpr = 1,
-                 KEYED: tl.constexpr = False, MOVED: tl.constexpr = 0) -> None:
+                 MOMENT: tl.constexpr = None, ALIGN: tl.constexpr = 1, KEYED: tl.constexpr = False,
+                 MOVED: tl.constexpr = 0, BELOW: tl.constexpr = 0) -> None:
     # weight1 and weight2 are 1 - b1 and 1 - b2. The root of V is multiplied by the correction at 8
     # and 4 bits, else divided by it.
     if HELD:  # numbers that change from step to step are in memory, for CUDA graphs
@@ -304,6 +316,10 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
         g_ptr = item_ptr(g_ptr, item, size, GRADIENT, ALIGN)
         m_ptr = item_ptr(m_ptr, item, 0, MOMENT, ALIGN)
         v_ptr = item_ptr(v_ptr, item, 0, MOMENT, ALIGN)
+        if BELOW > 0:
+            high_ptr = item_ptr(high_ptr, item, 0, tl.int8, ALIGN)
+        if BELOW == 16:
+            low_ptr = item_ptr(low_ptr, item, 0, tl.uint8, ALIGN)
         if BITS < 16:
             m_scale_ptr = item_ptr(m_scale_ptr, item, 0, tl.float32, ALIGN)
             v_scale_ptr = item_ptr(v_scale_ptr, item, 0, tl.float32, ALIGN)
@@ -361,10 +377,10 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
         denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction) + eps
 
     if WEIGHT:
-        x = tl.load(target_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        x = load_weight(target_ptr, high_ptr, low_ptr, offset, mask, BELOW)
         x = x * keep + _quotient(factor * m, denominator, BITS)
-        x = weight_tile(x, target_ptr, index, seed, parameter, step, STOCHASTIC, ALIGNED, W)
-        tl.store(target_ptr + offset, x, mask=mask)
+        store_weight(x, target_ptr, high_ptr, low_ptr, offset, mask, index, seed, parameter, step,
+                     BELOW, STOCHASTIC, ALIGNED, W)
     else:
         x = _quotient(m, denominator, BITS) * factor
         tl.store(target_ptr + offset, nearest(x, target_ptr), mask=mask)
@@ -422,7 +438,7 @@ def _kernel_numbers(step: Step) -> tuple[Any, ...]:
 
 def _by_kernel(tensors: Tensors, step: Step, source: Tensor | None, rows_move: bool) -> None:
     """A step in one launch."""
-    target, g, m, v, m_scale, v_scale = tensors
+    target, g, m, v, m_scale, v_scale, high, low = tensors
     bits, start = step.bits, step.start
     count, given, kinds, align = 1, tensors, (None, None, None), 1
     if isinstance(m, Apart):
@@ -436,7 +452,7 @@ def _by_kernel(tensors: Tensors, step: Step, source: Tensor | None, rows_move: b
     old: tuple[Any, ...] = (None,) * 5
     if source is not None:
         old = *(stack(x) if isinstance(x, Apart) else x if x is None else x.clone()
-                for x in tensors[2:]), source
+                for x in (m, v, m_scale, v_scale)), source
     t, *numbers = _kernel_numbers(step)
     words = key_words(step.key, g)
     launch(_adam_kernel, (cdiv(rows * cdiv(columns, width), height), count), g.device,
@@ -448,19 +464,21 @@ def _by_kernel(tensors: Tensors, step: Step, source: Tensor | None, rows_move: b
            ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width,
            TARGET=kinds[0], GRADIENT=kinds[1], MOMENT=kinds[2], ALIGN=align,
            KEYED=isinstance(words[0], Tensor), MOVED=0 if source is None else 2 - rows_move,
-           num_warps=WARPS)
-    torch.autograd.graph.increment_version(writable(target, m, v, m_scale, v_scale))
+           BELOW=0 if high is None else 8 if low is None else 16, num_warps=WARPS)
+    torch.autograd.graph.increment_version(
+        writable(target, m, v, m_scale, v_scale, high, low))
 
 
 def _adam8(target: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices | None,
            v_scale: Matrices | None, bits: int, beta1: float, beta2: float, eps: float, t: int,
            lr: float | None, weight_decay: float, maximize: bool, key: Keys, stochastic: bool,
            start: int, triton: bool, held_lr: Tensor | None = None, held_t: Tensor | None = None,
-           source: Tensor | None = None, rows_move: bool = False) -> None:
+           source: Tensor | None = None, rows_move: bool = False,
+           high: Matrices | None = None, low: Matrices | None = None) -> None:
     """Both operations, with the arguments of a torch operator: ``held_t`` and ``held_lr`` are t and
     lr in tensors. See :func:`adam8` for ``source`` and ``rows_move``.
     """
-    tensors = target, g, m, v, m_scale, v_scale
+    tensors = target, g, m, v, m_scale, v_scale, high, low
     step = Step(bits, beta1, beta2, eps, t if held_t is None else held_t,
                 lr if held_lr is None else held_lr, weight_decay, maximize, key, stochastic, start)
     if not g.numel():
@@ -478,7 +496,8 @@ _op = define(
     "adam8(Tensor(a!) target, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? m_scale, "
     "Tensor(e!)? v_scale, int bits, float beta1, float beta2, float eps, int t, float? lr, "
     "float weight_decay, bool maximize, int[] key, bool stochastic, int start, bool triton, "
-    "Tensor? held_lr=None, Tensor? held_t=None, Tensor? source=None, bool rows_move=False) -> ()",
+    "Tensor? held_lr=None, Tensor? held_t=None, Tensor? source=None, bool rows_move=False, "
+    "Tensor(f!)? high=None, Tensor(g!)? low=None) -> ()",
     _adam8)
 
 
@@ -572,7 +591,7 @@ def adamw8(p: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices
            v_scale: Matrices | None = None, *, bits: int, lr: float | Tensor, weight_decay: float,
            beta1: float, beta2: float, eps: float, t: int | Tensor, maximize: bool = False,
            key: Keys | None = None, stochastic: bool = False, start: int = 0,
-           backend: str | None = None) -> None:
+           below: Sequence[Matrices] = (), backend: str | None = None) -> None:
     """AdamW on a weight, as the module says; weight and moments change in place.
 
     The new weight is rounded once. A tensor of no dimension is taken at 32 and 16 bits. Several
@@ -598,6 +617,9 @@ def adamw8(p: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices
         key: (seed, parameter) of the random bits, needed at 16 bits and with ``stochastic``.
         stochastic: round a bf16 or fp16 weight at random instead of to nearest.
         start: index in the whole parameter of p's first element.
+        below: what is kept below a bf16 weight and changes with it: its ``high``, or ``high`` and
+            ``low``, of p's shape (:mod:`lissom.kernels.split`). With ``high`` alone ``stochastic``
+            rounds to 8 bits more than bf16, with both to nearest.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
     Raises:
@@ -616,6 +638,8 @@ def adamw8(p: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices
             raise ValueError("lr: expected a number with a number for t, got a tensor")
     _check(g, m, v, m_scale, v_scale, bits, count, bits == 16 or stochastic, key)
     check("p", p, shape=tuple(g.shape), dtypes=FLOATS, device=g.device)
+    check_below(p, below)
     run = _adam8 if isinstance(m, Apart) else _op
     run(p, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, count, rate, weight_decay, maximize,
-        _keys(key, m), stochastic, start, use_triton(backend, g.device), held_lr, held_t)
+        _keys(key, m), stochastic and len(below) < 2, start, use_triton(backend, g.device), held_lr,
+        held_t, None, False, *_both(below))

@@ -8,6 +8,7 @@ missing; keep and gain are numbers or broadcast to P. Sums are in fp32. No tempo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from .apart import (
     parts_of,
     writable,
 )
-from .philox import WEIGHT_STREAM, stochastic_round, weight_tile
+from .philox import WEIGHT_STREAM, stochastic_round
+from .split import check_below, join_ref, load_weight, random_split_ref, store_weight
 from .tiles import Tiles, dot_tile, place_tile, precision, stacked, strides, tiles_for, widened
 
 __all__ = ["lift", "lift_ref"]
@@ -43,13 +45,17 @@ _FLAT = Tiles(16, 256, 16, 8, 4, 1)
 def lift_ref(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
              alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Tensor | None = None,
              gain: Tensor | float = 1.0, beta: float = 1.0, key: tuple[int, int] | None = None,
-             t: int | Tensor = 1, start: int = 0) -> None:
+             t: int | Tensor = 1, start: int = 0, below: Sequence[Tensor] = ()) -> None:
     """Define :func:`lift`."""
-    x = p.float() * keep
+    x = (join_ref(p, *below) if below else p.float()) * keep
     if left is not None and right is not None:
         x += alpha * (left.float() @ right.float())
     if dense is not None:
         x += beta * (gain * dense.float())
+    if below:
+        high, low, *_ = *below, None
+        random_split_ref(x, p, high, low, key, t, start)
+        return
     if key is not None and p.dtype != torch.float32:
         x = stochastic_round(x, p.dtype, start, key, (t, WEIGHT_STREAM), backend="torch")
     p.copy_(x)
@@ -82,21 +88,22 @@ def _factors(ptr: tl.tensor, row: tl.tensor, column: tl.tensor, m: tl.tensor, n:
 
 @jit
 def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, dense_ptr: tl.tensor,
-                 gain_ptr: tl.tensor, keep_ptr: tl.tensor, m: tl.tensor, n: tl.tensor,
-                 k: tl.tensor, left_batch: tl.tensor, left_row: tl.tensor, left_column: tl.tensor,
-                 right_batch: tl.tensor, right_row: tl.tensor, right_column: tl.tensor,
-                 dense_batch: tl.tensor, dense_row: tl.tensor, dense_column: tl.tensor,
-                 gain_batch: tl.tensor, gain_row: tl.tensor, gain_column: tl.tensor,
-                 keep_batch: tl.tensor, keep_row: tl.tensor, keep_column: tl.tensor,
-                 alpha: tl.tensor, beta: tl.tensor, keep: tl.tensor, start: tl.tensor,
-                 seed: tl.tensor, parameter: tl.tensor, step: tl.tensor, tiles_m: tl.tensor,
-                 tiles_n: tl.tensor, PRODUCT: tl.constexpr, DENSE: tl.constexpr,
-                 GAIN: tl.constexpr, KEEP: tl.constexpr, STOCHASTIC: tl.constexpr,
-                 HELD: tl.constexpr, ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-                 WIDEN: tl.constexpr, SLICES: tl.constexpr, WEIGHT: tl.constexpr = None,
-                 LEFT: tl.constexpr = None, RIGHT: tl.constexpr = None, REST: tl.constexpr = None,
-                 ALIGN: tl.constexpr = 1, KEYED: tl.constexpr = False) -> None:
+                 high_ptr: tl.tensor, low_ptr: tl.tensor, gain_ptr: tl.tensor, keep_ptr: tl.tensor,
+                 m: tl.tensor, n: tl.tensor, k: tl.tensor, left_batch: tl.tensor,
+                 left_row: tl.tensor, left_column: tl.tensor, right_batch: tl.tensor,
+                 right_row: tl.tensor, right_column: tl.tensor, dense_batch: tl.tensor,
+                 dense_row: tl.tensor, dense_column: tl.tensor, gain_batch: tl.tensor,
+                 gain_row: tl.tensor, gain_column: tl.tensor, keep_batch: tl.tensor,
+                 keep_row: tl.tensor, keep_column: tl.tensor, alpha: tl.tensor, beta: tl.tensor,
+                 keep: tl.tensor, start: tl.tensor, seed: tl.tensor, parameter: tl.tensor,
+                 step: tl.tensor, tiles_m: tl.tensor, tiles_n: tl.tensor, PRODUCT: tl.constexpr,
+                 DENSE: tl.constexpr, GAIN: tl.constexpr, KEEP: tl.constexpr,
+                 STOCHASTIC: tl.constexpr, HELD: tl.constexpr, ALIGNED: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+                 PRECISION: tl.constexpr, WIDEN: tl.constexpr, SLICES: tl.constexpr,
+                 WEIGHT: tl.constexpr = None, LEFT: tl.constexpr = None, RIGHT: tl.constexpr = None,
+                 REST: tl.constexpr = None, ALIGN: tl.constexpr = 1, KEYED: tl.constexpr = False,
+                 BELOW: tl.constexpr = 0) -> None:
     if HELD:
         step = tl.load(step).to(tl.int32)
     batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
@@ -108,6 +115,10 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
     if WEIGHT is not None:
         begin = 0
         p_ptr = item_ptr(p_ptr, batch, 0, WEIGHT, ALIGN)
+        if BELOW > 0:
+            high_ptr = item_ptr(high_ptr, batch, 0, tl.int8, ALIGN)
+        if BELOW == 16:
+            low_ptr = item_ptr(low_ptr, batch, 0, tl.uint8, ALIGN)
     if KEYED:
         parameter = tl.load(seed + 2 * batch + 1).to(tl.int32)
         seed = tl.load(seed + 2 * batch).to(tl.int32)
@@ -129,7 +140,7 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
         column = start_column + tl.arange(0, WIDTH)  # [WIDTH]
         mask = (row < m)[:, None] & (column < n)[None, :]
         offset = begin + row[:, None] * n + column[None, :]
-        p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        p = load_weight(p_ptr, high_ptr, low_ptr, offset, mask, BELOW)
         if KEEP:
             p *= _factors(keep_ptr + batch * keep_batch, row, column, m, n, keep_row, keep_column,
                           KEEP)
@@ -145,8 +156,8 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
                                   gain_column, GAIN)
             x += beta * dense
         index = begin + row * n + start_column + start
-        x = weight_tile(x, p_ptr, index, seed, parameter, step, STOCHASTIC, ALIGNED, WIDTH)
-        tl.store(p_ptr + offset, x, mask=mask)
+        store_weight(x, p_ptr, high_ptr, low_ptr, offset, mask, index, seed, parameter, step, BELOW,
+                     STOCHASTIC, ALIGNED, WIDTH)
 
 
 def _vary(x: Tensor | None) -> int:
@@ -158,7 +169,8 @@ def _vary(x: Tensor | None) -> int:
 
 def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Matrices | None,
           gains: Tensor | None, keeps: Tensor | None, alpha: float, beta: float, keep: float,
-          key: Keys, stochastic: bool, t: int, start: int, held_t: Tensor | None = None) -> None:
+          key: Keys, stochastic: bool, t: int, start: int, held_t: Tensor | None = None,
+          high: Matrices | None = None, low: Matrices | None = None) -> None:
     """All tensors are (m, n) or batches (b, m, n), with any strides except for p.
 
     ``held_t`` is t in a tensor. Where p is an ``Apart`` there is a key for each matrix.
@@ -171,7 +183,7 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
     tiles = _FLAT if left is None else tiles_for(
         left, 1 if isinstance(p, Apart) else batch, m, n, (_SHARED,))
     tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
-    words, tensors = key_words(key, p), (p, left, right, dense)
+    words, tensors = key_words(key, p), (p, left, right, dense, high, low)
     launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, *map(address, tensors), gains, keeps,
            m, n, k, *strides(left, right, dense, gains, keeps), alpha, beta, keep, start, *words,
            signed32(t) if held_t is None else held_t, tiles_m, tiles_n,
@@ -181,20 +193,23 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
            GROUP=tiles.group, PRECISION=precision(),
            WIDEN=left is not None and widened(left), SLICES=_SLICES if tiles is _SHARED else 1,
            WEIGHT=kind(p), LEFT=kind(left), RIGHT=kind(right), REST=kind(dense),
-           ALIGN=alignment(*tensors), KEYED=isinstance(words[0], Tensor), num_warps=tiles.warps,
+           ALIGN=alignment(*tensors), KEYED=isinstance(words[0], Tensor),
+           BELOW=0 if high is None else 8 if low is None else 16, num_warps=tiles.warps,
            num_stages=tiles.stages)
-    torch.autograd.graph.increment_version(writable(p))
+    torch.autograd.graph.increment_version(writable(p, high, low))
 
 
 _op = define("lift(Tensor(a!) p, Tensor? left, Tensor? right, Tensor? dense, Tensor? gains, "
              "Tensor? keeps, float alpha, float beta, float keep, int[] key, bool stochastic, "
-             "int t, int start, Tensor? held_t=None) -> ()", _lift)
+             "int t, int start, Tensor? held_t=None, Tensor(b!)? high=None, Tensor(c!)? low=None) "
+             "-> ()", _lift)
 
 
 def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = None, *,
          alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Matrices | None = None,
          gain: Tensor | float = 1.0, beta: float = 1.0, key: Keys | None = None,
-         t: int | Tensor = 1, start: int = 0, backend: str | None = None) -> None:
+         t: int | Tensor = 1, start: int = 0, below: Sequence[Matrices] = (),
+         backend: str | None = None) -> None:
     """P <- keep o P + alpha A B + beta gain o D in place, rounded once.
 
     p may be several weights (:class:`lissom.kernels.apart.Apart`) with a key for each; the other
@@ -214,6 +229,9 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
         t: the random stream's step: a number, or a 0-d int64 tensor on the device, which a CUDA
             graph reads when it is replayed (as it does ``gain`` and ``keep``).
         start: index in the whole parameter of p's first element.
+        below: what is kept below a bf16 weight and changes with it: its ``high``, or ``high`` and
+            ``low``, of p's shape (:mod:`lissom.kernels.split`). With ``high`` alone ``key`` rounds
+            to 8 bits more than bf16, with both all is rounded to nearest.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
     Raises:
@@ -224,6 +242,7 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
     if p.ndim < 2:
         raise ValueError(f"p: expected (..., m, n), got shape {tuple(p.shape)}")
     check("p", p, shape=tuple(p.shape), dtypes=FLOATS, device=p.device)
+    check_below(p, below)
     if (left is None) != (right is None):
         raise ValueError("left, right: expected two tensors or None and None, got one of them")
     if left is not None and right is not None:
@@ -243,12 +262,15 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
             raise ValueError(f"{name}: expected {len(p)} for as many weights, got {len(x)}")
     if not use_triton(backend, p.device):
         count = len(p) if several else 1
-        each: Any = zip(*(parts_of(x, count) if several else [x] for x in (
-            p, left, right, keep, dense, gain)), key if several and key else [key] * count,
-            strict=True)
-        for p_, left_, right_, keep_, dense_, gain_, key_ in each:
+
+        def each(*given: Any) -> Any:
+            return [parts_of(x, count) if several else [x] for x in given]
+
+        keys: Any = key if several and key else [key] * count
+        for p_, left_, right_, keep_, dense_, gain_, key_, *below_ in zip(
+                *each(p, left, right, keep, dense, gain), keys, *each(*below), strict=True):
             lift_ref(p_, left_, right_, alpha=alpha, keep=keep_, dense=dense_, gain=gain_,
-                     beta=beta, key=key_, t=t, start=start)
+                     beta=beta, key=key_, t=t, start=start, below=below_)
         return
 
     def batched(x: Any) -> Any:
@@ -263,5 +285,6 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
     run(batched(p), batched(left), batched(right), batched(dense), batched(gains), batched(keeps),
         alpha, beta if isinstance(gain, Tensor) else beta * gain,
         1.0 if isinstance(keep, Tensor) else keep,
-        key or (0, 0), key is not None and p.dtype != torch.float32,
-        1 if isinstance(t, Tensor) else t, start, t if isinstance(t, Tensor) else None)
+        key or (0, 0), key is not None and p.dtype != torch.float32 and len(below) < 2,
+        1 if isinstance(t, Tensor) else t, start, t if isinstance(t, Tensor) else None,
+        *map(batched, below))

@@ -16,7 +16,7 @@ from ._triton import INTERPRETED, cdiv, check, define, jit, launch, signed32, tl
 
 __all__ = ["WEIGHT_STREAM", "nearest", "random16", "random16_rows", "random16_tile",
            "random_bits16_ref", "round_bf16", "round_fp16", "stochastic_bf16_ref",
-           "stochastic_fp16_ref", "stochastic_round", "weight_tile", "within"]
+           "stochastic_fp16_ref", "stochastic_round", "within"]
 
 #: Stream of the random bits that round a weight; its moments have streams of lower numbers.
 WEIGHT_STREAM = 64
@@ -299,25 +299,6 @@ def round_fp16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
     rounded = rounded * (step << 23).to(tl.float32, bitcast=True)
     rounded = tl.where(rounded > 65504.0, 65504.0, tl.where(rounded < -65504.0, -65504.0, rounded))
     return tl.where(tl.abs(x) <= 65504.0, rounded, x).to(tl.float16)
-
-
-@jit
-def weight_tile(x: tl.tensor, ptr: tl.tensor, index: tl.tensor, seed: tl.tensor,
-                parameter: tl.tensor, step: tl.tensor, STOCHASTIC: tl.constexpr,
-                ALIGNED: tl.constexpr, W: tl.constexpr,
-                STREAM: tl.constexpr = WEIGHT_STREAM) -> tl.tensor:
-    """Rows [R, W] of a weight, from each index [R] on, in the type that ptr points to.
-
-    Rounded at random, by the stream of weights, or to nearest.
-    """
-    if STOCHASTIC:
-        random = random16_tile(index, seed, parameter, step, STREAM, ALIGNED, W)
-        if ptr.dtype.element_ty == tl.bfloat16:
-            return round_bf16(x, random)
-        else:
-            return round_fp16(x, random)
-    else:
-        return nearest(x, ptr)
 
 
 @jit

@@ -9,14 +9,28 @@ from zero where two are as near. Source: the split of master weights as in Flash
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
-from .philox import WEIGHT_STREAM, nearest, random16_rows, random_bits16_ref
+from .apart import Matrices
+from .philox import (
+    WEIGHT_STREAM,
+    nearest,
+    random16_rows,
+    random16_tile,
+    random_bits16_ref,
+    round_bf16,
+    round_fp16,
+)
 
-__all__ = ["join", "join_ref", "split", "split_ref"]
+__all__ = ["check_below", "join", "join_ref", "load_weight", "random_split_ref", "split",
+           "split_ref", "store_weight"]
 
+# What is kept below a bf16 weight.
+_BELOW = (("high", torch.int8), ("low", torch.uint8))
 # Elements of one program.
 _TILE = 1024
 # Bits of the largest number to be split: above it the nearest bf16, or what 8 more bits are rounded
@@ -50,50 +64,109 @@ def split_ref(x: Tensor, p: Tensor, high: Tensor, low: Tensor | None = None,
         low.copy_(rest & 255)
 
 
+def random_split_ref(x: Tensor, p: Tensor, high: Tensor, low: Tensor | None,
+                     key: tuple[int, int] | None, t: int | Tensor, start: int) -> None:
+    """:func:`split_ref` with the random bits of a weight; with none for ``key`` None or ``low``."""
+    bits = None
+    if key is not None and low is None:
+        bits = random_bits16_ref(start, x.numel(), key, (t, WEIGHT_STREAM), x.device).view(x.shape)
+    split_ref(x, p, high, low, bits)
+
+
+@jit
+def _joined(p: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """The bits of an fp32 weight, those of ``low`` missing."""
+    return (p.to(tl.int16, bitcast=True).to(tl.int32) << 16) + (high.to(tl.int32) << 8)
+
+
+@jit
+def _parts(x: tl.tensor, random: tl.tensor, ptr: tl.tensor, BELOW: tl.constexpr,
+           TOP: tl.constexpr = _TOP) -> tl.tensor:
+    """What goes to ptr, and the bits below it; with 8 of them 16 random ones round."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 2147483647
+    finite = size < 0x7F800000
+    bits = (bits & -2147483648) | tl.where(size > TOP, TOP, size)
+    if BELOW == 8:
+        bits = (bits + (random >> 8)) & -256
+    upper = (bits + 0x8000) >> 16
+    rest = tl.where(finite, bits - (upper << 16), 0)
+    bf16 = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.where(finite, bf16, nearest(x, ptr)), rest
+
+
+@jit
+def load_weight(ptr: tl.tensor, high_ptr: tl.tensor, low_ptr: tl.tensor, offset: tl.tensor,
+                mask: tl.tensor, BELOW: tl.constexpr) -> tl.tensor:
+    """A weight in fp32, with the 0, 8 or 16 bits that are kept below it."""
+    p = tl.load(ptr + offset, mask=mask, other=0.0)
+    if BELOW == 0:
+        return p.to(tl.float32)
+    else:
+        bits = _joined(p, tl.load(high_ptr + offset, mask=mask, other=0))
+        if BELOW == 16:
+            bits += tl.load(low_ptr + offset, mask=mask, other=0).to(tl.int32)
+        return bits.to(tl.float32, bitcast=True)
+
+
+@jit
+def store_weight(x: tl.tensor, ptr: tl.tensor, high_ptr: tl.tensor, low_ptr: tl.tensor,
+                 offset: tl.tensor, mask: tl.tensor, index: tl.tensor, seed: tl.tensor,
+                 parameter: tl.tensor, step: tl.tensor, BELOW: tl.constexpr,
+                 STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, W: tl.constexpr,
+                 STREAM: tl.constexpr = WEIGHT_STREAM) -> None:
+    """Rows [R, W] of a weight, from each index [R] on, and the bits that are kept below it.
+
+    Rounded at random, by the stream of weights, or to nearest; x is a result, whose NaN are quiet.
+    """
+    if STOCHASTIC:
+        random = random16_tile(index, seed, parameter, step, STREAM, ALIGNED, W)
+    else:
+        random = 128 << 8  # a half of what is rounded away below 8 bits
+    if BELOW > 0:
+        x, rest = _parts(x, random, ptr, BELOW)
+        tl.store(high_ptr + offset, (rest >> 8).to(tl.int8), mask=mask)
+        if BELOW == 16:
+            tl.store(low_ptr + offset, (rest & 255).to(tl.uint8), mask=mask)
+    elif not STOCHASTIC:
+        x = nearest(x, ptr)
+    elif ptr.dtype.element_ty == tl.bfloat16:
+        x = round_bf16(x, random)
+    else:
+        x = round_fp16(x, random)
+    tl.store(ptr + offset, x, mask=mask)
+
+
 @jit
 def _join_kernel(p_ptr: tl.tensor, high_ptr: tl.tensor, low_ptr: tl.tensor, out_ptr: tl.tensor,
-                 count: tl.tensor, LOW: tl.constexpr, TILE: tl.constexpr) -> None:
+                 count: tl.tensor, BELOW: tl.constexpr, TILE: tl.constexpr) -> None:
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = i < count
-    upper = tl.load(p_ptr + i, mask=mask, other=0.0).to(tl.int16, bitcast=True).to(tl.int32)
-    bits = (upper << 16) + (tl.load(high_ptr + i, mask=mask, other=0).to(tl.int32) << 8)
-    if LOW:
-        bits += tl.load(low_ptr + i, mask=mask, other=0).to(tl.int32)
-    tl.store(out_ptr + i, bits.to(tl.float32, bitcast=True), mask=mask)
+    tl.store(out_ptr + i, load_weight(p_ptr, high_ptr, low_ptr, i, mask, BELOW), mask=mask)
 
 
 @jit
 def _split_kernel(x_ptr: tl.tensor, p_ptr: tl.tensor, high_ptr: tl.tensor, low_ptr: tl.tensor,
                   count: tl.tensor, start: tl.tensor, seed: tl.tensor, parameter: tl.tensor,
-                  step: tl.tensor, LOW: tl.constexpr, STOCHASTIC: tl.constexpr,
-                  HELD: tl.constexpr, STREAM: tl.constexpr, TOP: tl.constexpr,
-                  TILE: tl.constexpr) -> None:
+                  step: tl.tensor, BELOW: tl.constexpr, STOCHASTIC: tl.constexpr,
+                  HELD: tl.constexpr, TILE: tl.constexpr,
+                  STREAM: tl.constexpr = WEIGHT_STREAM) -> None:
     # Tiles begin where a Philox block does: [TILE] elements are [TILE / 8] blocks.
     first = tl.program_id(0).to(tl.int64) * (TILE // 8) + start // 8
     i = first * 8 + tl.arange(0, TILE) - start
     mask = (i >= 0) & (i < count)
     x = tl.load(x_ptr + i, mask=mask, other=0.0)
-    bits = x.to(tl.int32, bitcast=True)
-    sign = bits & -2147483648
-    size = bits & 2147483647
-    finite = size < 0x7F800000
-    size = tl.where(size > TOP, TOP, size)
-    bits = sign | size
-    if not LOW:
-        if STOCHASTIC:
-            if HELD:
-                step = tl.load(step).to(tl.int32)
-            random = random16_rows(first + tl.arange(0, TILE // 8), seed, parameter, step, STREAM)
-            bits = (bits + (random >> 8)) & -256
-        else:
-            bits = (bits + 128) & -256
-    upper = (bits + 0x8000) >> 16
-    rest = tl.where(finite, bits - (upper << 16), 0)
-    bf16 = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
     x = tl.where(x == x, x, float("nan"))
-    tl.store(p_ptr + i, tl.where(finite, bf16, nearest(x, p_ptr)), mask=mask)
+    if STOCHASTIC:
+        if HELD:
+            step = tl.load(step).to(tl.int32)
+        random = random16_rows(first + tl.arange(0, TILE // 8), seed, parameter, step, STREAM)
+    else:
+        random = 128 << 8
+    p, rest = _parts(x, random, p_ptr, BELOW)
+    tl.store(p_ptr + i, p, mask=mask)
     tl.store(high_ptr + i, (rest >> 8).to(tl.int8), mask=mask)
-    if LOW:
+    if BELOW == 16:
         tl.store(low_ptr + i, (rest & 255).to(tl.uint8), mask=mask)
 
 
@@ -102,25 +175,21 @@ def _join(p: Tensor, high: Tensor, low: Tensor | None, out: Tensor, triton: bool
         out.copy_(join_ref(p, high, low))
     elif p.numel():
         launch(_join_kernel, cdiv(p.numel(), _TILE), p.device, p, high, low, out, p.numel(),
-               LOW=low is not None, TILE=_TILE)
+               BELOW=8 if low is None else 16, TILE=_TILE)
 
 
 def _split(x: Tensor, p: Tensor, high: Tensor, low: Tensor | None, key: list[int], random: bool,
            t: int, start: int, triton: bool, held_t: Tensor | None = None) -> None:
     """``held_t`` is t in a tensor."""
     if not triton:
-        bits = None
-        if random:
-            bits = random_bits16_ref(start, x.numel(), (key[0], key[1]),
-                                     (t if held_t is None else held_t, WEIGHT_STREAM),
-                                     x.device).view(x.shape)
-        split_ref(x, p, high, low, bits)
+        random_split_ref(x, p, high, low, (key[0], key[1]) if random else None,
+                         t if held_t is None else held_t, start)
     elif x.numel():
         tiles = cdiv(start % 8 + x.numel(), _TILE)
         launch(_split_kernel, tiles, x.device, x, p, high, low, x.numel(), start,
                *map(signed32, key), signed32(t) if held_t is None else held_t,
-               LOW=low is not None, STOCHASTIC=random, HELD=held_t is not None,
-               STREAM=WEIGHT_STREAM, TOP=_TOP, TILE=_TILE)
+               BELOW=8 if low is None else 16, STOCHASTIC=random, HELD=held_t is not None,
+               TILE=_TILE)
         torch.autograd.graph.increment_version([y for y in (p, high, low) if y is not None])
 
 
@@ -131,11 +200,18 @@ _split_op = define("split(Tensor x, Tensor(a!) p, Tensor(b!) high, Tensor(c!)? l
                    _split)
 
 
-def _check(p: Tensor, high: Tensor, low: Tensor | None) -> None:
-    check("p", p, shape=tuple(p.shape), dtypes=(torch.bfloat16,), device=p.device)
-    check("high", high, shape=tuple(p.shape), dtypes=(torch.int8,), device=p.device)
-    if low is not None:
-        check("low", low, shape=tuple(p.shape), dtypes=(torch.uint8,), device=p.device)
+def check_below(p: Matrices, below: Sequence[Matrices]) -> None:
+    """Raise if these are not what is kept below a weight: nothing, its ``high``, or ``low`` too.
+
+    Raises:
+        TypeError, ValueError: the message gives expected and received.
+    """
+    if len(below) > len(_BELOW):
+        raise ValueError(f"below: expected up to {len(_BELOW)} tensors, got {len(below)}")
+    if below:
+        check("p", p, shape=tuple(p.shape), dtypes=(torch.bfloat16,), device=p.device)
+    for (name, dtype), x in zip(_BELOW, below, strict=False):
+        check(name, x, shape=tuple(p.shape), dtypes=(dtype,), device=p.device)
 
 
 def join(p: Tensor, high: Tensor, low: Tensor | None = None, *, backend: str | None = None
@@ -153,7 +229,7 @@ def join(p: Tensor, high: Tensor, low: Tensor | None = None, *, backend: str | N
         ValueError: shapes differ, or a tensor is not contiguous.
         RuntimeError: "triton" was asked for and cannot run there.
     """
-    _check(p, high, low)
+    check_below(p, (high,) if low is None else (high, low))
     out = torch.empty(p.shape, dtype=torch.float32, device=p.device)
     _join_op(p, high, low, out, use_triton(backend, p.device))
     return out
@@ -178,7 +254,7 @@ def split(x: Tensor, p: Tensor, high: Tensor, low: Tensor | None = None, *,
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`join`.
     """
-    _check(p, high, low)
+    check_below(p, (high,) if low is None else (high, low))
     check("x", x, shape=tuple(p.shape), dtypes=(torch.float32,), device=p.device)
     count, held = (1, t) if isinstance(t, Tensor) else (t, None)
     _split_op(x, p, high, low, key or (0, 0), key is not None and low is None, count, start,

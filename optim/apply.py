@@ -62,18 +62,10 @@ def block_rows(x: Tensor) -> int:
     return max(1, block_of(x) // max(1, x[..., :1, :].numel()))
 
 
-def _in_one_pass(p: Matrices, u: Update, kept: Mapping[str, Tensor]) -> bool:
-    """Whether a kernel applies the update to the weight: on a GPU, except products in fp32 and
-    split weights.
-    """
-    narrow = u.left is None or p.element_size() == 2
-    return narrow and "master" not in kept and _by_lift(p, u.left)
-
-
-def _by_lift(x: Matrices, left: Matrices | None) -> bool:
-    """Whether a kernel adds the terms of an update to x, with a product of factors in 16 bits."""
-    return ((left is None or left.element_size() == 2) and by_kernel(x)
-            and x.dtype != torch.float64 and x.is_contiguous())
+def _in_one_pass(p: Matrices, u: Update) -> bool:
+    """Whether a kernel applies the update to the weight: on a GPU, except products in fp32."""
+    narrow = u.left is None or u.left.element_size() == p.element_size() == 2
+    return narrow and by_kernel(p) and p.dtype != torch.float64 and p.is_contiguous()
 
 
 def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any],
@@ -92,9 +84,10 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
     if isinstance(lr, Tensor):
         u, lr, o = _with_rate(p, u, o), 1.0, {**o, "lr": 1.0}
     keep: Tensor | float = 1 - lr * o["weight_decay"] if u.keep is None else u.keep.expand(p.shape)
-    if _in_one_pass(p, u, kept):
+    if _in_one_pass(p, u):
         lift(p, u.left, u.right, alpha=-lr * u.factor, keep=keep, dense=u.dense, gain=u.gain,
-             beta=-lr, key=keys_of(kept, o) if random_rounding(p, o) else None, t=t, start=start)
+             beta=-lr, key=keys_of(kept, o) if random_rounding(p, o) else None, t=t, start=start,
+             below=[*_masters(p, kept).values()])
     elif isinstance(p, Apart):  # fp32: the library computes each product
         assert isinstance(kept, codec.Together)
         for p_, u_, kept_ in zip(p.parts, _each(u, p), kept.states, strict=True):
@@ -132,9 +125,10 @@ def _each(u: Update, p: Matrices) -> list[Update]:
                                                            strict=True)]
 
 
-def _masters(p: Tensor, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _masters(p: Matrices, kept: Mapping[str, Tensor]) -> dict[str, Any]:
     """The extra bits of the weight in the state (``master_bits``), in the shape of p."""
-    return {k: kept[k].view(p.shape) for k in MASTERS if k in kept}
+    found = {k: kept[k] for k in MASTERS if k in kept}
+    return found if isinstance(p, Apart) else {k: x.view(p.shape) for k, x in found.items()}
 
 
 def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Tensor],
@@ -155,12 +149,12 @@ def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Te
     for p_, left_, dense, gain_, keep_, *masters_ in zip(parts, *cut, strict=True):
         kept_ = {**kept, **dict(zip(masters, masters_, strict=True))} if masters else kept
         x = read_weight(p_, kept_)
-        _add(x, Update(left_, right, u.factor, dense, gain_), keep_, lr, x is not p_)
+        _add(x, Update(left_, right, u.factor, dense, gain_), keep_, lr)
         write_weight(p_, x, kept_, o, t, start)
         start += p_.numel()
 
 
-def _add(x: Tensor, u: Update, keep: Tensor | float, lr: float, copied: bool) -> None:
+def _add(x: Tensor, u: Update, keep: Tensor | float, lr: float) -> None:
     """X <- keep o X - lr u.
 
     Args:
@@ -168,12 +162,8 @@ def _add(x: Tensor, u: Update, keep: Tensor | float, lr: float, copied: bool) ->
         u: its part of the update.
         keep: its decay.
         lr: the rate.
-        copied: x is a copy.
     """
     left, right, dense, gain = u.left, u.right, u.dense, u.gain
-    if copied and _by_lift(x, left):
-        lift(x, left, right, alpha=-lr * u.factor, keep=keep, dense=dense, gain=gain, beta=-lr)
-        return
     if isinstance(keep, Tensor):
         x.mul_(keep)
         keep = 1.0

@@ -152,7 +152,7 @@ def _held(optimizer: MatrixOptimizer, w: Work, p: Tensor, g: Tensor, dense: bool
         dense: it gets AdamW.
     """
     state, o = optimizer.state[w.p], w.o
-    if (optimizer._gradients.in_backward or o["metrics"] or o["capturable"] or "master" in state
+    if (optimizer._gradients.in_backward or o["metrics"] or o["capturable"]
             or not _by_address(p, g)):
         return 0, None
     rows = None

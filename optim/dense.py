@@ -19,7 +19,7 @@ from . import codec
 from .apply import block_of, negated
 from .codec import Slot
 from .sharding import Rows
-from .weights import MASTERS, random_rounding, read_weight, write_weight
+from .weights import MASTERS, below, random_rounding, read_weight, write_weight
 
 __all__ = ["Quotient", "adam", "adam_slots", "averages", "representable", "step_adamw"]
 
@@ -40,9 +40,9 @@ def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mappin
     # Not under torch.compile, which would recompile for each rate.
     fused = None if torch.compiler.is_compiling() else codec.Decoded(
         stored, slots, p, rows).stored_pair(g, o)
-    if fused is not None and p.is_contiguous() and "master" not in stored:
+    if fused is not None and p.is_contiguous():
         adamw8(p, g, **fused, lr=o["lr"], weight_decay=o["weight_decay"], t=t,
-               maximize=o["maximize"], stochastic=random_rounding(p, o))
+               maximize=o["maximize"], stochastic=random_rounding(p, o), below=below(stored))
         return
     names = [k for k in stored
              if k in MASTERS or slots[k.partition(".")[0]].stream is not None]

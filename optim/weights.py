@@ -14,7 +14,7 @@ from ..kernels.split import join, split
 from .codec import Slot, wide
 from .keys import key_of
 
-__all__ = ["MASTERS", "master_slots", "random_rounding", "read_weight", "write_weight"]
+__all__ = ["MASTERS", "below", "master_slots", "random_rounding", "read_weight", "write_weight"]
 
 #: The lower 16 bits of an fp32 weight, beside its bf16 (:mod:`lissom.kernels.split`). Two
 #: tensors, as gloo and NCCL do not send 16-bit integers, and sharded state must be gathered.
@@ -29,19 +29,22 @@ def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
             for name, kind in [*MASTERS.items()][:o["master_bits"] // 8]}
 
 
+def below(kept: Mapping[str, Tensor]) -> list[Any]:
+    """The bits of a weight that the state keeps (``master_bits``), as kernels take them."""
+    return [kept[name] for name in MASTERS if name in kept]
+
+
 def read_weight(p: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
     """The weight in the precision of the arithmetic, with the bits that the state keeps of it."""
     if "master" not in kept:
         return wide(p)
-    low = kept.get("master_low")
-    return join(p.contiguous(), kept["master"].contiguous(),
-                None if low is None else low.contiguous())
+    return join(p.contiguous(), *(x.contiguous() for x in below(kept)))
 
 
 def _split_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], key: tuple[int, int] | None,
                   step: int | Tensor, start: int) -> None:
     """Write the nearest bf16 number to p and the rest to the masters."""
-    parts = [p, *(kept[name] for name in MASTERS if name in kept)]
+    parts = [p, *below(kept)]
     # rows of each matrix of a stack do not lie together
     whole = [y.contiguous() for y in parts]
     split(x.contiguous(), *whole, key=key, t=step, start=start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,19 @@ def test_adam_of_several(device, shape, kind, bits, backend):
                for a, b in zip(x, y, strict=True) if a is not None)
     assert [x._version > v for x, v in zip(qs, versions, strict=True)] == [True] * COUNT
 
+    if kind == torch.bfloat16:  # with bits that are kept below the weights
+        one, several = moments(shape, bits, device), moments(shape, bits, device)
+        parts = [[x.clone(), *(torch.full(shape, 7 + i, dtype=k, device=device)
+                               for k in (torch.int8, torch.uint8)[:1 + bits // 32])]
+                 for i, x in enumerate(p)]
+        others = [[x.clone() for x in each] for each in parts]
+        for (x, *below), y, kept, key in zip(parts, g, one, KEYS, strict=True):
+            adamw8(x, y.clone(), *kept, key=key, below=below, **numbers)
+        x, *below = listed(others)
+        adamw8(x, Apart([y.clone() for y in g]), *listed(several), key=KEYS, below=below, **numbers)
+        assert all(map(torch.equal, [x for each in (*parts, *one) for x in each if x is not None],
+                       [x for each in (*others, *several) for x in each if x is not None]))
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
@@ -191,6 +205,13 @@ def test_lift_of_several(device, kind, left_apart, varies, backend):
          backend=backend)
     lift(Apart(qs), dense=Apart([g[0]] * COUNT), backend=backend)
     assert all(map(torch.equal, ps, qs))
+    for kinds in ((torch.int8,), (torch.int8, torch.uint8)) if kind == torch.bfloat16 else ():
+        below, others = ([torch.full((COUNT, m, n), 7, dtype=k, device=device) for k in kinds]
+                         for _ in range(2))
+        for i, x in enumerate(ps):
+            lift(x, left[i], right[i].mT, key=KEYS[i], below=[y[i] for y in below], **terms)
+        lift(Apart(qs), left, right.mT, key=KEYS, below=[Apart([*y]) for y in others], **terms)
+        assert all(map(torch.equal, [*ps, *below], [*qs, *others]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -281,6 +302,14 @@ TOGETHER = ("GaLoreAdamW", "GaLoreAdamW8bit", "DCTAdamW", "FiraAdamW", "APOLLO",
             "GradNormLoRPAdamW")
 
 
+#: Weights with bits of theirs in the state.
+SPLIT = [replace(case, name=f"{case.name}-split", options={**case.options, **more})
+         for case in CASES for more in [{
+             "adamw": {"master_bits": 16}, "galoreadamw": {"master_bits": 8},
+             "firaadamw-svd": {"master_bits": 16}, "muon": {"master_bits": 8}}.get(case.name)]
+         if more is not None]
+
+
 def sizes(monkeypatch, optimizer):
     """Numbers of parameters that are updated at once, which are put down as they come."""
     found = []
@@ -296,7 +325,7 @@ def sizes(monkeypatch, optimizer):
 
 @needs_triton
 @pytest.mark.parametrize(("case", "kind"), [
-    *((case, torch.bfloat16) for case in first_of_each_class()),
+    *((case, torch.bfloat16) for case in (*first_of_each_class(), *SPLIT)),
     *(pytest.param(case, torch.float32, marks=pytest.mark.slow) for case in first_of_each_class()),
     *(pytest.param(case, torch.bfloat16, marks=pytest.mark.slow) for case in CASES
       if case.name.endswith("bit") and case.make.__name__ in (*TOGETHER, "AdamW")
@@ -321,7 +350,7 @@ def test_together_as_one_after_the_other(device, case, kind, through_kernels, mo
         if alone:
             assert not together
             continue
-        plain = not any(case.option(x) for x in ("amsgrad", "master_bits", "capturable"))
+        plain = not any(case.option(x) for x in ("amsgrad", "capturable"))
         assert (False in together) == (plain or (kind == torch.float32 and not (
             case.option("amsgrad") or case.option("capturable"))))
         if True in together:
@@ -340,6 +369,7 @@ def test_together_as_one_after_the_other(device, case, kind, through_kernels, mo
     {"proj_type": "left"}, {"projection": "random"},
     {"residual": "fira", "proj_type": "left", "state_bits": 8},
     {"residual": "fira", "residual_scale": "released", "projection": "dct"},
+    {"master_bits": 8}, {"residual": "fira", "master_bits": 16},
 ], ids=str)
 def test_which_go_together(device, options, through_kernels, monkeypatch):
     """Those without a refresh at this step, of one shape; a refresh is alone but for cosines."""
@@ -385,7 +415,7 @@ def test_what_goes_alone(device, through_kernels, monkeypatch):
 
     for options in ({"inner": "lion"}, {"inner": "factored"}, {"amsgrad": True},
                     {"maximize": True}, {"metrics": True}, {"proj_type": "full"},
-                    {"residual": "sign"}, {"residual": "error_feedback"}, {"master_bits": 8}):
+                    {"residual": "sign"}, {"residual": "error_feedback"}):
         ps = parameters()
         optimizer = GaLoreAdamW(ps, rank=2, **options)
         with monkeypatch.context() as patch:

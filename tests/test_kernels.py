@@ -505,6 +505,43 @@ def test_weight_is_that_of_the_reference(device, shape, kind, bits):
         assert_stores_close(ours, theirs, bits)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("shape", [(3, 300), (5, 7), (11,), (0, 4)])
+def test_split_weight_is_that_of_the_reference(device, shape, bits, count):
+    """Which is the fp32 weight's update, split."""
+    for stochastic, start in ((False, 0), (True, 5), (True, 8)):
+        x, g = (x.to(device) for x in tensors([shape, shape], 1))
+        parts = split_parts(x, count)
+        others, wide = clones(parts), join(*parts)
+        ours = store(shape, bits, device, 6)
+        theirs, plain = clones(ours), clones(ours)
+        options = {"bits": bits, "lr": 1e-2, "weight_decay": 0.1, "t": 4, "key": KEY,
+                   "start": start, **BETAS}
+        versions = [x._version for x in parts]
+        adamw8(parts[0], g, *ours, below=parts[1:], stochastic=stochastic, backend="triton",
+               **options)
+        assert all(x._version > v or not x.numel()
+                   for x, v in zip(parts, versions, strict=True))
+        adamw8_ref(others[0], g, *theirs, below=others[1:], stochastic=stochastic, **options)
+        adamw8_ref(wide, g, *plain, **options)
+        expected = clones(parts)
+        split(wide, *expected, key=KEY if stochastic else None, t=4, start=start, backend="torch")
+        assert_same(others, expected)
+        assert_same(theirs, plain)
+        torch.testing.assert_close(join(*parts), join(*others), rtol=2e-6 if count == 2 else 2e-5,
+                                   atol=1e-7)
+        assert_stores_close(ours, theirs, bits)
+
+
+def split_parts(x, count):
+    """x in bf16, and ``count`` bytes below it."""
+    parts = [x.bfloat16(), *(torch.full(x.shape, 77, dtype=kind, device=x.device)
+                             for kind in (torch.int8, torch.uint8)[:count])]
+    split(x, *parts, backend="torch")
+    return parts
+
+
 @pytest.mark.parametrize("bits", [32, 8, 4])
 def test_hard_gradients(device, bits):
     """Zeros move nothing, 1e30 moves by the rate, NaN and Inf stay in their block."""
@@ -589,10 +626,10 @@ for kind, held in ((H, False), ("*fp16", False), (H, True)):
           step="*i64" if held else I)
 for low, held in ((None, False), (None, True), (C, False)):
     parts = {"p_ptr": H, "high_ptr": "*i8", "out_ptr": F, "low_ptr": low, "start": "i64"}
-    none = {"LOW": low is not None, "TILE": 1024} | ({} if low else {"low_ptr": None})
+    none = {"BELOW": 16 if low else 8, "TILE": 1024} | ({} if low else {"low_ptr": None})
     build(split._join_kernel, none, **parts)
-    build(split._split_kernel, {**none, "STOCHASTIC": low is None, "HELD": held, "STREAM": 64,
-          "TOP": split._TOP}, step="*i64" if held else I, **parts)
+    build(split._split_kernel, {**none, "STOCHASTIC": low is None, "HELD": held},
+          step="*i64" if held else I, **parts)
 for bits, width in ((8, 256), (4, 8)):
     shape = {"BITS": bits, "R": 1024 // width, "W": width}
     for signed in (True, False):
@@ -601,9 +638,14 @@ for bits, width in ((8, 256), (4, 8)):
     codes = {"codes_ptr": "*i8" if bits == 8 else C}
     build(linear._quantize_linear_kernel, {**shape, "LEVELS": 127 if bits == 8 else 7}, **codes)
     build(linear._dequantize_linear_kernel, shape, out_ptr=H, **codes)
-    for weight, held in ((True, False), (False, False), (True, True)):
-        flags = {"WEIGHT": weight, "MAXIMIZE": weight, "STOCHASTIC": weight, "ALIGNED": weight}
+    for weight, held, below in ((True, False, 0), (False, False, 0), (True, True, 0),
+                                (True, True, 8), (True, False, 16)):
+        flags = {"WEIGHT": weight, "MAXIMIZE": weight, "STOCHASTIC": weight and below < 16,
+                 "ALIGNED": weight, "BELOW": below}
         numbers = {"step": "*i64", "correction": F} if held else {}
+        numbers |= {"high_ptr": "*i8"} if below else {}
+        numbers |= {"low_ptr": C} if below == 16 else {}
+        flags |= {x: None for x in ("high_ptr", "low_ptr") if x not in numbers}
         ptx = build(adam._adam_kernel, {**shape, **flags, "HELD": held}, m_ptr=C, v_ptr=C,
                     target_ptr=H if weight else F, **numbers)
         # Scales are exact, and the root and the quotient of the direction nearly.
@@ -612,6 +654,7 @@ for bits, width in ((8, 256), (4, 8)):
         assert not any(x in ptx for x in ("fma.rn", ".ftz"))
 for bits, kind in ((32, F), (16, H)):
     none = {f"{x}_{y}_ptr": None for x in "mv" for y in ("scale", "book", "lines", "ends")}
+    none |= {"high_ptr": None, "low_ptr": None}
     ptx = build(adam._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
                 "STOCHASTIC": False, "HELD": False, "ALIGNED": bits == 16, "R": 4, "W": 256},
                 m_ptr=kind, v_ptr=kind, target_ptr=F)
@@ -644,6 +687,9 @@ def test_operators_are_declared_as_they_are(device, triton):
                      [1, 2], False, 0, triton)),
         (ops.adam8, (x.clone(), x, x.clone(), x.square(), None, None, 32, 0.9, 0.99, 1e-8, 3, None,
                      0.0, False, [1, 2], False, 0, triton)),
+        (ops.adam8, (x.bfloat16(), x, x.clone(), x.square(), None, None, 32, 0.9, 0.99, 1e-8, 3,
+                     1e-3, 0.0, False, [1, 2], True, 0, triton, None, None, None, False,
+                     x.to(torch.int8))),
     ]
     for op, arguments in cases:
         opcheck(op.default, arguments)

@@ -15,6 +15,7 @@ from lissom.kernels.limit import limited_gains, limited_gains_ref
 from lissom.kernels.norms import row_norms, row_norms_ref
 from lissom.kernels.philox import WEIGHT_STREAM, stochastic_round
 from lissom.kernels.project import project, project_ref
+from lissom.kernels.split import join, split
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
@@ -176,6 +177,33 @@ def test_random_bits_are_those_of_the_reference(shape, start, kind, device, many
     assert not torch.equal(plain, expected)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("start", [0, 5, (1 << 35) + 8])
+@pytest.mark.parametrize("shape", [(20, 64), (2, 9, 33), (130, 200)])
+def test_bits_below_a_weight_are_those_of_the_reference(shape, start, count, device, many):
+    """Of numbers that are exact before they are rounded; at random, and to nearest."""
+    *batch, m, n = shape
+    x, left, right, _, _, _ = terms((*batch, m, 7, n), torch.float32, torch.bfloat16, device)
+    below = [torch.full(x.shape, 77, dtype=kind, device=device)
+             for kind in (torch.int8, torch.uint8)[:count]]
+    parts = [x.bfloat16(), *below]
+    split(x * (1 + 2**-14), *parts, backend="torch")
+    wide = join(*parts) + 2**-18 * (left.float() @ right.float())
+    results = []
+    for key in (KEY, None):
+        expected = [y.clone() for y in parts]
+        split(wide, *expected, key=key, t=3, start=start, backend="torch")
+        for backend in ("torch", "triton"):
+            found = [y.clone() for y in parts]
+            versions = [y._version for y in found]
+            lift(found[0], left, right, alpha=2**-18, key=key, t=3, start=start, below=found[1:],
+                 backend=backend)
+            assert all(map(torch.equal, found, expected)), (backend, key)
+            assert all(y._version > v for y, v in zip(found, versions, strict=True))
+        results.append(expected)
+    assert all(map(torch.equal, *results)) == (count == 2)  # where nothing is rounded at random
+
+
 @pytest.mark.parametrize("gain", ["rows", "columns", "elements", "one"])
 def test_gains_and_shares_of_any_extent(gain, device, many):
     p, left, right, dense, _, _ = terms((3, 33, 8, 70), torch.float32, torch.bfloat16, device)
@@ -276,6 +304,12 @@ def test_refusals():
         lift(x, x, x.mT.double())
     with pytest.raises(ValueError, match=r"dense: expected shape \(4, 6\), got \(6, 4\)"):
         lift(x, dense=x.mT)
+    with pytest.raises(TypeError, match=r"p: expected torch.bfloat16, got torch.float32"):
+        lift(x, below=[x.to(torch.int8)])
+    with pytest.raises(TypeError, match=r"low: expected torch.uint8, got torch.int8"):
+        lift(x.bfloat16(), below=[x.to(torch.int8)] * 2)
+    with pytest.raises(ValueError, match=r"below: expected up to 2 tensors, got 3"):
+        lift(x.bfloat16(), below=[x.to(torch.int8)] * 3)
 
 
 COMPILE = """
@@ -286,7 +320,8 @@ def build(kernel, constants, types, t, capability):
     names = [p.name for p in kernel.params]
     uneven = {"tiles_m", "tiles_n", "start", "seed", "parameter", "step"}
     tile = {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group, "PRECISION": "ieee",
-            "WIDEN": False, "SLICES": lift._SLICES if t == lift._SHARED else 1}
+            "WIDEN": False, "SLICES": lift._SLICES if t == lift._SHARED else 1,
+            **{x: None for x in ("high_ptr", "low_ptr") if x not in types}}
     constants = {**constants, **{k: v for k, v in tile.items() if k in names}}
     kernel = built(kernel, types, constants,
                    lambda n: types.get(n) != "fp32" and n not in uneven,
@@ -310,17 +345,21 @@ for capability in (80, 90):
                 "b_column": 1, "c_row" if left else "c_column": 1}, types, t, capability)
             assert kind == "*fp32" or (dot in ptx and "cp.async.cg" in ptx)
     flat = {"left_ptr": None, "right_ptr": None}
-    for kind, t, none in (("*bf16", lift._SHARED, {}), ("*fp16", tiles.SMALL, {}),
-                          ("*fp32", lift._FLAT, flat)):
+    for kind, t, none, below in (("*bf16", lift._SHARED, {}, 0), ("*fp16", tiles.SMALL, {}, 0),
+                                 ("*fp32", lift._FLAT, flat, 0), ("*bf16", lift._SHARED, {}, 8),
+                                 ("*bf16", lift._FLAT, flat, 16)):
         held = kind == "*fp16"
         types = {f"{x}_ptr": kind for x in ("p", "left", "right", "dense")}
         types |= {"gain_ptr": "*fp32", "keep_ptr": "*fp32", "alpha": "fp32", "beta": "fp32",
-                  "keep": "fp32", **({"step": "*i64"} if held else {})}
+                  "keep": "fp32", **({"step": "*i64"} if held else {}),
+                  **({"high_ptr": "*i8"} if below else {}),
+                  **({"low_ptr": "*u8"} if below == 16 else {})}
         ptx = build(lift._lift_kernel, {
-            **none, "HELD": held, "PRODUCT": not none, "DENSE": True,
+            **none, "HELD": held, "BELOW": below, "PRODUCT": not none, "DENSE": True,
             "GAIN": 2 if kind == "*bf16" else 3, "KEEP": 1 if kind == "*bf16" else 3,
-            "STOCHASTIC": kind != "*fp32", "ALIGNED": True, "left_column": 1, "right_column": 1,
-            "dense_column": 1, "gain_row": 0, "gain_column": 1, "keep_row": 1, "keep_column": 0},
+            "STOCHASTIC": kind != "*fp32" and below < 16, "ALIGNED": True, "left_column": 1,
+            "right_column": 1, "dense_column": 1, "gain_row": 0, "gain_column": 1, "keep_row": 1,
+            "keep_column": 0},
             types, t, capability)
         assert none or dot in ptx
     flat = tiles.Tiles(1, 1, 1, 1, 4, 1)
