@@ -165,7 +165,7 @@ bench() {
 # What classes with a roofline and other packages are called; those that take SVDs come last.
 eight='torch.optim.AdamW fused;GaLoreAdamW, 8 bits;DCTAdamW, gap 200, 8 bits;FiraAdamW, 8 bits'
 eight+=';APOLLO, 8 bits;AdamW8bit;DCTAdamW, every step, 8 bits;Muon, 8 bits;Trion, 8 bits'
-eight+=';PolarGrad, 8 bits'
+eight+=';PolarGrad, 8 bits;AdamW8bit, 8 bits of weights;GaLoreAdamW, 8 bits, 8 bits of weights'
 wide='AdamW;GaLoreAdamW;DCTAdamW, gap 200;FiraAdamW;APOLLO;DCTAdamW, every step'
 wide+=';DCTAdamW, every step, by product;Muon;Trion;PolarGrad'
 peers='products alone;torch.optim.AdamW foreach;torch.optim.Muon;bitsandbytes AdamW8bit'

@@ -80,12 +80,14 @@ class Contestant(NamedTuple):
         make: with its weights and gradients, or raises.
         kind: of work for :func:`roofline`, "" for one that has none.
         bits: of its moments.
+        below: bits of a weight that are kept in the state.
         package: other than this one.
     """
 
     make: Callable[[], Made]
     kind: str = ""
     bits: int = 32
+    below: int = 0
     package: str | None = None
 
 
@@ -103,13 +105,14 @@ def shapes_of(shape: Shape, layers: int | None, whole: bool
 
 
 def roofline(kind: str, matrices: Sequence[tuple[int, int]], rest: Sequence[tuple[int, ...]],
-             rank: int, bits: int, element: int) -> tuple[float, float]:
+             rank: int, bits: int, element: int, below: int = 0) -> tuple[float, float]:
     """Bytes that a step must move and operations of products that it must do.
 
     Every tensor is read or written once for each pass that cannot be avoided: a dense AdamW reads G
     and P and both moments and writes all but G. A projected rule reads G and its basis (b), writes
     and reads R and N, reads and writes the moments, reads the basis again for the lift and P, and
     writes P: e (3 m n + 2 b r + 4 r x) and 4 m n r operations, b the shorter and x the longer side.
+    Bits of P in the state are read and written.
 
     Args:
         kind: ``"adamw"``, ``"galore"``, ``"fira"`` (G once more), ``"dct"`` (a product with the
@@ -121,10 +124,12 @@ def roofline(kind: str, matrices: Sequence[tuple[int, int]], rest: Sequence[tupl
         rank: of projections.
         bits: of moments.
         element: bytes of a weight.
+        below: bits of a weight in the state.
     """
     moment = _MOMENT_BYTES[bits]
-    moved = operations = 0.0
+    operations = 0.0
     vectors = [torch.Size(x).numel() for x in rest]
+    moved = 2 * below / 8 * sum(vectors + [m * n for m, n in matrices])
     if kind == "adamw":
         vectors += [m * n for m, n in matrices]
         matrices = []
@@ -314,6 +319,12 @@ class _Bench:
                 found["AdamW8bit"] = Contestant(functools.partial(dense, AdamW8bit), "adamw", 8)
             elif "by product" not in name:
                 found[f"{name}, 8 bits"] = of(8)
+        kept = 8 if self.dtype == torch.bfloat16 else 0  # an fp32 weight lacks nothing
+        found |= {
+            "AdamW8bit, 8 bits of weights": Contestant(
+                functools.partial(dense, AdamW8bit, master_bits=8), "adamw", 8, kept),
+            "GaLoreAdamW, 8 bits, 8 bits of weights": ours(
+                self.low_rank, "galore", GaLoreAdamW, master_bits=8)(8)._replace(below=kept)}
         return found | {
             "galore-torch": Contestant(self.peer("galore_torch", "GaLoreAdamW", **low),
                                        package="galore-torch"),
@@ -353,7 +364,8 @@ def _measure(name: str, found: Contestant, made: Made, taken: list[float], first
         "state_bytes": sum(map(names.state_bytes, made.optimizers)), "peak_extra_bytes": peak}
     if found.kind:
         row["bytes"], row["operations"] = roofline(
-            found.kind, bench.matrices, bench.rest, bench.rank, found.bits, bench.dtype.itemsize)
+            found.kind, bench.matrices, bench.rest, bench.rank, found.bits, bench.dtype.itemsize,
+            found.below)
     return row
 
 

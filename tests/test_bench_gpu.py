@@ -223,6 +223,14 @@ def test_contestants_are_chosen_by_provider_and_bits(tmp_path, capsys):
     for name, projection in (("GaLoreAdamW", "randomized"), ("DCTAdamW, every step", "dct")):
         group = made[name].make().optimizers[0].param_groups[0]
         assert group["projection"] == projection
+    for dtype, kept in (("bf16", 8), ("fp32", 0)):
+        made = _bench(dtype=dtype).contestants()
+        for name in ("AdamW8bit", "GaLoreAdamW, 8 bits"):
+            split = made[f"{name}, 8 bits of weights"]
+            optimizer, = split.make().optimizers
+            assert optimizer.param_groups[0]["master_bits"] == 8
+            assert (split.below, split.bits, split.kind) == (kept, 8, made[name].kind)
+            assert any("master" in s for s in optimizer.state.values()) == bool(kept)
     for flag, value in (("--providers", "galore"), ("--bits", "4")):
         with pytest.raises(SystemExit):
             step.main([*base, flag, value])
@@ -255,6 +263,9 @@ def test_shapes_and_rooflines():
     assert step.roofline("frugal", one, [], 5, 32, 2) == (2 * 3 * 600 + 4 * 5 * 30 * 4, 0)
     assert step.roofline("fira", one, [], 5, 32, 2) == (moved + 2 * 600, operations)
     assert step.roofline("adamw", one, [(7,)], 5, 8, 2) == (607 * (6 + 4 * (1 + 4 / 256)), 0)
+    assert step.roofline("adamw", one, [(7,)], 5, 8, 2, 8) == (
+        607 * (8 + 4 * (1 + 4 / 256)), 0)
+    assert step.roofline("galore", one, [], 5, 32, 2, 16) == (moved + 4 * 600, operations)
     assert step.roofline("dct", one, [], 5, 32, 2)[1] == 2 * 600 * 20 + 2 * 600 * 5
     assert step.roofline("muon", one, [], 5, 32, 2)[1] == 5 * (3 * 400 * 30 + 8000)
 
