@@ -65,7 +65,7 @@ from .philox import (
     stochastic_fp16_ref,
     within,
 )
-from .split import check_below, join_ref, load_weight, random_split_ref, store_weight
+from .split import check_below, join_ref, load_weight, pair, random_split_ref, store_weight
 
 __all__ = ["STREAMS", "adam8", "adam8_ref", "adamw8", "adamw8_ref"]
 
@@ -205,13 +205,7 @@ def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | Non
                start: int = 0, below: Sequence[Tensor] = ()) -> None:
     """Define :func:`adamw8`."""
     step = Step(bits, beta1, beta2, eps, t, lr, weight_decay, maximize, key, stochastic, start)
-    _adam_ref((p, g, m, v, m_scale, v_scale, *_both(below)), step)
-
-
-def _both(below: Sequence[Any]) -> tuple[Any, Any]:
-    """What is kept below a weight, None for what is not."""
-    high, low, *_ = *below, None, None
-    return high, low
+    _adam_ref((p, g, m, v, m_scale, v_scale, *pair(below)), step)
 
 
 def _root(x: tl.tensor) -> tl.tensor:
@@ -642,4 +636,4 @@ def adamw8(p: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices
     run = _adam8 if isinstance(m, Apart) else _op
     run(p, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, count, rate, weight_decay, maximize,
         _keys(key, m), stochastic and len(below) < 2, start, use_triton(backend, g.device), held_lr,
-        held_t, None, False, *_both(below))
+        held_t, None, False, *pair(below))

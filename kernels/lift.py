@@ -28,7 +28,7 @@ from .apart import (
     writable,
 )
 from .philox import WEIGHT_STREAM, stochastic_round
-from .split import check_below, join_ref, load_weight, random_split_ref, store_weight
+from .split import check_below, join_ref, load_weight, pair, random_split_ref, store_weight
 from .tiles import Tiles, dot_tile, place_tile, precision, stacked, strides, tiles_for, widened
 
 __all__ = ["lift", "lift_ref"]
@@ -43,7 +43,7 @@ _FLAT = Tiles(16, 256, 16, 8, 4, 1)
 
 
 def lift_ref(p: Tensor, left: Tensor | None = None, right: Tensor | None = None, *,
-             alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Tensor | None = None,
+             alpha: float | Tensor = 1.0, keep: Tensor | float = 1.0, dense: Tensor | None = None,
              gain: Tensor | float = 1.0, beta: float = 1.0, key: tuple[int, int] | None = None,
              t: int | Tensor = 1, start: int = 0, below: Sequence[Tensor] = ()) -> None:
     """Define :func:`lift`."""
@@ -53,8 +53,7 @@ def lift_ref(p: Tensor, left: Tensor | None = None, right: Tensor | None = None,
     if dense is not None:
         x += beta * (gain * dense.float())
     if below:
-        high, low, *_ = *below, None
-        random_split_ref(x, p, high, low, key, t, start)
+        random_split_ref(x, p, *pair(below), key, t, start)
         return
     if key is not None and p.dtype != torch.float32:
         x = stochastic_round(x, p.dtype, start, key, (t, WEIGHT_STREAM), backend="torch")
@@ -103,9 +102,11 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
                  PRECISION: tl.constexpr, WIDEN: tl.constexpr, SLICES: tl.constexpr,
                  WEIGHT: tl.constexpr = None, LEFT: tl.constexpr = None, RIGHT: tl.constexpr = None,
                  REST: tl.constexpr = None, ALIGN: tl.constexpr = 1, KEYED: tl.constexpr = False,
-                 BELOW: tl.constexpr = 0) -> None:
+                 BELOW: tl.constexpr = 0, RATED: tl.constexpr = False) -> None:
     if HELD:
         step = tl.load(step).to(tl.int32)
+    if RATED:
+        alpha = tl.load(alpha)
     batch = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
     tile_m, tile_n = place_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP)
     row = tile_m.to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
@@ -170,10 +171,12 @@ def _vary(x: Tensor | None) -> int:
 def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Matrices | None,
           gains: Tensor | None, keeps: Tensor | None, alpha: float, beta: float, keep: float,
           key: Keys, stochastic: bool, t: int, start: int, held_t: Tensor | None = None,
-          high: Matrices | None = None, low: Matrices | None = None) -> None:
+          high: Matrices | None = None, low: Matrices | None = None,
+          held_alpha: Tensor | None = None) -> None:
     """All tensors are (m, n) or batches (b, m, n), with any strides except for p.
 
-    ``held_t`` is t in a tensor. Where p is an ``Apart`` there is a key for each matrix.
+    ``held_t`` and ``held_alpha`` are t and alpha in tensors. Where p is an ``Apart`` there is a key
+    for each matrix.
     """
     batch, (m, n) = len(p) if p.ndim == 3 else 1, p.shape[-2:]
     if not p.numel():
@@ -185,7 +188,8 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
     tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
     words, tensors = key_words(key, p), (p, left, right, dense, high, low)
     launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, *map(address, tensors), gains, keeps,
-           m, n, k, *strides(left, right, dense, gains, keeps), alpha, beta, keep, start, *words,
+           m, n, k, *strides(left, right, dense, gains, keeps),
+           alpha if held_alpha is None else held_alpha, beta, keep, start, *words,
            signed32(t) if held_t is None else held_t, tiles_m, tiles_n,
            PRODUCT=left is not None, DENSE=dense is not None, GAIN=_vary(gains), KEEP=_vary(keeps),
            STOCHASTIC=stochastic, HELD=held_t is not None,
@@ -194,19 +198,19 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
            WIDEN=left is not None and widened(left), SLICES=_SLICES if tiles is _SHARED else 1,
            WEIGHT=kind(p), LEFT=kind(left), RIGHT=kind(right), REST=kind(dense),
            ALIGN=alignment(*tensors), KEYED=isinstance(words[0], Tensor),
-           BELOW=0 if high is None else 8 if low is None else 16, num_warps=tiles.warps,
-           num_stages=tiles.stages)
+           BELOW=0 if high is None else 8 if low is None else 16, RATED=held_alpha is not None,
+           num_warps=tiles.warps, num_stages=tiles.stages)
     torch.autograd.graph.increment_version(writable(p, high, low))
 
 
 _op = define("lift(Tensor(a!) p, Tensor? left, Tensor? right, Tensor? dense, Tensor? gains, "
              "Tensor? keeps, float alpha, float beta, float keep, int[] key, bool stochastic, "
-             "int t, int start, Tensor? held_t=None, Tensor(b!)? high=None, Tensor(c!)? low=None) "
-             "-> ()", _lift)
+             "int t, int start, Tensor? held_t=None, Tensor(b!)? high=None, Tensor(c!)? low=None, "
+             "Tensor? held_alpha=None) -> ()", _lift)
 
 
 def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = None, *,
-         alpha: float = 1.0, keep: Tensor | float = 1.0, dense: Matrices | None = None,
+         alpha: float | Tensor = 1.0, keep: Tensor | float = 1.0, dense: Matrices | None = None,
          gain: Tensor | float = 1.0, beta: float = 1.0, key: Keys | None = None,
          t: int | Tensor = 1, start: int = 0, below: Sequence[Matrices] = (),
          backend: str | None = None) -> None:
@@ -219,7 +223,7 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
         p: weight (..., m, n), contiguous, fp32, bf16 or fp16.
         left: A, (..., m, k), any strides, or None with ``right`` for no product.
         right: B, (..., k, n) of left's dtype. A and B have p's leading dimensions, or none.
-        alpha: multiplies the product.
+        alpha: multiplies the product: a number, or a 0-d fp32 tensor on the device.
         keep: multiplies P: a number, or an fp32 tensor that broadcasts to it.
         dense: D, of p's shape, any strides; None for no such term.
         gain: multiplies D: a number, or an fp32 tensor that broadcasts to it.
@@ -227,7 +231,7 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
         key: (seed, parameter) of the random bits that round a bf16 or fp16 weight; None rounds to
             nearest.
         t: the random stream's step: a number, or a 0-d int64 tensor on the device, which a CUDA
-            graph reads when it is replayed (as it does ``gain`` and ``keep``).
+            graph reads when it is replayed (as it does ``alpha``, ``gain`` and ``keep``).
         start: index in the whole parameter of p's first element.
         below: what is kept below a bf16 weight and changes with it: its ``high``, or ``high`` and
             ``low``, of p's shape (:mod:`lissom.kernels.split`). With ``high`` alone ``key`` rounds
@@ -243,6 +247,8 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
         raise ValueError(f"p: expected (..., m, n), got shape {tuple(p.shape)}")
     check("p", p, shape=tuple(p.shape), dtypes=FLOATS, device=p.device)
     check_below(p, below)
+    if isinstance(alpha, Tensor):
+        check("alpha", alpha, shape=(), dtypes=(torch.float32,), device=p.device)
     if (left is None) != (right is None):
         raise ValueError("left, right: expected two tensors or None and None, got one of them")
     if left is not None and right is not None:
@@ -281,10 +287,12 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
 
     gains = gain.expand(p.shape) if isinstance(gain, Tensor) and dense is not None else None
     keeps = keep.expand(p.shape) if isinstance(keep, Tensor) else None
+    high, low = map(batched, pair(below))
     run = _lift if several else _op
     run(batched(p), batched(left), batched(right), batched(dense), batched(gains), batched(keeps),
-        alpha, beta if isinstance(gain, Tensor) else beta * gain,
+        1.0 if isinstance(alpha, Tensor) else alpha,
+        beta if isinstance(gain, Tensor) else beta * gain,
         1.0 if isinstance(keep, Tensor) else keep,
         key or (0, 0), key is not None and p.dtype != torch.float32 and len(below) < 2,
         1 if isinstance(t, Tensor) else t, start, t if isinstance(t, Tensor) else None,
-        *map(batched, below))
+        high, low, alpha if isinstance(alpha, Tensor) else None)

@@ -10,6 +10,7 @@ from zero where two are as near. Source: the split of master weights as in Flash
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from .philox import (
     round_fp16,
 )
 
-__all__ = ["check_below", "join", "join_ref", "load_weight", "random_split_ref", "split",
+__all__ = ["check_below", "join", "join_ref", "load_weight", "pair", "random_split_ref", "split",
            "split_ref", "store_weight"]
 
 # What is kept below a bf16 weight.
@@ -36,6 +37,12 @@ _TILE = 1024
 # Bits of the largest number to be split: above it the nearest bf16, or what 8 more bits are rounded
 # to, would be infinite.
 _TOP = 0x7F7F7E00
+
+
+def pair(below: Sequence[Any]) -> tuple[Any, Any]:
+    """``high`` and ``low`` of what is kept below a weight, None for what is not."""
+    high, low, *_ = *below, None, None
+    return high, low
 
 
 def join_ref(p: Tensor, high: Tensor, low: Tensor | None = None) -> Tensor:

@@ -32,7 +32,7 @@ class Update(NamedTuple):
 
     Args:
         left, right: (..., m, r) and (..., r, n), or None for no such term.
-        factor: multiplies their product.
+        factor: multiplies their product: a number, or a 0-d tensor.
         dense: (..., m, n), or None for no such term.
         gain: multiplies ``dense``: a number or a tensor that broadcasts to it.
         keep: the decay factor in p <- keep * p - lr * u: a tensor that broadcasts to p, or None
@@ -41,7 +41,7 @@ class Update(NamedTuple):
 
     left: Tensor | None = None
     right: Tensor | None = None
-    factor: float = 1.0
+    factor: float | Tensor = 1.0
     dense: Tensor | None = None
     gain: Tensor | float = 1.0
     keep: Tensor | None = None
@@ -105,11 +105,10 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
 def _with_rate(p: Matrices, u: Update, o: Mapping[str, Any]) -> Update:
     """The update with a rate from a tensor multiplied in, and its decay: nothing is read back."""
     assert u.keep is None
-    assert u.left is None
     lr = o["lr"].double()
     kind = torch.float64 if p.dtype == torch.float64 else torch.float32
-    return Update(dense=u.dense, gain=(lr * u.gain).to(kind),
-                  keep=(1 - lr * o["weight_decay"]).to(kind))
+    return Update(u.left, u.right, (lr * u.factor).to(kind), u.dense, (lr * u.gain).to(kind),
+                  (1 - lr * o["weight_decay"]).to(kind))
 
 
 def _each(u: Update, p: Matrices) -> list[Update]:
@@ -135,7 +134,11 @@ def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Te
                o: Mapping[str, Any], t: int | Tensor, start: int) -> None:
     """By torch operations; on blocks of rows where temporaries are needed."""
     lr, rows = o["lr"], p.shape[-2]
-    left, right = u.left, u.right
+    left, right, factor = u.left, u.right, u.factor
+    if left is not None and right is not None and isinstance(factor, Tensor):
+        # A product's factor is a number, and this one is not to be read.
+        left, right = codec.wide(left) * factor, codec.wide(right)
+    factor = 1.0 if isinstance(factor, Tensor) else factor
     if left is not None and right is not None and slow(left) and not by_kernel(left):
         left, right = codec.wide(left), codec.wide(right)
     if u.dense is not None or p.element_size() == 2:
@@ -149,7 +152,7 @@ def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Te
     for p_, left_, dense, gain_, keep_, *masters_ in zip(parts, *cut, strict=True):
         kept_ = {**kept, **dict(zip(masters, masters_, strict=True))} if masters else kept
         x = read_weight(p_, kept_)
-        _add(x, Update(left_, right, u.factor, dense, gain_), keep_, lr)
+        _add(x, Update(left_, right, factor, dense, gain_), keep_, lr)
         write_weight(p_, x, kept_, o, t, start)
         start += p_.numel()
 
@@ -164,6 +167,7 @@ def _add(x: Tensor, u: Update, keep: Tensor | float, lr: float) -> None:
         lr: the rate.
     """
     left, right, dense, gain = u.left, u.right, u.dense, u.gain
+    assert not isinstance(u.factor, Tensor)
     if isinstance(keep, Tensor):
         x.mul_(keep)
         keep = 1.0

@@ -73,7 +73,6 @@ class Trion(Ranked):
 
     algorithm: ClassVar[str] = "trion"
     waits: ClassVar[bool] = True
-    uncapturable: ClassVar[str | None] = "its update is a product, whose rate is a host's number"
     options: ClassVar[Mapping[str, Option]] = {
         **Ranked.options,
         "momentum": real(0.95, 0.0, 1.0, above=True),

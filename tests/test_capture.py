@@ -15,6 +15,7 @@ from lissom.optim import (
     Muon,
     PolarGrad,
     SwitchLoRAAdamW,
+    Trion,
     norms,
     polar_polynomial,
     update_in_backward,
@@ -35,6 +36,9 @@ CHOICES = {
     "muon": (Muon, {"polar_dtype": "float32"}),
     "muon, fused matrices": (Muon, {"split_sizes": (3, 9), "polar_dtype": "float32"}),
     "muon, 16 bits": (Muon, {"state_bits": 16, "matricize": "batch", "polar_dtype": "float32"}),
+    "trion": (Trion, {"rank": 4, "polar_dtype": "float32", "lr_adamw": None}),
+    "trion, 16 bits": (Trion, {"rank": 4, "state_bits": 16, "master_bits": 8, "matricize": "batch",
+                               "similarity": "matmul", "polar_dtype": "float32"}),
     "polargrad": (PolarGrad, {"polar": "polar-express", "polar_steps": 5, "lr_adamw": None,
                               "polar_dtype": "float32"}),
 }
@@ -335,6 +339,15 @@ def test_lift_and_rounding_read_the_count(backend):
         results.append((p, philox.stochastic_round(d, torch.float16, 5, (3, 4), (t, 1),
                                                    backend=backend)))
     assert_same(*results)
+    left, right = (x.to(device, torch.bfloat16) for x in tensors([(6, 3), (3, 20)], 5))
+    products = []
+    for alpha in (-0.25, torch.tensor(-0.25, device=device)):
+        p = torch.ones(6, 20, dtype=torch.bfloat16, device=device)
+        lift(p, left, right, alpha=alpha, backend=backend)
+        products.append(p)
+    assert_same(*products)
+    with pytest.raises(TypeError, match=r"alpha: expected torch\.float32, got torch\.float64"):
+        lift(p, left, right, alpha=torch.tensor(1.0, dtype=torch.float64, device=device))
     other = torch.ones(6, 20, dtype=torch.bfloat16, device=device)
     lift(other, dense=d, beta=-0.01, key=(3, 4), t=torch.tensor(7, device=device),
          backend=backend)
