@@ -174,7 +174,7 @@ def launch(kernel: Any, programs: int | tuple[int, int], device: torch.device, *
         if found is None:
             compiled = kernel[grid](*args, **constants, enable_fp_fusion=False)
             if compiled is not None:  # None where a hook of Triton's has compiled it elsewhere
-                rest = [constants[p.name] for p in kernel.params[len(args):]]
+                rest = [constants.get(p.name, p.default) for p in kernel.params[len(args):]]
                 _COMPILED[key] = compiled, rest
         else:
             compiled, rest = found

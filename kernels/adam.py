@@ -118,7 +118,9 @@ def _numbers(step: Step) -> tuple[Any, Any, Any]:
     t, lr = step.t, step.lr
     if isinstance(t, Tensor):
         t = t.double()
-        lr = lr.double() if isinstance(lr, Tensor) else torch.full_like(t, float(lr or 0.0))
+        # Of a direction the rate is -1.
+        lr = lr.double() if isinstance(lr, Tensor) else torch.full_like(
+            t, -1.0 if lr is None else lr)
         return ((1 - step.beta2**t).sqrt_(), 1 - lr * step.weight_decay,
                 -lr * (1 / (1 - step.beta1**t)))
     root, factor = math.sqrt(1 - step.beta2**t), 1 / (1 - step.beta1**t)
@@ -523,9 +525,17 @@ def _keys(key: Keys | None, m: Matrices) -> Keys:
     return [(0, 0)] * len(m) if isinstance(m, Apart) else (0, 0)
 
 
+def _counted(t: int | Tensor, g: Matrices) -> tuple[int, Tensor | None]:
+    """A count, and the tensor that it is in: an operator's argument has one type."""
+    if not isinstance(t, Tensor):
+        return t, None
+    check("t", t, shape=(), dtypes=(torch.int64,), device=g.device)
+    return 1, t
+
+
 def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
           v_scale: Matrices | None = None, *, bits: int, beta1: float, beta2: float, eps: float,
-          t: int, key: Keys | None = None, start: int = 0, out: Tensor | None = None,
+          t: int | Tensor, key: Keys | None = None, start: int = 0, out: Tensor | None = None,
           source: Tensor | None = None, rows_move: bool = False, backend: str | None = None
           ) -> Tensor:
     """Adam's direction N, as the module says; moments change in place.
@@ -544,7 +554,8 @@ def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
         beta1: decay of M.
         beta2: decay of V.
         eps: added to the root of V.
-        t: 1-based count of this update; at 16 bits also the random streams' step.
+        t: 1-based count of this update; at 16 bits also the random streams' step. A number, or for
+            one tensor as for :func:`adamw8`.
         key: (seed, parameter) of the random bits, needed at 16 bits.
         start: index in the whole parameter of g's first element.
         out: where N goes, of g's shape, such as g itself, rounded to nearest in 16 bits; None for a
@@ -563,7 +574,8 @@ def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
         ValueError: a shape, layout or option is wrong.
         RuntimeError: "triton" was asked for and cannot run there.
     """
-    _check(g, m, v, m_scale, v_scale, bits, t, bits == 16, key)
+    count, held_t = _counted(t, g)
+    _check(g, m, v, m_scale, v_scale, bits, count, bits == 16, key)
     if out is None:
         out = torch.empty_like(g, dtype=torch.float32)
     else:
@@ -576,8 +588,8 @@ def adam8(g: Tensor, m: Matrices, v: Matrices, m_scale: Matrices | None = None,
         check("source", source, shape=(*lead, of_one[-2 if rows_move else -1]),
               dtypes=(torch.int64,), device=g.device)
     run = _adam8 if isinstance(m, Apart) else _op
-    run(out, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, t, None, 0.0, False,
-        _keys(key, m), False, start, use_triton(backend, g.device), None, None, source, rows_move)
+    run(out, g, m, v, m_scale, v_scale, bits, beta1, beta2, eps, count, None, 0.0, False,
+        _keys(key, m), False, start, use_triton(backend, g.device), None, held_t, source, rows_move)
     return out
 
 
@@ -621,11 +633,8 @@ def adamw8(p: Matrices, g: Matrices, m: Matrices, v: Matrices, m_scale: Matrices
         ValueError: a shape, layout or option is wrong.
         RuntimeError: "triton" was asked for and cannot run there.
     """
-    # An operator's argument has one type: a number or a tensor.
-    count, held_t = (1, t) if isinstance(t, Tensor) else (t, None)
+    count, held_t = _counted(t, g)
     rate, held_lr = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
-    if held_t is not None:
-        check("t", held_t, shape=(), dtypes=(torch.int64,), device=g.device)
     if held_lr is not None:
         check("lr", held_lr, shape=(), dtypes=_RATES, device=g.device)
         if held_t is None:

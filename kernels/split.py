@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._triton import cdiv, check, define, jit, launch, signed32, tl, use_triton
-from .apart import Matrices
+from .apart import Apart, Matrices
 from .philox import (
     WEIGHT_STREAM,
     nearest,
@@ -215,6 +215,9 @@ def check_below(p: Matrices, below: Sequence[Matrices]) -> None:
     """
     if len(below) > len(_BELOW):
         raise ValueError(f"below: expected up to {len(_BELOW)} tensors, got {len(below)}")
+    for x in below:
+        if isinstance(x, Apart) != isinstance(p, Apart):
+            raise TypeError(f"below: expected {type(p).__name__} as for p, got {type(x).__name__}")
     if below:
         check("p", p, shape=tuple(p.shape), dtypes=(torch.bfloat16,), device=p.device)
     for (name, dtype), x in zip(_BELOW, below, strict=False):

@@ -14,7 +14,7 @@ from ..kernels.lift import lift
 from ..kernels.narrow import slow
 from . import codec
 from .keys import keys_of
-from .weights import MASTERS, random_rounding, read_weight, write_weight
+from .weights import masters, random_rounding, read_weight, write_weight
 
 __all__ = ["Update", "apply", "block_of", "block_rows", "negated"]
 
@@ -65,7 +65,7 @@ def block_rows(x: Tensor) -> int:
 def _in_one_pass(p: Matrices, u: Update) -> bool:
     """Whether a kernel applies the update to the weight: on a GPU, except products in fp32."""
     narrow = u.left is None or u.left.element_size() == p.element_size() == 2
-    return narrow and by_kernel(p) and p.dtype != torch.float64 and p.is_contiguous()
+    return narrow and by_kernel(p) and p.dtype != torch.float64
 
 
 def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, Any],
@@ -85,18 +85,22 @@ def apply(p: Matrices, u: Update, kept: Mapping[str, Tensor], o: Mapping[str, An
         u, lr, o = _with_rate(p, u, o), 1.0, {**o, "lr": 1.0}
     keep: Tensor | float = 1 - lr * o["weight_decay"] if u.keep is None else u.keep.expand(p.shape)
     if _in_one_pass(p, u):
-        lift(p, u.left, u.right, alpha=-lr * u.factor, keep=keep, dense=u.dense, gain=u.gain,
+        # A copy where the memory format is another.
+        x: Any = p if isinstance(p, Apart) else p.contiguous()
+        lift(x, u.left, u.right, alpha=-lr * u.factor, keep=keep, dense=u.dense, gain=u.gain,
              beta=-lr, key=keys_of(kept, o) if random_rounding(p, o) else None, t=t, start=start,
-             below=[*_masters(p, kept).values()])
+             below=[*masters(p, kept).values()])
+        if isinstance(p, Tensor) and x is not p:
+            p.copy_(x)
     elif isinstance(p, Apart):  # fp32: the library computes each product
         assert isinstance(kept, codec.Together)
         for p_, u_, kept_ in zip(p.parts, _each(u, p), kept.states, strict=True):
             apply(p_, u_, kept_, o, t, start)
     elif p.ndim == 3 and random_rounding(p, o):
         # One matrix after the other, whose elements have consecutive numbers.
-        masters = _masters(p, kept)
+        below = masters(p, kept)
         for i, (p_, u_) in enumerate(zip(p, _each(u, p), strict=True)):
-            kept_ = {**kept, **{k: x[i] for k, x in masters.items()}} if masters else kept
+            kept_ = {**kept, **{k: x[i] for k, x in below.items()}} if below else kept
             apply(p_, u_, kept_, o, t, start + i * p_.numel())
     else:
         _by_blocks(p, u, keep, kept, o, t, start)
@@ -124,12 +128,6 @@ def _each(u: Update, p: Matrices) -> list[Update]:
                                                            strict=True)]
 
 
-def _masters(p: Matrices, kept: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The extra bits of the weight in the state (``master_bits``), in the shape of p."""
-    found = {k: kept[k] for k in MASTERS if k in kept}
-    return found if isinstance(p, Apart) else {k: x.view(p.shape) for k, x in found.items()}
-
-
 def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Tensor],
                o: Mapping[str, Any], t: int | Tensor, start: int) -> None:
     """By torch operations; on blocks of rows where temporaries are needed."""
@@ -145,12 +143,12 @@ def _by_blocks(p: Tensor, u: Update, keep: Tensor | float, kept: Mapping[str, Te
         # In blocks, so that temporaries stay small and a second pass finds p in the cache.
         rows = block_rows(p)
     parts = torch.split(p, rows, -2)
-    masters = _masters(p, kept)
+    below = masters(p, kept)
     gain = u.gain.expand(p.shape) if isinstance(u.gain, Tensor) else u.gain
     cut = [torch.split(x, rows, -2) if isinstance(x, Tensor) else [x] * len(parts)
-           for x in (left, u.dense, gain, keep, *masters.values())]
-    for p_, left_, dense, gain_, keep_, *masters_ in zip(parts, *cut, strict=True):
-        kept_ = {**kept, **dict(zip(masters, masters_, strict=True))} if masters else kept
+           for x in (left, u.dense, gain, keep, *below.values())]
+    for p_, left_, dense, gain_, keep_, *below_ in zip(parts, *cut, strict=True):
+        kept_ = {**kept, **dict(zip(below, below_, strict=True))} if below else kept
         x = read_weight(p_, kept_)
         _add(x, Update(left_, right, factor, dense, gain_), keep_, lr)
         write_weight(p_, x, kept_, o, t, start)

@@ -19,7 +19,7 @@ from . import codec
 from .apply import block_of, negated
 from .codec import Slot
 from .sharding import Rows
-from .weights import MASTERS, below, random_rounding, read_weight, write_weight
+from .weights import MASTERS, masters, random_rounding, read_weight, write_weight
 
 __all__ = ["Quotient", "adam", "adam_slots", "averages", "representable", "step_adamw"]
 
@@ -42,7 +42,8 @@ def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mappin
         stored, slots, p, rows).stored_pair(g, o)
     if fused is not None and p.is_contiguous():
         adamw8(p, g, **fused, lr=o["lr"], weight_decay=o["weight_decay"], t=t,
-               maximize=o["maximize"], stochastic=random_rounding(p, o), below=below(stored))
+               maximize=o["maximize"], stochastic=random_rounding(p, o),
+               below=[*masters(p, stored).values()])
         return
     names = [k for k in stored
              if k in MASTERS or slots[k.partition(".")[0]].stream is not None]

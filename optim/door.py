@@ -107,7 +107,7 @@ def _check_together(optimizer: MatrixOptimizer, full: Mapping[str, Any], group: 
     check_masters(full, plain, where)
     o = {**full, "param_names": group.get("param_names")}
     if full["capturable"]:
-        _check_capturable(o, plain, optimizer.uncapturable, where)
+        _check_capturable(o, plain, optimizer.uncapturable(o), where)
     optimizer.check_combination(o, plain, explicit, where)
 
 

@@ -116,6 +116,9 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             name = names[i] if names else f"parameters {i} and {i + 1}"
             check_factors(params[i], params[i + 1], None, f"{where}, {name}")
 
+    def uncapturable(self, o: Mapping[str, Any]) -> str | None:
+        return "its decay of each column is computed with a rate that is a number"
+
     def residual(self, o: Mapping[str, Any]) -> Residual:
         return RESIDUALS["none"]
 

@@ -35,14 +35,14 @@ class Rule(NamedTuple):
             a magnitude beside them follow).
         direction: (R, state, options, t, consume) to (N, factor), the direction being
             factor * N in fp32, or in R's 16 bits by a kernel. Moments in the state change in place.
-            With ``consume`` R may be overwritten.
+            With ``consume`` R may be overwritten. Where t is a tensor the factor may be one.
         powers: for each moment, what a rotation of the basis does to it: 1 for Rot, 2 for
             Rot o Rot, which keeps a second moment positive.
         elementwise: an entry of N depends on the same entry of R alone.
     """
 
     slots: Callable[[Shape, Tensor, Options], dict[str, Slot]]
-    direction: Callable[[Tensor, State, Options, int, bool], tuple[Tensor, float]]
+    direction: Callable[[Tensor, State, Options, Any, bool], tuple[Tensor, Any]]
     powers: Mapping[str, int]
     elementwise: bool = True
 
@@ -57,7 +57,7 @@ def _decoded_pair(r: Tensor, s: State, o: Options) -> dict[str, Any] | None:
     return {"m": m, "v": v, "bits": 32, "beta1": beta1, "beta2": beta2, "eps": o["eps"]}
 
 
-def _adamw(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
+def _adamw(r: Tensor, s: State, o: Options, t: Any, consume: bool) -> tuple[Tensor, Any]:
     if by_kernel(r):
         fused = s.stored_pair(r, o) if isinstance(s, codec.Decoded) else None
         fused = fused or _decoded_pair(r, s, o)
@@ -73,7 +73,7 @@ def momentum_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
     return {"momentum_buffer": codec.moment(shape, p, o, 5)}
 
 
-def _momentum(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
+def _momentum(r: Tensor, s: State, o: Options, t: Any, consume: bool) -> tuple[Tensor, Any]:
     """N = M, M <- b1 M + R: torch.optim.SGD(momentum=b1)."""
     r = codec.wide(r)
     n = r if consume else torch.empty_like(r)
@@ -81,7 +81,7 @@ def _momentum(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[T
     return n.copy_(m), 1.0
 
 
-def _lion(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
+def _lion(r: Tensor, s: State, o: Options, t: Any, consume: bool) -> tuple[Tensor, Any]:
     """N = sign(b1 M + (1 - b1) R), M <- b2 M + (1 - b2) R: Chen et al., arXiv 2302.06675."""
     beta1, beta2 = o["betas"]
     m = s["momentum_buffer"]
@@ -99,7 +99,7 @@ def _factored_slots(shape: Shape, p: Tensor, o: Options) -> dict[str, Slot]:
             "exp_avg_sq_col": codec.moment((*batch, 1, columns), p, o, 4, squared=True)}
 
 
-def _factored(r: Tensor, s: State, o: Options, t: int, consume: bool) -> tuple[Tensor, float]:
+def _factored(r: Tensor, s: State, o: Options, t: Any, consume: bool) -> tuple[Tensor, Any]:
     """Adam with V of rank one: V = row mean x column mean / mean, as Adafactor factors it.
 
     Source: Shazeer and Stern, arXiv 1804.04235 (averages with a constant beta2 and Adam's bias

@@ -130,7 +130,6 @@ class LowRankOptimizer(Batched, Subspace):
         **dct.OPTIONS,
     }
     spellings: ClassVar[Mapping[str, str]] = {"alpha": "scale"}
-    uncapturable: ClassVar[str | None] = "whether a basis is refreshed is decided on the host"
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
@@ -257,6 +256,19 @@ class LowRankOptimizer(Batched, Subspace):
         age = o["moments"] == "reset" and int(s["basis_step"])
         return (r * (m + n) + due * p.numel() if able else 0), (due, age)
 
+    def uncapturable(self, o: Mapping[str, Any]) -> str | None:
+        if o["rank"] is None:
+            return None
+        for name, rule in (("projection", "dct"), ("update_proj_gap", 1), ("keep_energy", None)):
+            if o[name] != rule:
+                return (f"with {name}={o[name]!r} the host decides whether a basis is refreshed; "
+                        "it does not with projection='dct', update_proj_gap=1 and keep_energy=None")
+        for name, unfit in (("moments", "reset"), ("inner", "factored"),
+                            ("residual_scale", "released")):
+            if o.get(name) == unfit:
+                return f"with {name}={unfit!r} steps are counted on the host"
+        return None
+
     # ---------------------------------------------------------------- the update
 
     def update(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
@@ -307,7 +319,7 @@ class LowRankOptimizer(Batched, Subspace):
             s.moved = shift.source, shift.left
         age = self.age(space, s, o, t)
         n, factor = rule.direction(low, s, o, age, not residual.needs_low)
-        if factor != 1.0:
+        if isinstance(factor, Tensor) or factor != 1.0:
             n.mul_(factor)
         for name, x in space.writes.items():
             codec.write(s, name, x)

@@ -54,9 +54,6 @@ class Method:
     spellings: ClassVar[Mapping[str, str]] = {}
     #: Whether :meth:`update` yields requests, which are computed for several parameters together.
     waits: ClassVar[bool] = False
-    #: Why a CUDA graph cannot hold a step, for a message; None if it can: then the rule takes a
-    #: tensor for t, and its :class:`Update` has no low-rank term.
-    uncapturable: ClassVar[str | None] = None
     #: Options that say what a slot holds: where one has changed, state begins anew.
     meaning: ClassVar[tuple[str, ...]] = ()
     #: What to do where no parameter gets the class's own rule, for a warning.
@@ -68,6 +65,14 @@ class Method:
         names = ("adamw",) if cls.algorithm == "adamw" else (cls.algorithm, "adamw")
         own = {"algorithm": choice(cls.algorithm, *names)}
         return COMMON | own | dict(cls.options) | BOOKKEEPING
+
+    def uncapturable(self, o: Mapping[str, Any]) -> str | None:
+        """Why a CUDA graph cannot hold a step, for a message; None if it can.
+
+        Then the rule takes tensors for t and ``o["lr"]``, reads no number of the device, and its
+        :class:`lissom.optim.apply.Update` has no ``keep``.
+        """
+        return None
 
     def declines(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
         """Why this parameter gets AdamW, or None if the class's own rule takes it."""

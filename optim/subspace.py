@@ -51,8 +51,8 @@ class Subspace(Ranked):
     #: unshifted matrix. The first step refreshes in any case.
     first_phase: ClassVar[int] = 0
 
-    def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int
-                  ) -> Projected:
+    def _subspace(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any],
+                  t: int | Tensor) -> Projected:
         """P, Q and R = P^T G Q: the stored bases, or new ones where a refresh is due."""
         one = codec.one_of(s)  # in a batch all are due or none is
         if not self.due(one, o, t):
@@ -67,21 +67,23 @@ class Subspace(Ranked):
             low = last.down(g)
             if _energy(low, g, last) >= o["keep_energy"] * s["basis_energy"].item():
                 return Projected(last, low)
-        new = self._cosines(g, s, o, born) if cosines else self._found(g, last, s, o, t)
+        new = self._cosines(g, s, o, born) if cosines else self._found(g, last, s, o, int(t))
         if new is None:  # zero or not finite gradient: keep the basis until the next refresh
             old = self.bases(g, s, o) if last is None else last
             return Projected(old, old.down(g))
         host: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        writes = {**new.writes, "basis_step": torch.tensor(float(t), **host)}
+        writes = dict(new.writes)
+        if not (born and isinstance(t, Tensor)):  # in a CUDA graph every step is a refresh
+            writes["basis_step"] = torch.tensor(float(t), **host)
         if o["keep_energy"] is not None:
             writes["basis_energy"] = torch.tensor(_energy(new.low, g, new.bases), **host)
         # not _replace, which dynamo does not trace in torch 2.9
         return Projected(new.bases, new.low, new.turns if born else None, writes, new.more)
 
-    def due(self, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
+    def due(self, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int | Tensor) -> bool:
         """Whether update t looks for new bases."""
-        return not int(s["basis_step"]) or not (
-            t - 1 + self._phase(s, o)) % int(o["update_proj_gap"])
+        gap = int(o["update_proj_gap"])
+        return gap == 1 or not int(s["basis_step"]) or not int(t - 1 + self._phase(s, o)) % gap
 
     def bases(self, g: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any],
               born: int | None = None) -> Bases:

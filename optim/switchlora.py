@@ -96,7 +96,6 @@ class SwitchLoRAAdamW(MatrixOptimizer):
     """
 
     algorithm: ClassVar[str] = "switchlora"
-    uncapturable: ClassVar[str | None] = "which vectors are switched is decided on the host"
     remedy: ClassVar[str] = ("There is no pair to switch: put pairs into the model "
                              "(lissom.optim.lora, or peft) and pass "
                              "lissom.optim.adapter_groups(model).")
@@ -120,6 +119,9 @@ class SwitchLoRAAdamW(MatrixOptimizer):
                                   "weight_decay": weight_decay, "amsgrad": amsgrad, **options})
 
     # ---------------------------------------------------------------- which, and what is kept
+
+    def uncapturable(self, o: Mapping[str, Any]) -> str | None:
+        return "which vectors are switched is decided on the host"
 
     def declines(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
         return "no roles in its group" if o["roles"] is None else None

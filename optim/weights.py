@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.apart import Matrices
+from ..kernels.apart import Apart, Matrices
 from ..kernels.philox import WEIGHT_STREAM, stochastic_round
 from ..kernels.split import join, split
 from .codec import Slot, wide
 from .keys import key_of
 
-__all__ = ["MASTERS", "below", "master_slots", "random_rounding", "read_weight", "write_weight"]
+__all__ = ["MASTERS", "master_slots", "masters", "random_rounding", "read_weight", "write_weight"]
 
 #: The lower 16 bits of an fp32 weight, beside its bf16 (:mod:`lissom.kernels.split`). Two
 #: tensors, as gloo and NCCL do not send 16-bit integers, and sharded state must be gathered.
@@ -29,22 +29,23 @@ def master_slots(p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:
             for name, kind in [*MASTERS.items()][:o["master_bits"] // 8]}
 
 
-def below(kept: Mapping[str, Tensor]) -> list[Any]:
-    """The bits of a weight that the state keeps (``master_bits``), as kernels take them."""
-    return [kept[name] for name in MASTERS if name in kept]
+def masters(p: Matrices, kept: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The bits of a weight that the state keeps (``master_bits``), in the shape of p."""
+    found = {name: kept[name] for name in MASTERS if name in kept}
+    return found if isinstance(p, Apart) else {k: x.view(p.shape) for k, x in found.items()}
 
 
 def read_weight(p: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
     """The weight in the precision of the arithmetic, with the bits that the state keeps of it."""
     if "master" not in kept:
         return wide(p)
-    return join(p.contiguous(), *(x.contiguous() for x in below(kept)))
+    return join(p.contiguous(), *(x.contiguous() for x in masters(p, kept).values()))
 
 
 def _split_weight(p: Tensor, x: Tensor, kept: Mapping[str, Tensor], key: tuple[int, int] | None,
                   step: int | Tensor, start: int) -> None:
     """Write the nearest bf16 number to p and the rest to the masters."""
-    parts = [p, *below(kept)]
+    parts = [p, *masters(p, kept).values()]
     # rows of each matrix of a stack do not lie together
     whole = [y.contiguous() for y in parts]
     split(x.contiguous(), *whole, key=key, t=step, start=start)

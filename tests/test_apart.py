@@ -351,8 +351,7 @@ def test_together_as_one_after_the_other(device, case, kind, through_kernels, mo
             assert not together
             continue
         plain = not any(case.option(x) for x in ("amsgrad", "capturable"))
-        assert (False in together) == (plain or (kind == torch.float32 and not (
-            case.option("amsgrad") or case.option("capturable"))))
+        assert (False in together) == plain
         if True in together:
             assert type(optimizer).__name__ in TOGETHER
     (ps, kept), (qs, others) = results
@@ -405,6 +404,31 @@ def test_new_cosine_columns_are_chosen_together(device, shape, bits, through_ker
     assert index.unique().numel() == 4
     assert not all(torch.equal(index, s["columns_right" if shape[0] > shape[1] else
                                         "columns_left"]) for s in optimizer.state.values())
+
+
+@needs_triton
+@pytest.mark.parametrize("bits", [None, 8, 16])
+@pytest.mark.parametrize("make", [GaLoreAdamW, Muon, AdamW])
+def test_other_memory_formats_get_the_same_update(device, make, bits, through_kernels):
+    """A weight whose columns lie together, and a stack of such."""
+    given = {"rank": 4} if make is GaLoreAdamW else {"polar_dtype": "float32"} if (
+        make is Muon) else {}
+    given |= {} if make is AdamW else {"matricize": "batch"}
+    results = []
+    for turned in (False, True):
+        ps = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))
+                                 .to(device).bfloat16()) for shape in ((24, 16), (3, 16, 24))]
+        if turned:
+            ps = [torch.nn.Parameter(p.detach().mT.contiguous().mT) for p in ps]
+            assert not ps[0].is_contiguous()
+        optimizer = make(ps, lr=1e-2, master_bits=bits, **given)
+        for i in range(3):
+            feed(ps, i)
+            optimizer.step()
+        results.append([*ps, *(x for p in ps for name, x in optimizer.state[p].items()
+                               if "master" in name)])
+    assert len(results[0]) == 2 + 2 * (bits or 0) // 8
+    assert all(map(torch.equal, *results))
 
 
 @needs_triton

@@ -638,10 +638,11 @@ for bits, width in ((8, 256), (4, 8)):
     codes = {"codes_ptr": "*i8" if bits == 8 else C}
     build(linear._quantize_linear_kernel, {**shape, "LEVELS": 127 if bits == 8 else 7}, **codes)
     build(linear._dequantize_linear_kernel, shape, out_ptr=H, **codes)
-    for weight, held, below in ((True, False, 0), (False, False, 0), (True, True, 0),
-                                (True, True, 8), (True, False, 16)):
-        flags = {"WEIGHT": weight, "MAXIMIZE": weight, "STOCHASTIC": weight and below < 16,
-                 "ALIGNED": weight, "BELOW": below}
+    for weight, held, below, random in (
+            (True, False, 0, True), (False, False, 0, False), (True, True, 0, True),
+            (True, True, 8, True), (True, True, 8, False), (True, False, 16, False)):
+        flags = {"WEIGHT": weight, "MAXIMIZE": weight, "STOCHASTIC": random, "ALIGNED": weight,
+                 "BELOW": below}
         numbers = {"step": "*i64", "correction": F} if held else {}
         numbers |= {"high_ptr": "*i8"} if below else {}
         numbers |= {"low_ptr": C} if below == 16 else {}

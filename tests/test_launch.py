@@ -15,13 +15,14 @@ from lissom.kernels import _triton
 from lissom.kernels._triton import jit, launch, tl
 
 @jit
-def kernel(x_ptr, y_ptr, n, stride, factor, start, PLUS: tl.constexpr, SIZE: tl.constexpr):
+def kernel(x_ptr, y_ptr, n, stride, factor, start, PLUS: tl.constexpr, SIZE: tl.constexpr,
+           MORE: tl.constexpr = 2):
     i = tl.arange(0, SIZE)
     x = tl.load(x_ptr + i * stride, mask=i < n) * factor + start
     if y_ptr is not None:
         x += tl.load(y_ptr + i)
     if PLUS:
-        x += 1
+        x += MORE
     tl.store(x_ptr + i * stride, x.to(x_ptr.dtype.element_ty), mask=i < n)
 
 launched = []
@@ -41,7 +42,7 @@ for x in (aligned, shifted, narrow):
                         launch(kernel, (3, 2), x.device, *args, **constants)
                         assert launched[-1][0] is source, args
                         assert launched[-1][1] == programs == (3, 2, 1)
-                        assert len(launched[-1][2]) == len(expected) == 8
+                        assert len(launched[-1][2]) == len(expected) == 9
                         assert all(a is b for a, b in zip(launched[-1][2], expected)), args
 # Numbers of other types, such as a scheduler of numpy's leaves in a rate.
 for n, factor in ((True, 0.5), (64, numpy.float64(0.5)), (False, numpy.float64(0.25))):
@@ -63,6 +64,18 @@ for cls, given in ((AdamW, {}), (GaLoreAdamW, {"rank": 8})):
         optimizer.param_groups[0]["lr"] = rate
         p.grad = torch.randn(64, 16).bfloat16()
         optimizer.step()
+# Weights with bits below them: in the kernels that write them, of one and of several, and apart.
+for cls, given in ((AdamW, {"amsgrad": True}), (AdamW, {}), (AdamW, {"state_bits": 8}),
+                   (GaLoreAdamW, {"rank": 8}), (GaLoreAdamW, {"rank": 8, "proj_type": "left"})):
+    for bits in (8, 16):
+        for rounding in (None, "nearest"):
+            ps = [torch.nn.Parameter(torch.randn(64, 16).bfloat16()) for _ in range(3)]
+            ps.append(torch.nn.Parameter(torch.randn(16, 64).bfloat16().t()))
+            optimizer = cls(ps, master_bits=bits, rounding=rounding, **given)
+            for _ in range(2):
+                for p in ps:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
 """
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lissom.bench.livebytes import LiveBytes
 from lissom.kernels import _triton, symmul, tiles
+from lissom.kernels.apart import Apart
 from lissom.kernels.lift import lift, lift_ref
 from lissom.kernels.limit import limited_gains, limited_gains_ref
 from lissom.kernels.norms import row_norms, row_norms_ref
@@ -308,6 +309,8 @@ def test_refusals():
         lift(x, below=[x.to(torch.int8)])
     with pytest.raises(TypeError, match=r"low: expected torch.uint8, got torch.int8"):
         lift(x.bfloat16(), below=[x.to(torch.int8)] * 2)
+    with pytest.raises(TypeError, match=r"below: expected Tensor as for p, got Apart"):
+        lift(x.bfloat16(), below=[Apart([x.to(torch.int8)])])
     with pytest.raises(ValueError, match=r"below: expected up to 2 tensors, got 3"):
         lift(x.bfloat16(), below=[x.to(torch.int8)] * 3)
 
