@@ -346,6 +346,10 @@ CASES = ROWS + [replace(row, name=f"{row.name}-{bits}bit",
                         options={**row.options, "state_bits": bits})
                 for row in first_of_each_class() for bits in (16, 8, 4)
                 if row.option("state_bits") != bits]
+#: Some whose 16-bit weights have more bits in the state.
+SPLIT = [replace(row, name=f"{row.name}-split", options={**row.options, "master_bits": bits})
+         for row in ROWS for name, bits in (("adamw", 16), ("galoreadamw", 8),
+                                            ("firaadamw-svd", 16), ("muon", 8)) if row.name == name]
 #: Rows that are not slow where all are run: of 16 and 4 bits AdamW's and GaLore's.
 QUICK = [row for row in CASES if row in ROWS or row.option("state_bits") == 8
          or row.name.startswith(("adamw-", "galoreadamw-"))]

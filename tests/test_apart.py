@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ from lissom.optim.batches import Work, windows
 from lissom.optim.residual import Fira
 
 from .aot import compile_for_a_gpu
-from .cases import CASES, first_of_each_class
+from .cases import CASES, SPLIT, first_of_each_class
 from .helpers import feed, named, run
 
 COUNT = 3
@@ -300,14 +299,6 @@ SHAPES = [(12, 8), (8, 12), (12, 8), (6,), (8, 12), (12, 8), (6,), (4, 3, 2, 2),
 #: Rules whose matrices are worked on together, where they have no refresh.
 TOGETHER = ("GaLoreAdamW", "GaLoreAdamW8bit", "DCTAdamW", "FiraAdamW", "APOLLO",
             "GradNormLoRPAdamW")
-
-
-#: Weights with bits of theirs in the state.
-SPLIT = [replace(case, name=f"{case.name}-split", options={**case.options, **more})
-         for case in CASES for more in [{
-             "adamw": {"master_bits": 16}, "galoreadamw": {"master_bits": 8},
-             "firaadamw-svd": {"master_bits": 16}, "muon": {"master_bits": 8}}.get(case.name)]
-         if more is not None]
 
 
 def sizes(monkeypatch, optimizer):

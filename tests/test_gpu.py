@@ -16,7 +16,7 @@ from lissom.optim import (
 )
 from torch.distributed.fsdp import fully_shard
 
-from .cases import CASES, first_of_each_class
+from .cases import CASES, SPLIT, first_of_each_class
 from .helpers import run, tensors
 
 pytestmark = pytest.mark.skipif(
@@ -49,8 +49,8 @@ def draws_of_the_cpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("draws_of_the_cpu")
-@pytest.mark.parametrize("case", [c for c in CASES if c.option("projection") != "random"],
-                         ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in (*CASES, *SPLIT)
+                                  if c.option("projection") != "random"], ids=lambda c: c.name)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_a_gpu_trains_as_the_cpu(case, kind):
     """Random bits are the same; sums have another order, and codes at an edge another value."""
@@ -89,7 +89,7 @@ def test_a_gpu_finds_bases_as_good_as_a_cpus(projection, shape, kind):
     torch.testing.assert_close(drawn.mT @ drawn, torch.eye(96).expand(2, 96, 96), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("case", first_of_each_class(), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [*first_of_each_class(), *SPLIT], ids=lambda c: c.name)
 def test_resumes_on_a_gpu(case):
     optimizer, ps = trained(case, "cuda", torch.bfloat16)
     kept = copy.deepcopy(optimizer.state_dict())
@@ -102,8 +102,8 @@ def test_resumes_on_a_gpu(case):
     assert all(torch.equal(a, b) for a, b in zip(ps, twins, strict=True))
 
 
-@pytest.mark.parametrize("case", [c for c in first_of_each_class() if not c.roles],
-                         ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in (*first_of_each_class(), *SPLIT)
+                                  if not c.roles], ids=lambda c: c.name)
 def test_a_step_is_frugal(case):
     """Temporaries of a step without a refresh, of the largest matrix in fp32.
 
@@ -122,8 +122,8 @@ def test_a_step_is_frugal(case):
     assert torch.cuda.max_memory_allocated() - before <= times * 4 * 2048 * 4096
 
 
-@pytest.mark.parametrize("case", [c for c in first_of_each_class() if not c.roles],
-                         ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in (*first_of_each_class(), *SPLIT)
+                                  if not c.roles], ids=lambda c: c.name)
 def test_a_step_between_refreshes_waits_for_nothing(case):
     """Nor where gradients have moved, whose addresses are then sent anew."""
     ps = [torch.nn.Parameter(torch.randn(shape, device="cuda").bfloat16())
