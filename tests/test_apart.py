@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from lissom.bench.livebytes import LiveBytes
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import LLAMA
 from lissom.kernels import _triton, apart
@@ -20,6 +21,7 @@ from lissom.kernels.project import project
 from lissom.optim import (
     AdamW,
     DCTAdamW,
+    FiraAdamW,
     GaLoreAdamW,
     Muon,
     PartialStepError,
@@ -420,6 +422,21 @@ def test_other_memory_formats_get_the_same_update(device, make, bits, through_ke
                                if "master" in name)])
     assert len(results[0]) == 2 + 2 * (bits or 0) // 8
     assert all(map(torch.equal, *results))
+
+
+@needs_triton
+@pytest.mark.parametrize("make", [AdamW, GaLoreAdamW, FiraAdamW])
+def test_split_weights_are_not_put_together(device, make, through_kernels):
+    """In memory: temporaries are R's, its direction's and their norms'."""
+    given = {} if make is AdamW else {"rank": 16}
+    ps = [torch.nn.Parameter(torch.randn(256, 128, device=device).bfloat16()) for _ in range(2)]
+    optimizer = make(ps, lr=1e-2, master_bits=16, **given)
+    run(optimizer, ps, range(2))
+    live = LiveBytes()
+    with live:
+        optimizer.step()
+    low = 0 if make is AdamW else 2 * 256 * 16 * 4
+    assert live.peak <= 2 * low + 8192 < 256 * 128 * 4
 
 
 @needs_triton
