@@ -59,6 +59,7 @@ class Case(NamedTuple):
         elements: of one program.
         warps: of one program.
         stages: of a product's loads.
+        most: registers of a thread, None for any number.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Case(NamedTuple):
     elements: int
     warps: int
     stages: int = 3
+    most: int | None = None
 
 
 class Cost(NamedTuple):
@@ -120,7 +122,7 @@ def cost(case: Case, capability: int) -> Cost:
     """Compile a case and count."""
     volatile = {"start", "seed", "parameter", "step", "stream", "tiles_m", "tiles_n"}
     made = built(case.kernel, case.types, case.constants, lambda n: n not in volatile, capability,
-                 num_warps=case.warps, num_stages=case.stages)
+                 num_warps=case.warps, num_stages=case.stages, maxnreg=case.most)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(made.asm["cubin"])
@@ -237,6 +239,7 @@ def _products() -> Iterator[Case]:
                                 ("lift with a gain of columns", True, 2),
                                 ("lift with a gain of rows", True, 1),
                                 ("lift of weight and 8 bits more", True, 0),
+                                ("lift with a gain of rows, of weight and 8 bits more", True, 1),
                                 ("lift without a product", False, 2)):
         t = lift._SHARED if product else lift._FLAT
         sizes |= {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group}
@@ -256,7 +259,8 @@ def _products() -> Iterator[Case]:
                    {**sizes, **none, **ones, "PRODUCT": product, "DENSE": bool(gain), "GAIN": gain,
                     "KEEP": 0, "STOCHASTIC": True, "HELD": False, "ALIGNED": True,
                     "SLICES": lift._SLICES if product else 1,
-                    "BELOW": 8 * name.endswith("more")}, t.rows * t.columns, t.warps, t.stages)
+                    "BELOW": 8 * name.endswith("more")}, t.rows * t.columns, t.warps, t.stages,
+                   lift._registers(t))
 
 
 def _symmetric() -> Iterator[Case]:

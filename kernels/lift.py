@@ -161,6 +161,14 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
                      STOCHASTIC, ALIGNED, WIDTH)
 
 
+def _registers(tiles: Tiles) -> int | None:
+    """Of a thread, so that two programs of 8 warps share a multiprocessor: no variant spills where
+    half of them hold its part of the product. None for as many as the compiler takes.
+    """
+    half = tiles.rows * tiles.columns <= 64 * 32 * tiles.warps
+    return 128 if tiles is _SHARED and half else None
+
+
 def _vary(x: Tensor | None) -> int:
     """0 for None, 1 if all columns of x are the same (expanded), 2 if all rows are, else 3."""
     if x is None:
@@ -199,7 +207,8 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
            WEIGHT=kind(p), LEFT=kind(left), RIGHT=kind(right), REST=kind(dense),
            ALIGN=alignment(*tensors), KEYED=isinstance(words[0], Tensor),
            BELOW=0 if high is None else 8 if low is None else 16, RATED=held_alpha is not None,
-           num_warps=tiles.warps, num_stages=tiles.stages)
+           num_warps=tiles.warps, num_stages=tiles.stages,
+           maxnreg=_registers(tiles))
     torch.autograd.graph.increment_version(writable(p, high, low))
 
 
