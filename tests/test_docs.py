@@ -499,10 +499,14 @@ def lines_of_a_gpu() -> Iterator[str]:
 def lines_of_machine_code() -> Iterator[str]:
     rows = {row["kernel"]: row for row in rows_of("machine-sm90")}
     for name, label in (("adamw8, 8 bits", "AdamW on a bf16 weight, 8-bit moments"),
-                        ("adam8, 8 bits", "the same on a projected gradient"),
+                        ("adamw8, 8 bits, weight and 8 bits more",
+                         "the same with `master_bits=8`"),
+                        ("adam8, 8 bits", "Adam on a projected gradient, 8-bit moments"),
                         ("adamw8, 32 bits", "AdamW on a bf16 weight, fp32 moments"),
                         ("lift", "lift, decay and rounding, after the product"),
-                        ("lift with a gain of rows", "the same with Fira's residual")):
+                        ("lift with a gain of rows", "the same with Fira's residual"),
+                        ("lift with a gain of rows, of weight and 8 bits more",
+                         "the same with `master_bits=8`")):
         row = rows[name]
         yield (f"| {label} | {row['instructions']:.1f} | {row['registers']} | {row['programs']} x "
                f"{row['warps']} |")
