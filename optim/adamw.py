@@ -57,8 +57,9 @@ class AdamW(MatrixOptimizer):
         capturable: keep the count of steps on the device, so that a CUDA graph can hold a step; a
             ``lr`` that is a 0-d tensor there is read when the graph is replayed. Default False. Not
             with ``nonfinite`` but ``"propagate"``, sharded parameters, or work in the backward
-            pass; ``Muon`` and ``PolarGrad`` take it with polar oracles that are products, no other
-            class does.
+            pass. Other classes take it where the host decides nothing: ``Trion``, ``Muon`` and
+            ``PolarGrad`` with polar oracles that are products, and low-rank classes with
+            ``projection="dct", update_proj_gap=1``.
         foreach, fused, differentiable: torch's switches about how a step runs; the first two are
             accepted and change nothing, the last must be False.
 

@@ -24,6 +24,7 @@ from . import codec, metrics, sharding, weights
 from .apply import apply, negated
 from .batches import Work, operands, windows
 from .checks import (
+    capturing,
     check_capture,
     check_gradient,
     check_parameter,
@@ -332,6 +333,10 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                 g = check_gradient(p, g, name) if g is p.grad else g
                 work.append(Work(name, p, g, plain[id(o)]))
         self._sync_state()
+        for w in work if capturing() else ():
+            if self.own_rule(w.p, w.o) and (reason := self.unready(self.state[w.p])):
+                raise RuntimeError(f"{type(self).__name__}.step(): {w.name!r} {reason} in a CUDA "
+                                   "graph")
         if spoilt(work):
             for group in self.param_groups:
                 group["skipped_steps"] += 1

@@ -14,8 +14,8 @@ from .sharding import agreed, is_sharded, local, placed
 if TYPE_CHECKING:
     from .batches import Work
 
-__all__ = ["check_capture", "check_gradient", "check_module", "check_parameter", "listed",
-           "spoilt", "without_autocast"]
+__all__ = ["capturing", "check_capture", "check_gradient", "check_module", "check_parameter",
+           "listed", "spoilt", "without_autocast"]
 
 # Devices whose autocast may be on during a step.
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps")
@@ -129,6 +129,11 @@ def _nonfinite(gradients: Sequence[Tensor]) -> Tensor:
     return bad
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def check_capture(groups: list[dict[str, Any]], where: str) -> None:
     """Refuse to be captured in a CUDA graph, which would freeze what changes from step to step.
 
@@ -139,7 +144,7 @@ def check_capture(groups: list[dict[str, Any]], where: str) -> None:
     Raises:
         RuntimeError: a group without ``capturable=True`` in a graph.
     """
-    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+    if not capturing():
         return
     for i, group in enumerate(groups):
         if group["params"] and not group["capturable"]:

@@ -42,7 +42,7 @@ _FFT_FROM_16 = {"cpu": 129, "cuda": 4673}
 _PIECE = 1 << 17
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: CUDA graphs hold addresses of these
 def rows(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Q^T for one kind, n x n: row k is the k-th basis vector. Cached; not to be written to."""
     i = torch.arange(n, dtype=torch.int64, device="cpu")
@@ -70,7 +70,7 @@ def columns(index: Matrices, n: int, kind: int, like: Tensor) -> Tensor:
     return chosen.mT
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: CUDA graphs hold addresses of these
 def _twiddles(n: int, kind: int, dtype: torch.dtype, device: torch.device
               ) -> tuple[Tensor, Tensor]:
     """Order in which the algorithm reads its input, and its complex factors (Makhoul)."""
@@ -86,7 +86,7 @@ def _twiddles(n: int, kind: int, dtype: torch.dtype, device: torch.device
     return order.to(device), turn.to(device, complex_dtype)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: CUDA graphs hold addresses of these
 def _packing(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Position of coefficient k in the packed result of the FFT, and its sign there."""
     k = torch.arange(n, device="cpu")

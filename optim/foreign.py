@@ -99,7 +99,9 @@ def decoded_state(entry: Mapping[str, Any], group: Mapping[str, Any], optimizer:
             tuple(group.get("roles") or ()) != tuple(o.get("roles") or ())):
         return Saved({k: values[k] for k in NUMBERS if k in values}, None)
     options |= {k: v for k, v in group.items() if k in table and k != "algorithm"}
-    full = checked_group(optimizer, {**options, "params": []}, at, entering=False)
+    # How a step runs is not what was saved.
+    full = checked_group(optimizer, {**options, "capturable": False, "params": []}, at,
+                         entering=False)
     full["params"] = o["params"]  # with roles, slots depend on a parameter's position among them
     dense = not optimizer.own_rule(p, full)
     rule = "adamw" if dense else rule

@@ -117,7 +117,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
             check_factors(params[i], params[i + 1], None, f"{where}, {name}")
 
     def uncapturable(self, o: Mapping[str, Any]) -> str | None:
-        return "its decay of each column is computed with a rate that is a number"
+        plain = o["rank"] is None or o["algorithm"] == "adamw"
+        return None if plain else "its decay of columns is computed with a rate that is a number"
 
     def residual(self, o: Mapping[str, Any]) -> Residual:
         return RESIDUALS["none"]

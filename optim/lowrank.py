@@ -257,17 +257,24 @@ class LowRankOptimizer(Batched, Subspace):
         return (r * (m + n) + due * p.numel() if able else 0), (due, age)
 
     def uncapturable(self, o: Mapping[str, Any]) -> str | None:
-        if o["rank"] is None:
+        if o["rank"] is None or o["algorithm"] == "adamw":
             return None
         for name, rule in (("projection", "dct"), ("update_proj_gap", 1), ("keep_energy", None)):
             if o[name] != rule:
                 return (f"with {name}={o[name]!r} the host decides whether a basis is refreshed; "
                         "it does not with projection='dct', update_proj_gap=1 and keep_energy=None")
-        for name, unfit in (("moments", "reset"), ("inner", "factored"),
-                            ("residual_scale", "released")):
-            if o.get(name) == unfit:
+        released = o["residual_scale"] if o.get("residual") == "fira" else None
+        for name, value, unfit in (("moments", o["moments"], "reset"),
+                                   ("inner", o["inner"], "factored"),
+                                   ("residual_scale", released, "released")):
+            if value == unfit:
                 return f"with {name}={unfit!r} steps are counted on the host"
         return None
+
+    def unready(self, s: Mapping[str, Tensor]) -> str | None:
+        if int(s["basis_step"]):
+            return None
+        return "must have a basis, from a step with a finite gradient that is not zero,"
 
     # ---------------------------------------------------------------- the update
 

@@ -74,6 +74,10 @@ class Method:
         """
         return None
 
+    def unready(self, s: Mapping[str, Tensor]) -> str | None:
+        """Why a CUDA graph cannot hold the next step of a parameter with this state, or None."""
+        return None
+
     def declines(self, p: Tensor, o: Mapping[str, Any]) -> str | None:
         """Why this parameter gets AdamW, or None if the class's own rule takes it."""
         if self.algorithm == "adamw":

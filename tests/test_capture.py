@@ -22,6 +22,8 @@ from lissom.optim import (
     PolarGrad,
     SwitchLoRAAdamW,
     Trion,
+    convert_state,
+    dct,
     norms,
     polar_polynomial,
     update_in_backward,
@@ -66,6 +68,8 @@ class Graph(TorchDispatchMode):
         host: tensors of the host, which may be read while it is recorded.
     """
 
+    recording = False
+
     def __init__(self, host):
         super().__init__()
         self.calls = []
@@ -84,6 +88,14 @@ class Graph(TorchDispatchMode):
         if func.namespace in ("aten", "lissom"):  # not the profiler's marks
             self.calls.append((func, args, kwargs or {}, out))
         return out
+
+    def __enter__(self):
+        Graph.recording = True
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Graph.recording = False
+        return super().__exit__(*error)
 
     @torch.no_grad()
     def replay(self):
@@ -128,10 +140,26 @@ def rates(optimizer, lr):
 @pytest.mark.parametrize("choice", ["amsgrad", "split", "muon", "trion", "dct-adamw",
                                     "dct-adamw, 8 bits", "fira"])
 def test_replayed_steps_through_kernels(choice, monkeypatch):
+    """Of which none is launched first while a step is recorded: compiling it then would fail."""
+    launched = {False: set(), True: set()}
+
+    def launch(kernel, programs, device, *args, **constants):
+        kinds = [(x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else type(x)
+                 for x in args]
+        launched[Graph.recording].add((kernel, *kinds, *constants.values()))
+        inner(kernel, programs, device, *args, **constants)
+
+    inner = _triton.launch
     for name, module in list(sys.modules.items()):
         if name.startswith("lissom.") and hasattr(module, "use_triton"):
             monkeypatch.setattr(module, "use_triton", lambda backend, device: backend != "torch")
+        if name.startswith("lissom.") and hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", launch)
+    dct._twiddles.cache_clear()
+    dct.rows.cache_clear()
     test_replayed_steps_are_steps(choice, torch.bfloat16)
+    assert launched[True]
+    assert launched[True] <= launched[False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -142,19 +170,20 @@ def test_replayed_steps_are_steps(choice, dtype):
     ps, twins = (parameters(shapes_of(options), dtype=dtype) for _ in range(2))
     captured = make(ps, lr=torch.tensor(1e-2), capturable=True, **options)
     plain = make(twins, lr=1e-2, **options)
-    for params, optimizer in ((ps, captured), (twins, plain)):
-        feed(params, 0)
-        optimizer.step()
+    for i in range(2):  # new bases of moments come with the second
+        for params, optimizer in ((ps, captured), (twins, plain)):
+            feed(params, i)
+            optimizer.step()
     host = [s[k] for s in captured.state.values() for k in ("index", "key", "basis_step") if k in s]
     graph = Graph(host)
     with torch.no_grad():
-        for p, g in zip(ps, tensors([p.shape for p in ps], 1), strict=True):
+        for p, g in zip(ps, tensors([p.shape for p in ps], 2), strict=True):
             p.grad.copy_(g)
-    feed(twins, 1)
+    feed(twins, 2)
     with graph:
         captured.step()
     plain.step()
-    for i in range(2, 6):
+    for i in range(3, 7):
         rates(captured, 1e-2 / i)
         rates(plain, 1e-2 / i)
         feed(twins, i)
@@ -165,7 +194,7 @@ def test_replayed_steps_are_steps(choice, dtype):
         plain.step()
     apart = total = 0
     for p, q in zip(ps, twins, strict=True):
-        assert captured.state[p]["step"] == plain.state[q]["step"] == 6
+        assert captured.state[p]["step"] == plain.state[q]["step"] == 7
         # a rate in fp32 moves a weight by a rounding, a bf16 one by a unit where it falls so
         unit = 2**-7 if dtype == torch.bfloat16 else 2**-20
         off = (p.detach().double() - q.detach().double()).abs()
@@ -173,7 +202,7 @@ def test_replayed_steps_are_steps(choice, dtype):
         apart, total = apart + int((off > 0).sum()), total + off.numel()
         for name, x in captured.state[p].items():
             if name == "basis_step":  # which is on the host: of the first step
-                assert (x, plain.state[q][name]) == (1, 6)
+                assert (x, plain.state[q][name]) == (1, 7)
             elif x.dtype not in (torch.uint8, torch.int8):
                 torch.testing.assert_close(x, plain.state[q][name], rtol=2**-6, atol=1e-6)
     assert dtype == torch.float32 or apart <= 0.01 * total
@@ -232,6 +261,24 @@ def test_saved_and_resumed():
             optimizer.step()
         assert int(one.state[twins[0]]["step"]) == 3
         torch.testing.assert_close(ps[0], twins[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("make", "options"), [
+    (GaLoreAdamW, {}), (DCTAdamW, {"update_proj_gap": 7, "moments": "reset"}), (AdamW, None)])
+def test_what_was_saved_is_converted(make, options):
+    """To an optimizer that could not capture, or from one into one that does."""
+    ps, twins = parameters([(12, 9), (5,)]), parameters([(12, 9), (5,)])
+    options = {} if options is None else {"rank": 2, **options}
+    capturable, plain = DCTAdamW(ps, rank=2, capturable=True), make(twins, **options)
+    for params, optimizer in ((ps, capturable), (twins, plain)):
+        feed(params, 0)
+        optimizer.step()
+    for saved, into in ((capturable, plain), (plain, capturable)):
+        converted = convert_state(saved.state_dict(), into)
+        assert converted.rows[1][1] == "kept"
+        into.load_state_dict(converted)
+        into.step()
+        assert into.param_groups[0]["capturable"] == (into is capturable)
 
 
 def test_schedulers_move_the_tensors():
@@ -303,7 +350,7 @@ def test_a_graph_without_capturable_is_refused(monkeypatch):
     (DCTAdamW, {"rank": 2, "inner": "factored"}, "with inner='factored' steps are counted"),
     (FiraAdamW, {"rank": 2, "projection": "dct", "update_proj_gap": 1,
                  "residual_scale": "released"}, "with residual_scale='released' steps are counted"),
-    (GradNormLoRPAdamW, {"rank": 2}, "its decay of each column is computed with a rate"),
+    (GradNormLoRPAdamW, {"rank": 2}, "its decay of columns is computed with a rate"),
     (SwitchLoRAAdamW, {}, "which vectors are switched"),
     (AdamW, {"nonfinite": "skip"}, "nonfinite='skip' looks at the gradients"),
     (Muon, {"polar": "svd"}, "polar='svd', but it must be one of 'newton-schulz'"),
@@ -314,6 +361,38 @@ def test_a_graph_without_capturable_is_refused(monkeypatch):
 def test_refusals(make, options, message):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         make(parameters([(6, 5)]), capturable=True, **options)
+
+
+def test_a_matrix_without_a_basis_is_refused(monkeypatch):
+    """Its gradient was zero, so the first columns are still to be looked at."""
+    ps = parameters([(12, 9), (9, 12), (5,)])
+    optimizer = DCTAdamW([("seen", ps[0]), ("unseen", ps[1]), ("vector", ps[2])], rank=2,
+                         capturable=True)
+    feed(ps, 0)
+    ps[1].grad.zero_()
+    optimizer.step()
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    feed(ps, 1)
+    before = [p.detach().clone() for p in ps]
+    with pytest.raises(RuntimeError, match="step\\(\\): 'unseen' must have a basis, from a step"):
+        optimizer.step()
+    assert_same(before, [p.detach() for p in ps])
+    monkeypatch.undo()
+    optimizer.step()
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:GradNormLoRPAdamW has no matrix of its own")
+def test_where_nothing_is_projected_nothing_is_refused():
+    (p, v), cosines = parameters([(6, 5), (4,)]), {"projection": "dct", "update_proj_gap": 1}
+    GaLoreAdamW([{"params": [p], **cosines}, {"params": [v], "algorithm": "adamw"}], rank=2,
+                capturable=True)
+    GaLoreAdamW([p], rank=2, residual_scale="released", capturable=True, **cosines)
+    GradNormLoRPAdamW([{"params": [p], "algorithm": "adamw"}, {"params": [v], "rank": None}],
+                      capturable=True)
 
 
 def test_hooks_are_refused():
@@ -412,9 +491,11 @@ def test_a_cuda_graph_of_steps(choice):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        captured.step()
+        for _ in range(3):
+            captured.step()
     torch.cuda.current_stream().wait_stream(side)
-    plain.step()
+    for _ in range(3):
+        plain.step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured.step()  # recorded, not taken
@@ -427,7 +508,7 @@ def test_a_cuda_graph_of_steps(choice):
         graph.replay()
         plain.step()
     for p, q in zip(ps, twins, strict=True):
-        assert int(captured.state[p]["step"]) == int(plain.state[q]["step"]) == 6
+        assert int(captured.state[p]["step"]) == int(plain.state[q]["step"]) == 8
         off = (p.detach().double() - q.detach().double()).abs()
         assert (off <= 2**-7 * q.detach().abs().double().clamp(min=1e-2)).all()
         assert (off > 0).double().mean() <= 0.02

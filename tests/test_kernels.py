@@ -639,7 +639,8 @@ for bits, width in ((8, 256), (4, 8)):
     build(linear._quantize_linear_kernel, {**shape, "LEVELS": 127 if bits == 8 else 7}, **codes)
     build(linear._dequantize_linear_kernel, shape, out_ptr=H, **codes)
     for weight, held, below, random in (
-            (True, False, 0, True), (False, False, 0, False), (True, True, 0, True),
+            (True, False, 0, True), (False, False, 0, False), (False, True, 0, False),
+            (True, True, 0, True),
             (True, True, 8, True), (True, True, 8, False), (True, False, 16, False)):
         flags = {"WEIGHT": weight, "MAXIMIZE": weight, "STOCHASTIC": random, "ALIGNED": weight,
                  "BELOW": below}
@@ -647,8 +648,11 @@ for bits, width in ((8, 256), (4, 8)):
         numbers |= {"high_ptr": "*i8"} if below else {}
         numbers |= {"low_ptr": C} if below == 16 else {}
         flags |= {x: None for x in ("high_ptr", "low_ptr") if x not in numbers}
-        ptx = build(adam._adam_kernel, {**shape, **flags, "HELD": held}, m_ptr=C, v_ptr=C,
-                    target_ptr=H if weight else F, **numbers)
+        for moved in (0,) if weight else (0, 1, 2):
+            old = {f"{x}_old_{y}": t for x in "mv" for y, t in (("ptr", C), ("scale_ptr", F))}
+            old |= {"source_ptr": "*i64"}
+            ptx = build(adam._adam_kernel, {**shape, **flags, "HELD": held, "MOVED": moved},
+                        m_ptr=C, v_ptr=C, target_ptr=H if weight else F, **numbers, **old)
         # Scales are exact, and the root and the quotient of the direction nearly.
         assert all(ptx.count(x) >= 8 for x in ("sqrt.approx.f32", "div.full.f32"))
         assert "div.rn.f32" in ptx

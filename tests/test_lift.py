@@ -355,10 +355,12 @@ for capability in (80, 90):
         types = {f"{x}_ptr": kind for x in ("p", "left", "right", "dense")}
         types |= {"gain_ptr": "*fp32", "keep_ptr": "*fp32", "alpha": "fp32", "beta": "fp32",
                   "keep": "fp32", **({"step": "*i64"} if held else {}),
+                  **({"alpha": "*fp32"} if below == 8 else {}),
                   **({"high_ptr": "*i8"} if below else {}),
                   **({"low_ptr": "*u8"} if below == 16 else {})}
         ptx = build(lift._lift_kernel, {
-            **none, "HELD": held, "BELOW": below, "PRODUCT": not none, "DENSE": True,
+            **none, "HELD": held, "BELOW": below, "RATED": below == 8, "PRODUCT": not none,
+            "DENSE": True,
             "GAIN": 2 if kind == "*bf16" else 3, "KEEP": 1 if kind == "*bf16" else 3,
             "STOCHASTIC": kind != "*fp32" and below < 16, "ALIGNED": True, "left_column": 1,
             "right_column": 1, "dense_column": 1, "gain_row": 0, "gain_column": 1, "keep_row": 1,
