@@ -264,7 +264,8 @@ def test_saved_and_resumed():
 
 
 @pytest.mark.parametrize(("make", "options"), [
-    (GaLoreAdamW, {}), (DCTAdamW, {"update_proj_gap": 7, "moments": "reset"}), (AdamW, None)])
+    (GaLoreAdamW, {}), (DCTAdamW, {"update_proj_gap": 7, "moments": "reset"}), (AdamW, None),
+    (GradNormLoRPAdamW, {"projection": "dct"})])
 def test_what_was_saved_is_converted(make, options):
     """To an optimizer that could not capture, or from one into one that does."""
     ps, twins = parameters([(12, 9), (5,)]), parameters([(12, 9), (5,)])
