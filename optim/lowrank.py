@@ -130,6 +130,7 @@ class LowRankOptimizer(Batched, Subspace):
         **dct.OPTIONS,
     }
     spellings: ClassVar[Mapping[str, str]] = {"alpha": "scale"}
+
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False,
