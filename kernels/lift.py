@@ -243,8 +243,9 @@ def lift(p: Matrices, left: Matrices | None = None, right: Matrices | None = Non
             graph reads when it is replayed (as it does ``alpha``, ``gain`` and ``keep``).
         start: index in the whole parameter of p's first element.
         below: what is kept below a bf16 weight and changes with it: its ``high``, or ``high`` and
-            ``low``, of p's shape (:mod:`lissom.kernels.split`). With ``high`` alone ``key`` rounds
-            to 8 bits more than bf16, with both all is rounded to nearest.
+            ``low``, of p's shape (:mod:`lissom.kernels.split`), ``Apart`` if p is and never
+            stacked then. With ``high`` alone ``key`` rounds to 8 bits more than bf16, with both all
+            is rounded to nearest.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
     Raises:
