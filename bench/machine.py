@@ -162,12 +162,12 @@ def _body(code: str) -> Iterator[str]:
 
 def cases() -> Iterator[Case]:
     """The kernels of a step on bf16 weights, at sizes without remainders."""
-    height, width = blocks.tile(4096, 4096)
-    tile = {"R": height, "W": width}
-    of_blocks = height * width
+    at = blocks.grid(4096, 4096)
+    tile = {"R": at.height, "W": at.width, "per_row": at.per_row}
+    of_blocks = at.height * at.width
     for bits in (32, 8, 4):
         store = "*fp32" if bits == 32 else "*u8"
-        tables = ("scale", "book", "lines", "ends")
+        tables = ("scale", "book", "lines")
         pointers = {f"{x}_{y}_ptr": "*i64" if y == "lines" else "*fp32"
                     for x in "mv" for y in tables}
         none = dict.fromkeys(pointers) if bits == 32 else {}
@@ -175,9 +175,9 @@ def cases() -> Iterator[Case]:
                  "v_ptr": store, **dict.fromkeys(("weight1", "beta2", "weight2", "eps",
                                                   "correction", "keep", "factor"), "fp32")}
         for name, weight in (("adamw8", True), ("adam8", False)):
-            flags = {"BITS": bits, "WEIGHT": weight, "MAXIMIZE": False, "STOCHASTIC": weight,
-                     "HELD": False, "ALIGNED": True, **none, **tile, "high_ptr": None,
-                     "low_ptr": None}
+            flags = {"BITS": bits, "FAST": bits < 16, "WEIGHT": weight, "MAXIMIZE": False,
+                     "STOCHASTIC": weight, "HELD": False, "ALIGNED": True, **none, **tile,
+                     "high_ptr": None, "low_ptr": None}
             yield Case(f"{name}, {bits} bits", adam._adam_kernel, types, flags, of_blocks,
                        blocks.WARPS)
             if bits == 8 and weight:
@@ -209,7 +209,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"dequantize_linear, {bits} bits", linear._dequantize_linear_kernel, codes,
                    {**tile, "BITS": bits}, of_blocks, blocks.WARPS)
         codes |= {"codes_ptr": "*u8", "out_ptr": "*fp32", "book_ptr": "*fp32",
-                  "lines_ptr": "*i64", "ends_ptr": "*fp32"}
+                  "lines_ptr": "*i64"}
         yield Case(f"quantize_dynamic, {bits} bits", dynamic._quantize_kernel, codes,
                    {**tile, "BITS": bits, "SIGNED": True}, of_blocks, blocks.WARPS)
         yield Case(f"dequantize_dynamic, {bits} bits", dynamic._dequantize_kernel, codes,

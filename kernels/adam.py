@@ -8,7 +8,8 @@ rounded stochastically) or 32 (fp32, scales None). Arithmetic is fp32:
 
 with M and V as they are before they are encoded. Finite entries of G are brought to where their
 squares are finite; infinities and NaN stay what they are. At 8 and 4 bits, where codes have errors
-of a hundredth, a GPU's fast root and quotient are used, right to two units in the last place.
+of a hundredth, a GPU's fast root and inverse are used, right to two units in the last place, unless
+eps is below 1e-10.
 
 Sources: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101; Dettmers et al.,
 arXiv 2110.02861.
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import FLOATS, INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
+from ._triton import FLOATS, INTERPRETED, check, define, jit, launch, signed32, tl, use_triton
 from .apart import (
     Apart,
     Keys,
@@ -43,10 +44,10 @@ from .blocks import (
     block_place,
     check_store,
     code_bytes,
+    grid,
     load_codes,
     store_codes,
     store_shapes,
-    tile,
 )
 from .dynamic import (
     block_codes,
@@ -77,6 +78,8 @@ _RATES = (torch.float32, torch.float64)
 _KINDS = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8, 4: torch.uint8}
 # Squares of larger numbers are infinite in fp32.
 _LIMIT = math.sqrt(torch.finfo(torch.float32).max)
+# An epsilon beside which the roots of subnormal numbers have no weight.
+_LEAST = 1e-10
 # Elements that torch code works on at once: on a CPU so many that they stay in its cache.
 _PIECE, _LARGE_PIECE = 1 << 17, 1 << 24
 # Elements that a kernel takes as one row, in which it counts in int32.
@@ -102,6 +105,11 @@ class Step(NamedTuple):
     key: Any = (0, 0)
     stochastic: bool = False
     start: int = 0
+
+    @property
+    def fast(self) -> bool:
+        """Whether a GPU's fast root and quotient will do, which take subnormal numbers for zero."""
+        return self.bits < 16 and self.eps >= _LEAST
 
 
 #: The target (a weight, or the direction's output), the gradient, M, V, their scales or None, and
@@ -211,8 +219,8 @@ def adamw8_ref(p: Tensor, g: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | Non
 
 
 def _root(x: tl.tensor) -> tl.tensor:
-    """The square root to a unit in the last place; tl.sqrt takes subnormal numbers for zero."""
-    return tl.inline_asm_elementwise("sqrt.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
+    """The square root of a normal number to a unit in the last place."""
+    return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
                                      is_pure=True, pack=1)
 
 
@@ -220,15 +228,29 @@ def _root_interpreted(x: tl.tensor) -> tl.tensor:
     return tl.sqrt(x)
 
 
+def _inverse(x: tl.tensor) -> tl.tensor:
+    """1 / x of a normal number to a unit in the last place."""
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32,
+                                     is_pure=True, pack=1)
+
+
+def _inverse_interpreted(x: tl.tensor) -> tl.tensor:
+    return 1 / x
+
+
 _fast_root = jit(_root_interpreted if INTERPRETED else _root)
+_fast_inverse = jit(_inverse_interpreted if INTERPRETED else _inverse)
 
 
 @jit
-def _quotient(x: tl.tensor, y: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    if BITS < 16:
-        return x / y
-    else:
-        return tl.div_rn(x, y)
+def _quotient(x: tl.tensor, y: tl.tensor, FAST: tl.constexpr) -> tl.tensor:
+    return x * _fast_inverse(y) if FAST else tl.div_rn(x, y)
+
+
+@jit
+def _sum(x: tl.tensor, y: tl.tensor, z: tl.tensor, FAST: tl.constexpr) -> tl.tensor:
+    """x y + z, rounded once if fast."""
+    return tl.fma(x, y, z) if FAST else x * y + z
 
 
 @jit
@@ -251,13 +273,13 @@ def _moved(ptr: tl.tensor, scale_ptr: tl.tensor, book_ptr: tl.tensor, row: tl.te
 @jit
 def _decoded(ptr: tl.tensor, scale_ptr: tl.tensor, book_ptr: tl.tensor, offset: tl.tensor,
              mask: tl.tensor, row: tl.tensor, first: tl.tensor, block: tl.tensor,
-             inside: tl.tensor, width: tl.tensor, BITS: tl.constexpr, W: tl.constexpr
-             ) -> tl.tensor:
-    """A stored moment of a program's blocks, fp32 [R, W]; at 8 and 4 bits not masked beyond the end
-    of a row.
+             inside: tl.tensor, width: tl.tensor, BITS: tl.constexpr, W: tl.constexpr,
+             EMPTY: tl.constexpr) -> tl.tensor:
+    """A stored moment of a program's blocks, fp32 [R, W]; beyond the end of a row what ``EMPTY``
+    stands for, at 4 bits not in its last byte.
     """
     if BITS < 16:
-        codes = load_codes(ptr, row, first, inside, width, BITS, W)
+        codes = load_codes(ptr, row, first, inside, width, BITS, W, EMPTY)
         scale = tl.load(scale_ptr + block, mask=inside, other=0.0)
         return block_values(codes, scale[:, None], book_ptr, BITS)
     else:
@@ -266,14 +288,13 @@ def _decoded(ptr: tl.tensor, scale_ptr: tl.tensor, book_ptr: tl.tensor, offset: 
 
 @jit
 def _encode(x: tl.tensor, ptr: tl.tensor, scale_ptr: tl.tensor, lines_ptr: tl.tensor,
-            ends_ptr: tl.tensor, offset: tl.tensor, mask: tl.tensor, row: tl.tensor,
-            first: tl.tensor, block: tl.tensor, inside: tl.tensor, columns: tl.tensor,
-            width: tl.tensor, index: tl.tensor, seed: tl.tensor, parameter: tl.tensor,
-            step: tl.tensor, STREAM: tl.constexpr, BITS: tl.constexpr, ALIGNED: tl.constexpr,
-            R: tl.constexpr, W: tl.constexpr) -> None:
+            offset: tl.tensor, mask: tl.tensor, row: tl.tensor, first: tl.tensor, block: tl.tensor,
+            inside: tl.tensor, columns: tl.tensor, width: tl.tensor, index: tl.tensor,
+            seed: tl.tensor, parameter: tl.tensor, step: tl.tensor, STREAM: tl.constexpr,
+            BITS: tl.constexpr, ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
     """Store a moment [R, W] of a program's blocks; stream 0 is M's, which has a sign."""
     if BITS < 16:
-        codes, scale = block_codes(x, lines_ptr, ends_ptr, BITS, STREAM == 0)
+        codes, scale = block_codes(x, lines_ptr, BITS, STREAM == 0)
         store_codes(ptr, codes, row, first, inside, columns, width, BITS, R, W)
         tl.store(scale_ptr + block, scale, mask=inside)
     else:
@@ -286,20 +307,20 @@ def _encode(x: tl.tensor, ptr: tl.tensor, scale_ptr: tl.tensor, lines_ptr: tl.te
 def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_ptr: tl.tensor,
                  m_scale_ptr: tl.tensor, v_scale_ptr: tl.tensor, high_ptr: tl.tensor,
                  low_ptr: tl.tensor, m_book_ptr: tl.tensor, v_book_ptr: tl.tensor,
-                 m_lines_ptr: tl.tensor, m_ends_ptr: tl.tensor, v_lines_ptr: tl.tensor,
-                 v_ends_ptr: tl.tensor, m_old_ptr: tl.tensor, v_old_ptr: tl.tensor,
-                 m_old_scale_ptr: tl.tensor, v_old_scale_ptr: tl.tensor, source_ptr: tl.tensor,
-                 rows: tl.tensor, columns: tl.tensor, width: tl.tensor, start: tl.tensor,
-                 seed: tl.tensor, parameter: tl.tensor, step: tl.tensor, weight1: tl.tensor,
-                 beta2: tl.tensor, weight2: tl.tensor, eps: tl.tensor, correction: tl.tensor,
-                 keep: tl.tensor, factor: tl.tensor, BITS: tl.constexpr, WEIGHT: tl.constexpr,
+                 m_lines_ptr: tl.tensor, v_lines_ptr: tl.tensor, m_old_ptr: tl.tensor,
+                 v_old_ptr: tl.tensor, m_old_scale_ptr: tl.tensor, v_old_scale_ptr: tl.tensor,
+                 source_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, per_row: tl.tensor,
+                 width: tl.tensor, start: tl.tensor, seed: tl.tensor, parameter: tl.tensor,
+                 step: tl.tensor, weight1: tl.tensor, beta2: tl.tensor, weight2: tl.tensor,
+                 eps: tl.tensor, correction: tl.tensor, keep: tl.tensor, factor: tl.tensor,
+                 BITS: tl.constexpr, FAST: tl.constexpr, WEIGHT: tl.constexpr,
                  MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr, HELD: tl.constexpr,
                  ALIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
                  TARGET: tl.constexpr = None, GRADIENT: tl.constexpr = None,
                  MOMENT: tl.constexpr = None, ALIGN: tl.constexpr = 1, KEYED: tl.constexpr = False,
                  MOVED: tl.constexpr = 0, BELOW: tl.constexpr = 0) -> None:
-    # weight1 and weight2 are 1 - b1 and 1 - b2. The root of V is multiplied by the correction at 8
-    # and 4 bits, else divided by it.
+    # weight1 and weight2 are 1 - b1 and 1 - b2. The root of V is multiplied by the correction if
+    # fast, else divided by it.
     if HELD:  # numbers that change from step to step are in memory, for CUDA graphs
         keep = tl.load(correction + 1)
         factor = tl.load(correction + 2)
@@ -322,7 +343,7 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
         if KEYED:
             parameter = tl.load(seed + 2 * item + 1).to(tl.int32)
             seed = tl.load(seed + 2 * item).to(tl.int32)
-    row, first, block, inside = block_place(rows, columns, R, W)
+    row, first, block, inside = block_place(rows, per_row, R, W)
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)  # [R, W], as all that follows
     offset = row[:, None] * columns + column
@@ -336,7 +357,6 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
     g = tl.where(tl.abs(g) < float("inf"), tl.clamp(g, -limit, limit), g)
 
     if MOVED > 0:  # read from copies, as other programs overwrite the stored moments
-        per_row = (columns + W - 1) // W
         if MOVED == 1:
             source = tl.load(source_ptr + item * rows + row, mask=inside, other=-1)[:, None]
             from_row, from_column = tl.maximum(source, 0).to(tl.int64), column
@@ -356,34 +376,36 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
                    width, per_row, BITS)
     else:
         m = _decoded(m_ptr, m_scale_ptr, m_book_ptr, offset, mask, row, first, block, inside, width,
-                     BITS, W)
+                     BITS, W, 127)
         v = _decoded(v_ptr, v_scale_ptr, v_book_ptr, offset, mask, row, first, block, inside, width,
-                     BITS, W)
-        if BITS < 16:
-            # Beyond a row's end codes are 0: M's lowest value, which would raise its scale, and V's
-            # smallest, which cannot.
+                     BITS, W, 0)
+        if BITS == 4:
+            # Beyond a row's end M has its lowest value, which would raise its scale; V's smallest
+            # cannot.
             m = tl.where(mask, m, 0.0)
-    # As torch.lerp, which is exact at both ends.
-    nearer = tl.where(weight1 < 0.5, m, g)
-    m = nearer + tl.where(weight1 < 0.5, weight1, weight1 - 1) * (g - m)
-    v = v * beta2 + weight2 * g * g
-    if BITS < 16:
+    if FAST:
+        m = tl.fma(weight1, g, (1 - weight1) * m)
+        v = tl.fma(weight2 * g, g, v * beta2)
         denominator = _fast_root(v) * correction + eps
     else:
+        # As torch.lerp, which is exact at both ends.
+        nearer = tl.where(weight1 < 0.5, m, g)
+        m = nearer + tl.where(weight1 < 0.5, weight1, weight1 - 1) * (g - m)
+        v = v * beta2 + weight2 * g * g
         denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + correction) + eps
 
     if WEIGHT:
         x = load_weight(target_ptr, high_ptr, low_ptr, offset, mask, BELOW)
-        x = x * keep + _quotient(factor * m, denominator, BITS)
+        x = _sum(x, keep, _quotient(factor * m, denominator, FAST), FAST)
         store_weight(x, target_ptr, high_ptr, low_ptr, offset, mask, index, seed, parameter, step,
                      BELOW, STOCHASTIC, ALIGNED, W)
     else:
-        x = _quotient(m, denominator, BITS) * factor
+        x = _quotient(m, denominator, FAST) * factor
         tl.store(target_ptr + offset, nearest(x, target_ptr), mask=mask)
 
-    _encode(m, m_ptr, m_scale_ptr, m_lines_ptr, m_ends_ptr, offset, mask, row, first, block, inside,
+    _encode(m, m_ptr, m_scale_ptr, m_lines_ptr, offset, mask, row, first, block, inside,
             columns, width, index, seed, parameter, step, 0, BITS, ALIGNED, R, W)
-    _encode(v, v_ptr, v_scale_ptr, v_lines_ptr, v_ends_ptr, offset, mask, row, first, block, inside,
+    _encode(v, v_ptr, v_scale_ptr, v_lines_ptr, offset, mask, row, first, block, inside,
             columns, width, index, seed, parameter, step, 1, BITS, ALIGNED, R, W)
 
 
@@ -418,7 +440,7 @@ def _by_torch(tensors: Tensors, step: Step, source: Tensor | None, rows_move: bo
 def _tables(bits: int, device: torch.device) -> tuple[Tensor, ...]:
     """Tables for decoding and encoding both moments in a kernel."""
     return (codebook(bits, True, device), codebook(bits, False, device),
-            *lines(bits, True, device), *lines(bits, False, device))
+            lines(bits, True, device), lines(bits, False, device))
 
 
 def _kernel_numbers(step: Step) -> tuple[Any, ...]:
@@ -426,7 +448,7 @@ def _kernel_numbers(step: Step) -> tuple[Any, ...]:
     together in a second one.
     """
     root, keep, factor = _numbers(step)
-    correction = 1 / root if step.bits < 16 else root
+    correction = 1 / root if step.fast else root
     if isinstance(step.t, Tensor):
         return step.t, torch.stack((correction, keep, factor)).float(), 0.0, 0.0
     return signed32(step.t), correction, keep, factor
@@ -442,22 +464,22 @@ def _by_kernel(tensors: Tensors, step: Step, source: Tensor | None, rows_move: b
         kinds, align = (kind(target), kind(g), kind(m)), alignment(*tensors)
     size = g.numel() // count
     columns = g.shape[-1] if bits < 16 or source is not None else size  # as in pieces
-    rows = size // columns
-    height, width = tile(rows, columns)
-    tables: tuple[Any, ...] = _tables(bits, g.device) if bits < 16 else (None,) * 6
+    at = grid(size // columns, columns, whole=source is not None)
+    tables: tuple[Any, ...] = _tables(bits, g.device) if bits < 16 else (None,) * 4
     old: tuple[Any, ...] = (None,) * 5
     if source is not None:
         old = *(stack(x) if isinstance(x, Apart) else x if x is None else x.clone()
                 for x in (m, v, m_scale, v_scale)), source
     t, *numbers = _kernel_numbers(step)
     words = key_words(step.key, g)
-    launch(_adam_kernel, (cdiv(rows * cdiv(columns, width), height), count), g.device,
-           *given, *tables, *old, rows, columns, code_bytes(columns, bits), start, *words, t,
-           1 - step.beta1, step.beta2, 1 - step.beta2, step.eps, *numbers, BITS=bits,
+    launch(_adam_kernel, (at.programs, count), g.device, *given, *tables, *old, at.rows, at.columns,
+           at.per_row, code_bytes(at.columns, bits), start, *words, t, 1 - step.beta1, step.beta2,
+           1 - step.beta2, step.eps, *numbers, BITS=bits, FAST=step.fast,
            WEIGHT=step.lr is not None, MAXIMIZE=step.maximize,
            STOCHASTIC=step.stochastic and target.dtype != torch.float32,
            HELD=isinstance(t, Tensor),
-           ALIGNED=start % 8 == 0 and (rows == 1 or columns % 8 == 0), R=height, W=width,
+           ALIGNED=start % 8 == 0 and (at.rows == 1 or at.columns % 8 == 0),
+           R=at.height, W=at.width,
            TARGET=kinds[0], GRADIENT=kinds[1], MOMENT=kinds[2], ALIGN=align,
            KEYED=isinstance(words[0], Tensor), MOVED=0 if source is None else 2 - rows_move,
            BELOW=0 if high is None else 8 if low is None else 16, num_warps=WARPS)

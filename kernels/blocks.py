@@ -6,15 +6,17 @@ Two 4-bit codes are packed to a byte, low half first.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._triton import cdiv, check, jit, tl
+from ._triton import INTERPRETED, cdiv, check, jit, tl
 from .apart import Matrices
 
-__all__ = ["BLOCK", "WARPS", "block_place", "check_store", "code_bytes", "code_shapes",
-           "load_codes", "pack4", "store_codes", "store_shapes", "tile", "unpack4"]
+__all__ = ["BLOCK", "WARPS", "Grid", "block_place", "check_store", "code_bytes", "code_shapes",
+           "grid", "load_codes", "pack4", "store_codes", "store_shapes", "tile", "unpack4"]
 
 #: Elements that share a scale.
 BLOCK = 256
@@ -85,28 +87,85 @@ def tile(rows: int, columns: int) -> tuple[int, int]:
     return _TILE // width, width
 
 
+class Grid(NamedTuple):
+    """How blocks of a matrix are shared among programs.
+
+    Args:
+        rows: of the matrix, or of its whole blocks, one to a row.
+        columns: likewise.
+        per_row: blocks of a row.
+        height: rows of a program's tile.
+        width: columns of a program's tile.
+    """
+
+    rows: int
+    columns: int
+    per_row: int
+    height: int
+    width: int
+
+    @property
+    def programs(self) -> int:
+        """How many there are."""
+        return cdiv(self.rows * self.per_row, self.height)
+
+
+def grid(rows: int, columns: int, *, whole: bool = False) -> Grid:
+    """The blocks of a matrix; where no row ends within one they are rows themselves, so that a
+    program need not divide to find them.
+
+    Args:
+        rows: of the matrix.
+        columns: likewise.
+        whole: rows stay what they are.
+
+    Raises:
+        ValueError: too many columns or tiles for int32.
+    """
+    height, width = tile(rows, columns)
+    if columns % BLOCK == 0 and not whole:
+        rows, columns = rows * columns // BLOCK, BLOCK
+    return Grid(rows, columns, cdiv(columns, width), height, width)
+
+
 @jit
-def block_place(rows: tl.tensor, columns: tl.tensor, R: tl.constexpr, W: tl.constexpr) -> tl.tensor:
+def block_place(rows: tl.tensor, per_row: tl.tensor, R: tl.constexpr, W: tl.constexpr) -> tl.tensor:
     """The R blocks of a program: their rows, first columns, numbers, and which of them exist."""
-    per_row = (columns + W - 1) // W
-    # In int32, where a division takes a tenth of the instructions of int64.
+    # In int32, where a division takes a tenth of the instructions of int64; none is left of one by
+    # 1, on which kernels are specialized.
     block = tl.program_id(0) * R + tl.arange(0, R)  # [R]
     row = block // per_row
     return row.to(tl.int64), (block - row * per_row) * W, block, row < rows
 
 
+def _bytes(x: tl.tensor) -> tl.tensor:
+    """uint8 to int32, by one instruction each."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $4, 0, 0x4440; prmt.b32 $1, $4, 0, 0x4441; prmt.b32 $2, $4, 0, 0x4442; "
+        "prmt.b32 $3, $4, 0, 0x4443;", "=r,=r,=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=4)
+
+
+def _bytes_interpreted(x: tl.tensor) -> tl.tensor:
+    return x.to(tl.int32)
+
+
+_from_bytes = jit(_bytes_interpreted if INTERPRETED else _bytes)
+
+
 @jit
 def load_codes(ptr: tl.tensor, row: tl.tensor, first: tl.tensor, inside: tl.tensor,
-               width: tl.tensor, BITS: tl.constexpr, W: tl.constexpr) -> tl.tensor:
-    """Codes of [R] blocks: int32 [R, W]; a row of them is ``width`` bytes."""
+               width: tl.tensor, BITS: tl.constexpr, W: tl.constexpr, EMPTY: tl.constexpr = 0
+               ) -> tl.tensor:
+    """Codes of [R] blocks: int32 [R, W]; a row of them is ``width`` bytes, ``EMPTY`` beyond."""
     if BITS == 8:
         column = first[:, None] + tl.arange(0, W)[None, :]
         mask = inside[:, None] & (column < width)
-        return tl.load(ptr + row[:, None] * width + column, mask=mask, other=0).to(tl.int32)
+        codes = tl.load(ptr + row[:, None] * width + column, mask=mask, other=EMPTY)
+        return _from_bytes(codes) if ptr.dtype.element_ty == tl.uint8 else codes.to(tl.int32)
     else:
         byte = first[:, None] // 2 + tl.arange(0, W // 2)[None, :]
         mask = inside[:, None] & (byte < width)
-        packed = tl.load(ptr + row[:, None] * width + byte, mask=mask, other=0).to(tl.int32)
+        packed = tl.load(ptr + row[:, None] * width + byte, mask=mask, other=EMPTY).to(tl.int32)
         return tl.interleave(packed & 15, packed >> 4)
 
 

@@ -17,32 +17,33 @@ zero (Li et al., "Memory Efficient Optimizers with 4-bit States", arXiv 2309.015
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._triton import cdiv, check, define, jit, launch, tl, use_triton
+from ._triton import INTERPRETED, check, define, jit, launch, tl, use_triton
 from .blocks import (
     BLOCK,
     WARPS,
     block_place,
     check_store,
     code_bytes,
+    grid,
     load_codes,
     pack4,
     store_codes,
     store_shapes,
-    tile,
 )
 
 __all__ = ["block_codes", "block_values", "codebook", "dequantize_dynamic",
            "dequantize_dynamic_ref", "lines", "quantize_dynamic", "quantize_dynamic_ref"]
 
-# Lines that count cell ends: eight for each of 32 powers of two.
-_LINES = 256
+# What the largest number of a block becomes before its code is looked for: one with which the lines
+# below exist.
+_TOP = 1.256
+# 1.5 * 2^23: a sum with it is rounded to an integer, ties to even, which its lowest bits are.
+_ROUND = 12582912.0
 
 
 @functools.lru_cache(maxsize=32)
@@ -69,58 +70,89 @@ def codebook(bits: int, signed: bool, device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-def _ends(bits: int, signed: bool) -> Tensor:
-    """The upper ends of all codes' cells but the last's, on the CPU."""
-    book = codebook(bits, signed, torch.device("cpu")).double()
-    ends = ((book[:-1] + book[1:]) / 2).float()
-    if book[0] == 0:  # the cell of zero in the second moments' codebook
-        ends[0] = torch.finfo(torch.float32).tiny
-    return ends
+def _per_octave(signed: bool) -> int:
+    """Lines for each power of two."""
+    return 8 if signed else 16
 
 
 @functools.lru_cache(maxsize=32)
-def lines(bits: int, signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Straight lines that nearly count the cell ends below a number, and these ends.
+def lines(bits: int, signed: bool, device: torch.device) -> Tensor:
+    """Straight lines that count the positive cell ends below a number.
 
-    Eight lines for each power of two, the last eight for [1, 2): floor(slope x + level) is the
-    number of positive ends below x, or one less. One comparison with an end decides.
+    Each power of two from 2^-31 to 1 has 8 of them (signed) or 16; the first is for smaller numbers
+    too. Rounded to the nearest integer, slope x + level is the count. It changes in the middle
+    between two values of the codebook times 1.256, to within 2^-20 of that: :func:`_ends` says
+    where.
 
     Returns:
-        Slopes and levels, a pair of fp32 in each int64 of (256,); and the upper ends of all cells,
-        the last infinite, fp32.
+        Slopes and levels, a pair of fp32 in each int64 of (256,), or (512,) if not signed.
     """
-    positive = [x for x in _ends(bits, signed).tolist() if x > 0]
+    ends = _middles(bits, signed)
+    positive = ends[ends > 0].tolist()
     both = []
-    for i in range(_LINES):
-        octave, eighth = divmod(i - _LINES + 8, 8)
-        low, high = ((1 + x / 8) * 2.0**octave for x in (eighth, eighth + 1))
-        inside = [x for x in positive if (low <= x or not i) and x < high]
-        before = sum(x < low for x in positive) if i else 0
-        after = positive[before + len(inside)] if inside and inside[-1] < positive[-1] else math.inf
-        slope, level = _line(inside, after, high)
-        both.append((slope, before + level))
+    each = _per_octave(signed)
+    for octave in range(-31, 1):
+        for i in range(each):
+            low, high = (2.0**octave * (1 + x / each) for x in (i, i + 1))
+            inside = [x for x in positive if low <= x < high]
+            both.append(_line(sum(x < low for x in positive), inside, low, high))
     made = torch.tensor(both, dtype=torch.float32, device="cpu").view(torch.int64).view(-1)
-    return made.to(device), functional.pad(_ends(bits, signed), (0, 1), value=torch.inf).to(device)
+    return made.to(device)
 
 
-def _line(ends: list[float], after: float, high: float) -> tuple[float, float]:
-    """Slope and level of a line that comes to 1, 2, ... after each end and before the next.
+def _middles(bits: int, signed: bool) -> Tensor:
+    """The middles between the values of a codebook times 1.256, fp64, on the CPU.
 
-    Args:
-        ends: those that the line is for.
-        after: the one that follows.
-        high: where the line ends.
+    In the second moments' codebook of 8 bits only zero has the code of zero; the first is 2^-32.
     """
-    if len(ends) < 2:
-        return 0.0, 0.0
-    step = (ends[-1] - ends[0]) / (len(ends) - 1)
-    for stretch, share in itertools.product((1.0, 1.06, 1.12, 1.25, 1.5), (0.5, 0.3, 0.7)):
-        slope = 1 / (step * stretch)
-        at = [ends[0] + step * (share + stretch * j) for j in range(-1, len(ends) + 1)]
-        if at[0] < ends[0] and at[-1] > min(after, high) and all(
-                x < y < z for x, y, z in zip(ends, at[1:-1], [*ends[1:], after], strict=True)):
-            return slope, 1 - slope * at[1]
-    raise AssertionError(f"no line for cells that end at {ends}")
+    book = _TOP * codebook(bits, signed, torch.device("cpu")).double()
+    middles = (book[:-1] + book[1:]) / 2
+    if not book[0]:
+        middles[0] = 2.0**-32
+    return middles
+
+
+def _line(before: int, ends: list[float], low: float, high: float) -> tuple[float, float]:
+    """Slope and level of a line from low to high that is half an integer above ``before`` at the
+    first of these ends, and one more at each that follows.
+    """
+    if not ends:
+        return 0.0, float(before)
+    if len(ends) == 1:  # neither a half less than before, nor one and a half more
+        slope = 0.9 / max(ends[0] - low, high - ends[0])
+    else:
+        slope = (len(ends) - 1) / (ends[-1] - ends[0])
+    return slope, before + 0.5 - slope * ends[0]
+
+
+def _codes(unit: Tensor, bits: int, signed: bool) -> Tensor:
+    """Codes (int32) of fp32 numbers in [-1.256, 1.256] by the arithmetic of :func:`block_codes`."""
+    table = lines(bits, signed, unit.device).view(torch.float32).view(-1, 2)
+    each = _per_octave(signed)
+    size = (unit.abs() if signed else unit).clamp_min(2.0**-31)
+    place = (size.view(torch.int32) // ((1 << 23) // each)) - (127 - 31) * each
+    slope, level = table[place].unbind(-1)
+    count = (size.double() * slope + level).float().double()  # rounded once, as all that follows
+    if signed:
+        count = count.copysign(unit) + (2 ** (bits - 1) - 1)
+    elif bits == 8:
+        count = count.where(unit > 0, 0.0)
+    return count.round().int().clamp_min(0)
+
+
+def _ends(bits: int, signed: bool) -> Tensor:
+    """The largest number of each code but the last, fp32, on the CPU."""
+    middles = _middles(bits, signed).float()
+    # The 16 numbers before a middle, itself, and the 16 that follow, in order.
+    steps = torch.arange(-16, 17, dtype=torch.int32, device="cpu")
+    bits_of = middles.view(torch.int32).unsqueeze(-1)
+    near = torch.where(bits_of < 0, bits_of - steps, bits_of + steps).view(torch.float32)
+    code = torch.arange(len(middles), device="cpu").unsqueeze(-1)
+    below = (_codes(near, bits, signed) <= code).sum(-1, keepdim=True)
+    ends = near.gather(-1, below.clamp_min(1) - 1).squeeze(-1)
+    if not signed and bits == 8:
+        ends[0] = 0.0
+    return ends
 
 
 @functools.lru_cache(maxsize=32)
@@ -174,7 +206,7 @@ def quantize_dynamic_ref(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Te
     for part in _blocks(x):
         unit = part.abs()
         scale = unit.amax(-1) if part.numel() else part.new_zeros(part.shape[:-1])
-        inverse = scale.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
+        inverse = torch.full_like(scale, _TOP).div_(scale.clamp_min(torch.finfo(scale.dtype).tiny))
         torch.mul(part, inverse.unsqueeze(-1), out=unit)
         ordered = unit.view(torch.int32)
         upper = (ordered >> 16).add_(1 << 15)
@@ -235,27 +267,47 @@ def _look_up(table_ptr: tl.tensor, index: tl.tensor, SIZE: tl.constexpr) -> tl.t
     return tl.reshape(tl.gather(table, flat, 0), index.shape)
 
 
+def _fma(x: tl.tensor, y: tl.tensor, z: tl.tensor) -> tl.tensor:
+    """x y + z, rounded once."""
+    return tl.fma(x, y, z)
+
+
+def _fma_interpreted(x: tl.tensor, y: tl.tensor, z: tl.tensor) -> tl.tensor:
+    """The same, which some versions of the interpreter round twice."""
+    return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+
+
+_fused = jit(_fma_interpreted if INTERPRETED else _fma)
+
+
 @jit
-def block_codes(x: tl.tensor, lines_ptr: tl.tensor, ends_ptr: tl.tensor, BITS: tl.constexpr,
-                SIGNED: tl.constexpr) -> tl.tensor:
+def block_codes(x: tl.tensor, lines_ptr: tl.tensor, BITS: tl.constexpr, SIGNED: tl.constexpr,
+                TOP: tl.constexpr = _TOP, ROUND: tl.constexpr = _ROUND) -> tl.tensor:
     """Codes (int32) and scales of blocks [R, W], zero where there is nothing."""
     # As integers magnitudes are ordered too, and NaN is above all.
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     scale = tl.max(magnitude, 1).to(tl.float32, bitcast=True)  # [R]
     # Unlike a maximum this keeps NaN.
     divisor = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
-    unit = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), divisor)[:, None]
-    # The first line begins at 2^-31, which NaN gets too, the last at 1.875.
+    unit = x * tl.div_rn(tl.full(scale.shape, TOP, tl.float32), divisor)[:, None]
+    # The first line begins at 2^-31, which NaN gets too, the last ends at 2.
     size = tl.abs(unit) if SIGNED else unit
     size = tl.where(size > 2.0**-31, size, 2.0**-31)
-    line = _look_up(lines_ptr, (size.to(tl.int32, bitcast=True) >> 20) - (1023 - 255), 256)
+    EACH: tl.constexpr = 3 if SIGNED else 4  # the logarithm of the lines for a power of two
+    place = (size.to(tl.int32, bitcast=True) >> (23 - EACH)) - ((127 - 31) << EACH)
+    line = _look_up(lines_ptr, place, 32 << EACH)
     slope = line.to(tl.int32).to(tl.float32, bitcast=True)
     level = (line >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    codes = (size * slope + level).to(tl.int32)
-    if SIGNED:  # that of 0 is in the middle, and negative numbers count down from it
-        codes = tl.where(unit < 0, -1 - codes, codes)
-        codes = tl.maximum((2**BITS // 2 - 1) + codes, 0)
-    return codes + (unit > _look_up(ends_ptr, codes, 2**BITS)).to(tl.int32), scale
+    count = _fused(size, slope, level)  # of positive ends below, once it is rounded
+    if SIGNED:  # the code of 0 is in the middle, and negative numbers count down from it
+        sign = unit.to(tl.int32, bitcast=True) & -2147483648
+        count = (count.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+        codes = tl.maximum(count + (ROUND + (2**BITS // 2 - 1)), ROUND)
+    elif BITS == 8:  # where only zero gets the code of zero
+        codes = tl.where(unit > 0, count + ROUND, ROUND)
+    else:
+        codes = count + ROUND
+    return codes.to(tl.int32, bitcast=True) & (2**BITS - 1), scale
 
 
 @jit
@@ -267,14 +319,14 @@ def block_values(codes: tl.tensor, scale: tl.tensor, book_ptr: tl.tensor, BITS: 
 
 @jit
 def _quantize_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: tl.tensor,
-                     lines_ptr: tl.tensor, ends_ptr: tl.tensor, rows: tl.tensor,
-                     columns: tl.tensor, width: tl.tensor, BITS: tl.constexpr,
+                     lines_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor,
+                     per_row: tl.tensor, width: tl.tensor, BITS: tl.constexpr,
                      SIGNED: tl.constexpr, R: tl.constexpr, W: tl.constexpr) -> None:
-    row, first, block, inside = block_place(rows, columns, R, W)
+    row, first, block, inside = block_place(rows, per_row, R, W)
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)
     x = tl.load(x_ptr + row[:, None] * columns + column, mask=mask, other=0.0)
-    codes, scale = block_codes(x, lines_ptr, ends_ptr, BITS, SIGNED)
+    codes, scale = block_codes(x, lines_ptr, BITS, SIGNED)
     store_codes(codes_ptr, codes, row, first, inside, columns, width, BITS, R, W)
     tl.store(scale_ptr + block, scale, mask=inside)
 
@@ -282,9 +334,9 @@ def _quantize_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: tl.tenso
 @jit
 def _dequantize_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.tensor,
                        book_ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor,
-                       width: tl.tensor, BITS: tl.constexpr, R: tl.constexpr,
+                       per_row: tl.tensor, width: tl.tensor, BITS: tl.constexpr, R: tl.constexpr,
                        W: tl.constexpr) -> None:
-    row, first, block, inside = block_place(rows, columns, R, W)
+    row, first, block, inside = block_place(rows, per_row, R, W)
     codes = load_codes(codes_ptr, row, first, inside, width, BITS, W)
     scale = tl.load(scale_ptr + block, mask=inside, other=0.0)
     column = first[:, None] + tl.arange(0, W)[None, :]
@@ -301,11 +353,11 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, signed: bool, 
         scale.copy_(step)
     elif x.numel():
         columns = x.shape[-1]
-        rows = x.numel() // columns
-        height, width = tile(rows, columns)
-        launch(_quantize_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
-               *lines(bits, signed, x.device), rows, columns, code_bytes(columns, bits), BITS=bits,
-               SIGNED=signed, R=height, W=width, num_warps=WARPS)
+        at = grid(x.numel() // columns, columns)
+        launch(_quantize_kernel, at.programs, x.device, x, codes, scale,
+               lines(bits, signed, x.device), at.rows, at.columns, at.per_row,
+               code_bytes(at.columns, bits), BITS=bits, SIGNED=signed, R=at.height, W=at.width,
+               num_warps=WARPS)
         torch.autograd.graph.increment_version([codes, scale])
 
 
@@ -315,11 +367,10 @@ def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, signed: bo
     if not triton:
         out.copy_(dequantize_dynamic_ref(codes, scale, columns, bits, signed))
     elif out.numel():
-        rows = out.numel() // columns
-        height, width = tile(rows, columns)
-        launch(_dequantize_kernel, cdiv(scale.numel(), height), out.device, codes, scale, out,
-               codebook(bits, signed, out.device), rows, columns, code_bytes(columns, bits),
-               BITS=bits, R=height, W=width, num_warps=WARPS)
+        at = grid(out.numel() // columns, columns)
+        launch(_dequantize_kernel, at.programs, out.device, codes, scale, out,
+               codebook(bits, signed, out.device), at.rows, at.columns, at.per_row,
+               code_bytes(at.columns, bits), BITS=bits, R=at.height, W=at.width, num_warps=WARPS)
 
 
 _quantize_op = define("quantize_dynamic(Tensor x, Tensor(a!) codes, Tensor(b!) scale, int bits, "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._triton import FLOATS, cdiv, check, define, jit, launch, tl, use_triton
+from ._triton import FLOATS, check, define, jit, launch, tl, use_triton
 from .apart import Apart, Matrices, address, alignment, item_ptr, kind
 from .blocks import (
     BLOCK,
@@ -22,11 +22,11 @@ from .blocks import (
     block_place,
     check_store,
     code_bytes,
+    grid,
     load_codes,
     pack4,
     store_codes,
     store_shapes,
-    tile,
     unpack4,
 )
 from .philox import nearest
@@ -75,10 +75,10 @@ def dequantize_linear_ref(codes: Tensor, scale: Tensor, columns: int, bits: int)
 
 @jit
 def _quantize_linear_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: tl.tensor,
-                            rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
-                            LEVELS: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr,
-                            W: tl.constexpr) -> None:
-    row, first, block, inside = block_place(rows, columns, R, W)
+                            rows: tl.tensor, columns: tl.tensor, per_row: tl.tensor,
+                            width: tl.tensor, LEVELS: tl.constexpr, BITS: tl.constexpr,
+                            R: tl.constexpr, W: tl.constexpr) -> None:
+    row, first, block, inside = block_place(rows, per_row, R, W)
     column = first[:, None] + tl.arange(0, W)[None, :]
     mask = inside[:, None] & (column < columns)
     x = tl.load(x_ptr + row[:, None] * columns + column, mask=mask, other=0.0).to(tl.float32)
@@ -104,15 +104,16 @@ def _quantize_linear_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: t
 
 @jit
 def _dequantize_linear_kernel(codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.tensor,
-                              rows: tl.tensor, columns: tl.tensor, width: tl.tensor,
-                              BITS: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-                              CODES: tl.constexpr = None, ALIGN: tl.constexpr = 1) -> None:
+                              rows: tl.tensor, columns: tl.tensor, per_row: tl.tensor,
+                              width: tl.tensor, BITS: tl.constexpr, R: tl.constexpr,
+                              W: tl.constexpr, CODES: tl.constexpr = None,
+                              ALIGN: tl.constexpr = 1) -> None:
     if CODES is not None:  # several tensors; each program works on a part of one
         item = tl.program_id(1).to(tl.int64)
         codes_ptr = item_ptr(codes_ptr, item, 0, CODES, ALIGN)
         scale_ptr = item_ptr(scale_ptr, item, 0, tl.float32, ALIGN)
         out_ptr += item * (tl.cast(rows, tl.int64) * columns)
-    row, first, block, inside = block_place(rows, columns, R, W)
+    row, first, block, inside = block_place(rows, per_row, R, W)
     codes = load_codes(codes_ptr, row, first, inside, width, BITS, W)
     if BITS == 4:
         codes -= 8
@@ -129,11 +130,10 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, triton: bool) 
         scale.copy_(step)
     elif x.numel():
         columns = x.shape[-1]
-        rows = x.numel() // columns
-        height, width = tile(rows, columns)
-        launch(_quantize_linear_kernel, cdiv(scale.numel(), height), x.device, x, codes, scale,
-               rows, columns, code_bytes(columns, bits), LEVELS=_LEVELS[bits], BITS=bits, R=height,
-               W=width, num_warps=WARPS)
+        at = grid(x.numel() // columns, columns)
+        launch(_quantize_linear_kernel, at.programs, x.device, x, codes, scale, at.rows, at.columns,
+               at.per_row, code_bytes(at.columns, bits), LEVELS=_LEVELS[bits], BITS=bits,
+               R=at.height, W=at.width, num_warps=WARPS)
         torch.autograd.graph.increment_version([codes, scale])
 
 
@@ -147,11 +147,10 @@ def _dequantize(codes: Matrices, scale: Matrices, out: Tensor, bits: int, triton
             out_.copy_(dequantize_linear_ref(codes_, scale_, columns, bits))
     elif out.numel():
         count = len(codes) if isinstance(codes, Apart) else 1
-        rows = out.numel() // columns // count
-        height, width = tile(rows, columns)
-        launch(_dequantize_linear_kernel, (cdiv(scale.numel() // count, height), count), out.device,
-               address(codes), address(scale), out, rows, columns, code_bytes(columns, bits),
-               BITS=bits, R=height, W=width, CODES=kind(codes), ALIGN=alignment(codes, scale),
+        at = grid(out.numel() // columns // count, columns)
+        launch(_dequantize_linear_kernel, (at.programs, count), out.device, address(codes),
+               address(scale), out, at.rows, at.columns, at.per_row, code_bytes(at.columns, bits),
+               BITS=bits, R=at.height, W=at.width, CODES=kind(codes), ALIGN=alignment(codes, scale),
                num_warps=WARPS)
 
 

@@ -272,8 +272,11 @@ def test_codes_are_those_of_the_reference(device, shape, signed, bits):
 def test_ties_go_where_the_reference_has_them(device, signed, bits):
     book = codebook(bits, signed, torch.device("cpu"))
     ends = ((book[:-1].double() + book[1:].double()) / 2).float()
+    exact = dynamic._ends(bits, signed) / dynamic._TOP
+    near = [exact.view(torch.int32).add(i).view(torch.float32) for i in range(-3, 4)]
     x = torch.cat([ends, ends.nextafter(torch.tensor(2.0)), ends.nextafter(torch.tensor(-2.0)),
-                   book])
+                   book, *near])
+    x = x if signed else x.abs()
     x = torch.nn.functional.pad(x, (0, -len(x) % 255)).view(-1, 255)
     x = torch.cat([torch.ones(len(x), 1), x], 1).to(device)  # a scale of 1 each
     assert_same(quantize_dynamic(x, bits, signed, backend="triton"),
@@ -282,20 +285,26 @@ def test_ties_go_where_the_reference_has_them(device, signed, bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("signed", [True, False])
-def test_lines_count_all_ends_below_or_all_but_one(bits, signed):
-    """What one comparison then settles, for numbers dense in all of the range and beside ends."""
-    table, ends = lines(bits, signed, torch.device("cpu"))
-    slope, level = table.view(torch.float32).view(-1, 2).unbind(-1)
-    ends = ends[ends > 0][:-1]
-    start, end = (torch.tensor(x).view(torch.int32).item() for x in (2.0**-31, 1.0))
-    x = torch.cat([torch.arange(start, end + 2, 509, dtype=torch.int32).view(torch.float32), ends,
-                   ends.nextafter(torch.tensor(2.0)), ends.nextafter(torch.tensor(0.0)),
-                   torch.tensor([1.0, 1.0000001])]).clamp_min(2.0**-31)  # where the first begins
-    line = (x.view(torch.int32) >> 20) - 768
-    assert line.min() == 0
-    count = (x * slope[line] + level[line]).int()
-    missing = torch.bucketize(x, ends) - count
-    assert missing.unique().tolist() == [0, 1]
+def test_lines_count_the_ends_below(bits, signed):
+    """Numbers dense in all of the range and beside ends get the code of the nearest value."""
+    cpu = torch.device("cpu")
+    book = codebook(bits, signed, cpu).double() * dynamic._TOP
+    middles, ends = (book[:-1] + book[1:]) / 2, dynamic._ends(bits, signed)
+    if bits == 8 and not signed:
+        assert ends[0] == 0  # zero alone has the code of zero
+        middles[0] = 0.0
+    torch.testing.assert_close(ends.double(), middles, rtol=2.0**-20, atol=0)
+    each = 8 if signed else 16
+    assert lines(bits, signed, cpu).shape == (32 * each,)
+    start, last = (torch.tensor(x).view(torch.int32).item() for x in (2.0**-31, dynamic._TOP))
+    borders = torch.cat([2.0**i * (1 + torch.arange(each) / each) for i in range(-31, 1)])
+    x = torch.cat([torch.arange(start, last + 2, 509, dtype=torch.int32).view(torch.float32),
+                   ends, ends.nextafter(torch.tensor(2.0)), ends.nextafter(torch.tensor(-2.0)),
+                   borders, borders.nextafter(torch.tensor(0.0)),
+                   torch.tensor([0.0, 1e-45, 1e-38, 1e-20, dynamic._TOP])])
+    x = torch.cat([x, -x]) if signed else x[x >= 0]
+    x = x[x.abs() <= dynamic._TOP * 1.0000002]
+    assert torch.equal(dynamic._codes(x, bits, signed), torch.bucketize(x, ends).int())
 
 
 @pytest.mark.parametrize("device", [None, *DEVICES])
@@ -529,8 +538,11 @@ def test_split_weight_is_that_of_the_reference(device, shape, bits, count):
         split(wide, *expected, key=KEY if stochastic else None, t=4, start=start, backend="torch")
         assert_same(others, expected)
         assert_same(theirs, plain)
-        torch.testing.assert_close(join(*parts), join(*others), rtol=2e-6 if count == 2 else 2e-5,
-                                   atol=1e-7)
+        # Of 24 bits the last may be rounded otherwise.
+        torch.testing.assert_close(join(*parts), join(*others), atol=1e-7,
+                                   rtol=2e-6 if count == 2 else 2.0**-15)
+        far = ~join(*parts).isclose(join(*others), rtol=2e-6, atol=1e-7)
+        assert int(far.count_nonzero()) <= 1 + far.numel() // 200
         assert_stores_close(ours, theirs, bits)
 
 
@@ -608,7 +620,7 @@ COMPILE = """
 from lissom.kernels import adam, linear, philox, dynamic, split
 
 F, H, C, I = "*fp32", "*bf16", "*u8", "i32"
-pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "ends_ptr": F, "lines_ptr": "*i64",
+pointers = {"x_ptr": F, "scale_ptr": F, "book_ptr": F, "lines_ptr": "*i64",
             "codes_ptr": C, "g_ptr": H}
 scalars = {n: "fp32" for n in ("weight1", "beta2", "weight2", "eps", "correction", "keep",
                                "factor")}
@@ -648,20 +660,25 @@ for bits, width in ((8, 256), (4, 8)):
         numbers |= {"high_ptr": "*i8"} if below else {}
         numbers |= {"low_ptr": C} if below == 16 else {}
         flags |= {x: None for x in ("high_ptr", "low_ptr") if x not in numbers}
-        for moved in (0,) if weight else (0, 1, 2):
+        for moved, fast in ((0, True), (0, False)) if weight else ((0, True), (1, True), (2, True)):
             old = {f"{x}_old_{y}": t for x in "mv" for y, t in (("ptr", C), ("scale_ptr", F))}
             old |= {"source_ptr": "*i64"}
-            ptx = build(adam._adam_kernel, {**shape, **flags, "HELD": held, "MOVED": moved},
+            ptx = build(adam._adam_kernel,
+                        {**shape, **flags, "HELD": held, "MOVED": moved, "FAST": fast},
                         m_ptr=C, v_ptr=C, target_ptr=H if weight else F, **numbers, **old)
-        # Scales are exact, and the root and the quotient of the direction nearly.
-        assert all(ptx.count(x) >= 8 for x in ("sqrt.approx.f32", "div.full.f32"))
-        assert "div.rn.f32" in ptx
-        assert not any(x in ptx for x in ("fma.rn", ".ftz"))
+            # Scales are exact, and the root and the quotient of the direction nearly if fast.
+            assert "div.rn.f32" in ptx
+            roots = [ptx.count(x) for x in ("sqrt.approx.ftz.f32", "rcp.approx.ftz.f32")]
+            assert min(roots) >= 8 if fast else max(roots) == 0
+            assert fast or "sqrt.rn.f32" in ptx
+            assert ptx.count(".ftz") == ptx.count(".approx") == sum(roots)
+            assert "div.full" not in ptx
 for bits, kind in ((32, F), (16, H)):
-    none = {f"{x}_{y}_ptr": None for x in "mv" for y in ("scale", "book", "lines", "ends")}
+    none = {f"{x}_{y}_ptr": None for x in "mv" for y in ("scale", "book", "lines")}
     none |= {"high_ptr": None, "low_ptr": None}
-    ptx = build(adam._adam_kernel, {**none, "BITS": bits, "WEIGHT": True, "MAXIMIZE": False,
-                "STOCHASTIC": False, "HELD": False, "ALIGNED": bits == 16, "R": 4, "W": 256},
+    ptx = build(adam._adam_kernel, {**none, "BITS": bits, "FAST": False, "WEIGHT": True,
+                "MAXIMIZE": False, "STOCHASTIC": False, "HELD": False, "ALIGNED": bits == 16,
+                "R": 4, "W": 256},
                 m_ptr=kind, v_ptr=kind, target_ptr=F)
     assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx
     assert not any(x in ptx for x in ("fma.rn", ".ftz", ".approx", "div.full"))
