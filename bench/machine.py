@@ -215,13 +215,13 @@ def cases() -> Iterator[Case]:
         yield Case(f"dequantize_dynamic, {bits} bits", dynamic._dequantize_kernel, codes,
                    {**tile, "BITS": bits}, of_blocks, blocks.WARPS)
     yield Case("stochastic_round", philox._stochastic_round_kernel,
-               {"x_ptr": "*fp32", "out_ptr": "*bf16"}, {"HELD": False, "TILE": philox._TILE},
-               philox._TILE, 4)
+               {"x_ptr": "*fp32", "out_ptr": "*bf16"},
+               {"HELD": False, "ALIGNED": True, "TILE": philox._TILE}, philox._TILE, 4)
     parts = {"x_ptr": "*fp32", "p_ptr": "*bf16", "high_ptr": "*i8", "out_ptr": "*fp32"}
     high = {"low_ptr": None, "BELOW": 8, "TILE": split._TILE}
     yield Case("join", split._join_kernel, parts, high, split._TILE, 4)
     yield Case("split", split._split_kernel, parts,
-               {**high, "STOCHASTIC": True, "HELD": False}, split._TILE, 4)
+               {**high, "STOCHASTIC": True, "HELD": False, "ALIGNED": True}, split._TILE, 4)
     yield from _products()
     yield from _symmetric()
 

@@ -56,7 +56,7 @@ def quantize_linear_ref(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scale = blocks.abs().amax(-1)
     scale = scale / torch.full_like(scale, levels)
     step = scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    codes = (blocks / step).round().nan_to_num(0.0).clamp(-levels, levels)
+    codes = (blocks * step.reciprocal()).round().nan_to_num(0.0).clamp(-levels, levels)
     codes = codes.flatten(-2)[..., :columns].to(torch.int8)
     if bits == 8:
         return codes, scale
@@ -88,7 +88,7 @@ def _quantize_linear_kernel(x_ptr: tl.tensor, codes_ptr: tl.tensor, scale_ptr: t
     scale = tl.div_rn(top, tl.zeros_like(top) + LEVELS)
     # Unlike a maximum this keeps NaN.
     step = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
-    unit = tl.div_rn(x, tl.broadcast_to(step[:, None], x.shape))
+    unit = x * tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)[:, None]
     # Adding 1.5 * 2^23 leaves no bit for a fraction: ties go to the even number.
     unit = (unit + 12582912.0) - 12582912.0
     unit = tl.where(unit == unit, tl.where(unit > LEVELS, LEVELS,

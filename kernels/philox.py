@@ -15,7 +15,7 @@ from torch import Tensor
 from ._triton import INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
 
 __all__ = ["WEIGHT_STREAM", "nearest", "random16", "random16_rows", "random16_tile",
-           "random_bits16_ref", "round_bf16", "round_fp16", "stochastic_bf16_ref",
+           "random_bits16_ref", "random_place", "round_bf16", "round_fp16", "stochastic_bf16_ref",
            "stochastic_fp16_ref", "stochastic_round", "within"]
 
 #: Stream of the random bits that round a weight; its moments have streams of lower numbers.
@@ -302,17 +302,32 @@ def round_fp16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
 
 
 @jit
+def random_place(start: tl.tensor, count: tl.tensor, ALIGNED: tl.constexpr, TILE: tl.constexpr
+                 ) -> tl.tensor:
+    """A program's [TILE] of ``count`` elements, of which the first has global index ``start``:
+    where they are, which of them exist, and their [TILE / 8] Philox blocks.
+
+    Tiles begin where a Philox block does; if aligned, ``start`` is a multiple of 8.
+    """
+    first = tl.program_id(0).to(tl.int64) * (TILE // 8)
+    i = first * 8 + tl.arange(0, TILE)
+    if ALIGNED:
+        mask = i < count
+    else:
+        i -= start % 8
+        mask = (i >= 0) & (i < count)
+    return i, mask, first + start // 8 + tl.arange(0, TILE // 8)
+
+
+@jit
 def _stochastic_round_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, count: tl.tensor,
                              start: tl.tensor, seed: tl.tensor, parameter: tl.tensor,
                              step: tl.tensor, stream: tl.tensor, HELD: tl.constexpr,
-                             TILE: tl.constexpr) -> None:
+                             ALIGNED: tl.constexpr, TILE: tl.constexpr) -> None:
     if HELD:
         step = tl.load(step).to(tl.int32)
-    # Tiles begin where a Philox block does: [TILE] elements are [TILE / 8] blocks.
-    first = tl.program_id(0).to(tl.int64) * (TILE // 8) + start // 8
-    random = random16_rows(first + tl.arange(0, TILE // 8), seed, parameter, step, stream)
-    i = first * 8 + tl.arange(0, TILE) - start
-    mask = (i >= 0) & (i < count)
+    i, mask, block = random_place(start, count, ALIGNED, TILE)
+    random = random16_rows(block, seed, parameter, step, stream)
     x = tl.load(x_ptr + i, mask=mask, other=0.0)
     x = tl.where(x == x, x, float("nan"))
     if out_ptr.dtype.element_ty == tl.bfloat16:
@@ -331,7 +346,8 @@ def _stochastic_round(x: Tensor, out: Tensor, start: int, key: list[int], stream
         tiles = cdiv(start % 8 + x.numel(), _TILE)
         step = signed32(stream[0]) if count is None else count
         launch(_stochastic_round_kernel, tiles, x.device, x, out, x.numel(), start,
-               *map(signed32, key), step, signed32(stream[1]), HELD=count is not None, TILE=_TILE)
+               *map(signed32, key), step, signed32(stream[1]), HELD=count is not None,
+               ALIGNED=start % 8 == 0, TILE=_TILE)
 
 
 _op = define("stochastic_round(Tensor x, Tensor(a!) out, SymInt start, int[] key, SymInt[] stream, "

@@ -23,6 +23,7 @@ from .philox import (
     random16_rows,
     random16_tile,
     random_bits16_ref,
+    random_place,
     round_bf16,
     round_fp16,
 )
@@ -156,18 +157,15 @@ def _join_kernel(p_ptr: tl.tensor, high_ptr: tl.tensor, low_ptr: tl.tensor, out_
 def _split_kernel(x_ptr: tl.tensor, p_ptr: tl.tensor, high_ptr: tl.tensor, low_ptr: tl.tensor,
                   count: tl.tensor, start: tl.tensor, seed: tl.tensor, parameter: tl.tensor,
                   step: tl.tensor, BELOW: tl.constexpr, STOCHASTIC: tl.constexpr,
-                  HELD: tl.constexpr, TILE: tl.constexpr,
+                  HELD: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
                   STREAM: tl.constexpr = WEIGHT_STREAM) -> None:
-    # Tiles begin where a Philox block does: [TILE] elements are [TILE / 8] blocks.
-    first = tl.program_id(0).to(tl.int64) * (TILE // 8) + start // 8
-    i = first * 8 + tl.arange(0, TILE) - start
-    mask = (i >= 0) & (i < count)
+    i, mask, block = random_place(start, count, ALIGNED, TILE)
     x = tl.load(x_ptr + i, mask=mask, other=0.0)
     x = tl.where(x == x, x, float("nan"))
     if STOCHASTIC:
         if HELD:
             step = tl.load(step).to(tl.int32)
-        random = random16_rows(first + tl.arange(0, TILE // 8), seed, parameter, step, STREAM)
+        random = random16_rows(block, seed, parameter, step, STREAM)
     else:
         random = 128 << 8
     p, rest = _parts(x, random, p_ptr, BELOW)
@@ -196,7 +194,7 @@ def _split(x: Tensor, p: Tensor, high: Tensor, low: Tensor | None, key: list[int
         launch(_split_kernel, tiles, x.device, x, p, high, low, x.numel(), start,
                *map(signed32, key), signed32(t) if held_t is None else held_t,
                BELOW=8 if low is None else 16, STOCHASTIC=random, HELD=held_t is not None,
-               TILE=_TILE)
+               ALIGNED=start % 8 == 0, TILE=_TILE)
         torch.autograd.graph.increment_version([y for y in (p, high, low) if y is not None])
 
 

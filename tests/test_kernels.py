@@ -634,13 +634,13 @@ def build(kernel, constants, **types):
     return kernel.asm["ptx"]
 
 for kind, held in ((H, False), ("*fp16", False), (H, True)):
-    build(philox._stochastic_round_kernel, {"TILE": 1024, "HELD": held}, out_ptr=kind, start="i64",
-          step="*i64" if held else I)
+    build(philox._stochastic_round_kernel, {"TILE": 1024, "HELD": held, "ALIGNED": held},
+          out_ptr=kind, start="i64", step="*i64" if held else I)
 for low, held in ((None, False), (None, True), (C, False)):
     parts = {"p_ptr": H, "high_ptr": "*i8", "out_ptr": F, "low_ptr": low, "start": "i64"}
     none = {"BELOW": 16 if low else 8, "TILE": 1024} | ({} if low else {"low_ptr": None})
     build(split._join_kernel, none, **parts)
-    build(split._split_kernel, {**none, "STOCHASTIC": low is None, "HELD": held},
+    build(split._split_kernel, {**none, "STOCHASTIC": low is None, "HELD": held, "ALIGNED": held},
           step="*i64" if held else I, **parts)
 for bits, width in ((8, 256), (4, 8)):
     shape = {"BITS": bits, "R": 1024 // width, "W": width}

@@ -39,12 +39,11 @@ for name, x in found.items():
     if name.startswith("lift with") or name == "lift":
         # One program multiplies while another rounds.
         assert x.programs >= 2, (name, x)
-# What they had before they were cut: 157, 24 and 35.
-assert found["adamw8, 8 bits"].instructions < 120
-assert found["lift"].instructions < 22
-assert found["lift with a gain of rows"].instructions < 28
-# Codes take more than numbers that are stored as they are.
-assert found["adamw8, 8 bits"].instructions > found["adamw8, 32 bits"].instructions
+# What they had before they were cut: 157, 102, 39, 53, 38, 24 and 35.
+most = {"adamw8, 8 bits": 86, "adam8, 8 bits": 70, "stochastic_round": 22, "split": 32,
+        "quantize_linear, 8 bits": 24, "lift": 22, "lift with a gain of rows": 28}
+for name, count in most.items():
+    assert found[name].instructions < count, (name, found[name])
 """
 
 
