@@ -88,19 +88,18 @@ def _joined(p: tl.tensor, high: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _parts(x: tl.tensor, random: tl.tensor, ptr: tl.tensor, BELOW: tl.constexpr,
-           TOP: tl.constexpr = _TOP) -> tl.tensor:
-    """What goes to ptr, and the bits below it; with 8 of them 16 random ones round."""
-    bits = x.to(tl.int32, bitcast=True)
-    size = bits & 2147483647
-    finite = size < 0x7F800000
-    bits = (bits & -2147483648) | tl.where(size > TOP, TOP, size)
+def _parts(x: tl.tensor, random: tl.tensor, BELOW: tl.constexpr, TOP: tl.constexpr = _TOP
+           ) -> tl.tensor:
+    """The bf16 part, and the bits below it; with 8 of them 16 random ones round."""
+    all_bits = x.to(tl.int32, bitcast=True)
+    size = all_bits & 2147483647
+    bits = (all_bits & -2147483648) | tl.where(size > TOP, TOP, size)
     if BELOW == 8:
         bits = (bits + (random >> 8)) & -256
+    # Infinities and NaN have nothing below them.
+    bits = tl.where(size < 0x7F800000, bits, all_bits & -65536)
     upper = (bits + 0x8000) >> 16
-    rest = tl.where(finite, bits - (upper << 16), 0)
-    bf16 = upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return tl.where(finite, bf16, nearest(x, ptr)), rest
+    return upper.to(tl.int16).to(tl.bfloat16, bitcast=True), bits - (upper << 16)
 
 
 @jit
@@ -132,7 +131,7 @@ def store_weight(x: tl.tensor, ptr: tl.tensor, high_ptr: tl.tensor, low_ptr: tl.
     else:
         random = 128 << 8  # a half of what is rounded away below 8 bits
     if BELOW > 0:
-        x, rest = _parts(x, random, ptr, BELOW)
+        x, rest = _parts(x, random, BELOW)
         tl.store(high_ptr + offset, (rest >> 8).to(tl.int8), mask=mask)
         if BELOW == 16:
             tl.store(low_ptr + offset, (rest & 255).to(tl.uint8), mask=mask)
@@ -168,7 +167,7 @@ def _split_kernel(x_ptr: tl.tensor, p_ptr: tl.tensor, high_ptr: tl.tensor, low_p
         random = random16_rows(block, seed, parameter, step, STREAM)
     else:
         random = 128 << 8
-    p, rest = _parts(x, random, p_ptr, BELOW)
+    p, rest = _parts(x, random, BELOW)
     tl.store(p_ptr + i, p, mask=mask)
     tl.store(high_ptr + i, (rest >> 8).to(tl.int8), mask=mask)
     if BELOW == 16:
