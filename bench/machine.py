@@ -162,7 +162,7 @@ def _body(code: str) -> Iterator[str]:
 
 def cases() -> Iterator[Case]:
     """The kernels of a step on bf16 weights, at sizes without remainders."""
-    at = blocks.grid(4096, 4096)
+    at = blocks.cut(4096, 4096)
     tile = {"R": at.height, "W": at.width, "per_row": at.per_row}
     of_blocks = at.height * at.width
     for bits in (32, 8, 4):
@@ -188,9 +188,11 @@ def cases() -> Iterator[Case]:
             if bits == 8 and not weight:  # from rows or columns of a copy
                 old = {"m_old_ptr": store, "v_old_ptr": store, "m_old_scale_ptr": "*fp32",
                        "v_old_scale_ptr": "*fp32", "source_ptr": "*i64"}
+                # Rows stay rows, of several blocks.
+                in_rows = {k: v for k, v in flags.items() if k != "per_row"}
                 for moved, what in ((1, "rows"), (2, "columns")):
                     yield Case(f"{name}, {bits} bits, moved {what}", adam._adam_kernel,
-                               {**types, **old}, {**flags, "MOVED": moved}, of_blocks,
+                               {**types, **old}, {**in_rows, "MOVED": moved}, of_blocks,
                                blocks.WARPS)
             if bits == 8:
                 listed = ["m_ptr", "v_ptr", "m_scale_ptr", "v_scale_ptr", "seed"]

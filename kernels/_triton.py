@@ -148,8 +148,9 @@ def launch(kernel: Any, programs: int | tuple[int, int], device: torch.device, *
            **constants: Any) -> None:
     """Run a kernel on the device of its tensors, which need not be the current one.
 
-    Products and sums are not fused (no FMA), whatever the version of Triton does by default. The
-    cache of compiled kernels here is ten microseconds faster than Triton's own.
+    Products and sums are not fused but where a kernel says so (``tl.fma``), whatever the version of
+    Triton does by default. The cache of compiled kernels here is ten microseconds faster than
+    Triton's own.
 
     Args:
         kernel: it.

@@ -44,7 +44,7 @@ from .blocks import (
     block_place,
     check_store,
     code_bytes,
-    grid,
+    cut,
     load_codes,
     store_codes,
     store_shapes,
@@ -108,7 +108,7 @@ class Step(NamedTuple):
 
     @property
     def fast(self) -> bool:
-        """Whether a GPU's fast root and quotient will do, which take subnormal numbers for zero."""
+        """Whether a GPU's fast root and inverse will do, which take subnormal numbers for zero."""
         return self.bits < 16 and self.eps >= _LEAST
 
 
@@ -274,12 +274,13 @@ def _moved(ptr: tl.tensor, scale_ptr: tl.tensor, book_ptr: tl.tensor, row: tl.te
 def _decoded(ptr: tl.tensor, scale_ptr: tl.tensor, book_ptr: tl.tensor, offset: tl.tensor,
              mask: tl.tensor, row: tl.tensor, first: tl.tensor, block: tl.tensor,
              inside: tl.tensor, width: tl.tensor, BITS: tl.constexpr, W: tl.constexpr,
-             EMPTY: tl.constexpr) -> tl.tensor:
-    """A stored moment of a program's blocks, fp32 [R, W]; beyond the end of a row what ``EMPTY``
-    stands for, at 4 bits not in its last byte.
+             SIGNED: tl.constexpr) -> tl.tensor:
+    """A stored moment of a program's blocks, fp32 [R, W]; zero beyond the end of a row, but at 4
+    bits.
     """
     if BITS < 16:
-        codes = load_codes(ptr, row, first, inside, width, BITS, W, EMPTY)
+        # The code of zero; that of M is in the middle.
+        codes = load_codes(ptr, row, first, inside, width, BITS, W, 127 if SIGNED else 0)
         scale = tl.load(scale_ptr + block, mask=inside, other=0.0)
         return block_values(codes, scale[:, None], book_ptr, BITS)
     else:
@@ -376,12 +377,12 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
                    width, per_row, BITS)
     else:
         m = _decoded(m_ptr, m_scale_ptr, m_book_ptr, offset, mask, row, first, block, inside, width,
-                     BITS, W, 127)
+                     BITS, W, True)
         v = _decoded(v_ptr, v_scale_ptr, v_book_ptr, offset, mask, row, first, block, inside, width,
-                     BITS, W, 0)
+                     BITS, W, False)
         if BITS == 4:
-            # Beyond a row's end M has its lowest value, which would raise its scale; V's smallest
-            # cannot.
+            # Beyond a row's end codes are 0: M's lowest value, which would raise its scale, and V's
+            # smallest, which cannot.
             m = tl.where(mask, m, 0.0)
     if FAST:
         m = tl.fma(weight1, g, (1 - weight1) * m)
@@ -464,7 +465,7 @@ def _by_kernel(tensors: Tensors, step: Step, source: Tensor | None, rows_move: b
         kinds, align = (kind(target), kind(g), kind(m)), alignment(*tensors)
     size = g.numel() // count
     columns = g.shape[-1] if bits < 16 or source is not None else size  # as in pieces
-    at = grid(size // columns, columns, whole=source is not None)
+    at = cut(size // columns, columns, whole=source is not None)
     tables: tuple[Any, ...] = _tables(bits, g.device) if bits < 16 else (None,) * 4
     old: tuple[Any, ...] = (None,) * 5
     if source is not None:

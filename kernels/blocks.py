@@ -15,8 +15,8 @@ from torch.nn import functional
 from ._triton import INTERPRETED, cdiv, check, jit, tl
 from .apart import Matrices
 
-__all__ = ["BLOCK", "WARPS", "Grid", "block_place", "check_store", "code_bytes", "code_shapes",
-           "grid", "load_codes", "pack4", "store_codes", "store_shapes", "tile", "unpack4"]
+__all__ = ["BLOCK", "WARPS", "Cut", "block_place", "check_store", "code_bytes", "code_shapes",
+           "cut", "load_codes", "pack4", "store_codes", "store_shapes", "tile", "unpack4"]
 
 #: Elements that share a scale.
 BLOCK = 256
@@ -87,8 +87,8 @@ def tile(rows: int, columns: int) -> tuple[int, int]:
     return _TILE // width, width
 
 
-class Grid(NamedTuple):
-    """How blocks of a matrix are shared among programs.
+class Cut(NamedTuple):
+    """How a matrix is cut into blocks, and these are shared among programs.
 
     Args:
         rows: of the matrix, or of its whole blocks, one to a row.
@@ -110,7 +110,7 @@ class Grid(NamedTuple):
         return cdiv(self.rows * self.per_row, self.height)
 
 
-def grid(rows: int, columns: int, *, whole: bool = False) -> Grid:
+def cut(rows: int, columns: int, *, whole: bool = False) -> Cut:
     """The blocks of a matrix; where no row ends within one they are rows themselves, so that a
     program need not divide to find them.
 
@@ -125,7 +125,7 @@ def grid(rows: int, columns: int, *, whole: bool = False) -> Grid:
     height, width = tile(rows, columns)
     if columns % BLOCK == 0 and not whole:
         rows, columns = rows * columns // BLOCK, BLOCK
-    return Grid(rows, columns, cdiv(columns, width), height, width)
+    return Cut(rows, columns, cdiv(columns, width), height, width)
 
 
 @jit
@@ -156,7 +156,9 @@ _from_bytes = jit(_bytes_interpreted if INTERPRETED else _bytes)
 def load_codes(ptr: tl.tensor, row: tl.tensor, first: tl.tensor, inside: tl.tensor,
                width: tl.tensor, BITS: tl.constexpr, W: tl.constexpr, EMPTY: tl.constexpr = 0
                ) -> tl.tensor:
-    """Codes of [R] blocks: int32 [R, W]; a row of them is ``width`` bytes, ``EMPTY`` beyond."""
+    """Codes of [R] blocks: int32 [R, W]; a row of them is ``width`` bytes. Beyond it are zeros, at
+    8 bits ``EMPTY``.
+    """
     if BITS == 8:
         column = first[:, None] + tl.arange(0, W)[None, :]
         mask = inside[:, None] & (column < width)
@@ -165,7 +167,7 @@ def load_codes(ptr: tl.tensor, row: tl.tensor, first: tl.tensor, inside: tl.tens
     else:
         byte = first[:, None] // 2 + tl.arange(0, W // 2)[None, :]
         mask = inside[:, None] & (byte < width)
-        packed = tl.load(ptr + row[:, None] * width + byte, mask=mask, other=EMPTY).to(tl.int32)
+        packed = tl.load(ptr + row[:, None] * width + byte, mask=mask, other=0).to(tl.int32)
         return tl.interleave(packed & 15, packed >> 4)
 
 

@@ -29,7 +29,7 @@ from .blocks import (
     block_place,
     check_store,
     code_bytes,
-    grid,
+    cut,
     load_codes,
     pack4,
     store_codes,
@@ -39,9 +39,12 @@ from .blocks import (
 __all__ = ["block_codes", "block_values", "codebook", "dequantize_dynamic",
            "dequantize_dynamic_ref", "lines", "quantize_dynamic", "quantize_dynamic_ref"]
 
-# What the largest number of a block becomes before its code is looked for: one with which the lines
-# below exist.
+# What the largest number of a block becomes before its code is looked for. Cells of a codebook have
+# one width between two powers of ten, and half of it at the top. With a number from 1.2545 to
+# 1.2585 (others from 1 to 2 were tried) no line below has to count cells of two widths.
 _TOP = 1.256
+# Lines are for numbers from 2^-31 on, and for 32 powers of two.
+_LOWEST, _OCTAVES = -31, 32
 # 1.5 * 2^23: a sum with it is rounded to an integer, ties to even, which its lowest bits are.
 _ROUND = 12582912.0
 
@@ -75,14 +78,18 @@ def _per_octave(signed: bool) -> int:
     return 8 if signed else 16
 
 
+def _zero_apart(bits: int, signed: bool) -> bool:
+    """Whether only zero has the code of zero: in the second moments' codebook of 8 bits."""
+    return bits == 8 and not signed
+
+
 @functools.lru_cache(maxsize=32)
 def lines(bits: int, signed: bool, device: torch.device) -> Tensor:
     """Straight lines that count the positive cell ends below a number.
 
-    Each power of two from 2^-31 to 1 has 8 of them (signed) or 16; the first is for smaller numbers
-    too. Rounded to the nearest integer, slope x + level is the count. It changes in the middle
-    between two values of the codebook times 1.256, to within 2^-20 of that: :func:`_ends` says
-    where.
+    Each power of two from 2^-31 to 1 has 8 of them (signed) or 16; smaller numbers count as 2^-31.
+    Rounded to the nearest integer, slope x + level is the count. It changes in the middle between
+    two values of the codebook times 1.256, to within 2^-20 of that: :func:`_ends` says where.
 
     Returns:
         Slopes and levels, a pair of fp32 in each int64 of (256,), or (512,) if not signed.
@@ -91,7 +98,7 @@ def lines(bits: int, signed: bool, device: torch.device) -> Tensor:
     positive = ends[ends > 0].tolist()
     both = []
     each = _per_octave(signed)
-    for octave in range(-31, 1):
+    for octave in range(_LOWEST, _LOWEST + _OCTAVES):
         for i in range(each):
             low, high = (2.0**octave * (1 + x / each) for x in (i, i + 1))
             inside = [x for x in positive if low <= x < high]
@@ -101,14 +108,11 @@ def lines(bits: int, signed: bool, device: torch.device) -> Tensor:
 
 
 def _middles(bits: int, signed: bool) -> Tensor:
-    """The middles between the values of a codebook times 1.256, fp64, on the CPU.
-
-    In the second moments' codebook of 8 bits only zero has the code of zero; the first is 2^-32.
-    """
+    """The middles between the values of a codebook times 1.256, fp64, on the CPU."""
     book = _TOP * codebook(bits, signed, torch.device("cpu")).double()
     middles = (book[:-1] + book[1:]) / 2
-    if not book[0]:
-        middles[0] = 2.0**-32
+    if _zero_apart(bits, signed):
+        middles[0] = 2.0 ** (_LOWEST - 1)  # below all lines: each counts it
     return middles
 
 
@@ -126,16 +130,16 @@ def _line(before: int, ends: list[float], low: float, high: float) -> tuple[floa
 
 
 def _codes(unit: Tensor, bits: int, signed: bool) -> Tensor:
-    """Codes (int32) of fp32 numbers in [-1.256, 1.256] by the arithmetic of :func:`block_codes`."""
+    """Codes (int32) of fp32 numbers in [-1.256, 1.256], those of :func:`block_codes`."""
     table = lines(bits, signed, unit.device).view(torch.float32).view(-1, 2)
     each = _per_octave(signed)
-    size = (unit.abs() if signed else unit).clamp_min(2.0**-31)
-    place = (size.view(torch.int32) // ((1 << 23) // each)) - (127 - 31) * each
+    size = (unit.abs() if signed else unit).clamp_min(2.0**_LOWEST)
+    place = size.view(torch.int32) // ((1 << 23) // each) - (127 + _LOWEST) * each
     slope, level = table[place].unbind(-1)
     count = (size.double() * slope + level).float().double()  # rounded once, as all that follows
     if signed:
         count = count.copysign(unit) + (2 ** (bits - 1) - 1)
-    elif bits == 8:
+    elif _zero_apart(bits, signed):
         count = count.where(unit > 0, 0.0)
     return count.round().int().clamp_min(0)
 
@@ -149,8 +153,12 @@ def _ends(bits: int, signed: bool) -> Tensor:
     near = torch.where(bits_of < 0, bits_of - steps, bits_of + steps).view(torch.float32)
     code = torch.arange(len(middles), device="cpu").unsqueeze(-1)
     below = (_codes(near, bits, signed) <= code).sum(-1, keepdim=True)
+    inside = (below > 0) & (below < len(steps))
+    apart = _zero_apart(bits, signed)
+    if not bool(inside[apart:].all()):
+        raise AssertionError(f"bits={bits}, signed={signed}: lines that miss ends of cells")
     ends = near.gather(-1, below.clamp_min(1) - 1).squeeze(-1)
-    if not signed and bits == 8:
+    if apart:
         ends[0] = 0.0
     return ends
 
@@ -282,7 +290,8 @@ _fused = jit(_fma_interpreted if INTERPRETED else _fma)
 
 @jit
 def block_codes(x: tl.tensor, lines_ptr: tl.tensor, BITS: tl.constexpr, SIGNED: tl.constexpr,
-                TOP: tl.constexpr = _TOP, ROUND: tl.constexpr = _ROUND) -> tl.tensor:
+                TOP: tl.constexpr = _TOP, LOWEST: tl.constexpr = _LOWEST,
+                OCTAVES: tl.constexpr = _OCTAVES, ROUND: tl.constexpr = _ROUND) -> tl.tensor:
     """Codes (int32) and scales of blocks [R, W], zero where there is nothing."""
     # As integers magnitudes are ordered too, and NaN is above all.
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -290,12 +299,11 @@ def block_codes(x: tl.tensor, lines_ptr: tl.tensor, BITS: tl.constexpr, SIGNED: 
     # Unlike a maximum this keeps NaN.
     divisor = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
     unit = x * tl.div_rn(tl.full(scale.shape, TOP, tl.float32), divisor)[:, None]
-    # The first line begins at 2^-31, which NaN gets too, the last ends at 2.
     size = tl.abs(unit) if SIGNED else unit
-    size = tl.where(size > 2.0**-31, size, 2.0**-31)
-    EACH: tl.constexpr = 3 if SIGNED else 4  # the logarithm of the lines for a power of two
-    place = (size.to(tl.int32, bitcast=True) >> (23 - EACH)) - ((127 - 31) << EACH)
-    line = _look_up(lines_ptr, place, 32 << EACH)
+    size = tl.where(size > 2.0**LOWEST, size, 2.0**LOWEST)  # of NaN too
+    LOG: tl.constexpr = 3 if SIGNED else 4  # of the lines for each power of two
+    place = (size.to(tl.int32, bitcast=True) >> (23 - LOG)) - ((127 + LOWEST) << LOG)
+    line = _look_up(lines_ptr, place, OCTAVES << LOG)
     slope = line.to(tl.int32).to(tl.float32, bitcast=True)
     level = (line >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     count = _fused(size, slope, level)  # of positive ends below, once it is rounded
@@ -353,7 +361,7 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, signed: bool, 
         scale.copy_(step)
     elif x.numel():
         columns = x.shape[-1]
-        at = grid(x.numel() // columns, columns)
+        at = cut(x.numel() // columns, columns)
         launch(_quantize_kernel, at.programs, x.device, x, codes, scale,
                lines(bits, signed, x.device), at.rows, at.columns, at.per_row,
                code_bytes(at.columns, bits), BITS=bits, SIGNED=signed, R=at.height, W=at.width,
@@ -367,7 +375,7 @@ def _dequantize(codes: Tensor, scale: Tensor, out: Tensor, bits: int, signed: bo
     if not triton:
         out.copy_(dequantize_dynamic_ref(codes, scale, columns, bits, signed))
     elif out.numel():
-        at = grid(out.numel() // columns, columns)
+        at = cut(out.numel() // columns, columns)
         launch(_dequantize_kernel, at.programs, out.device, codes, scale, out,
                codebook(bits, signed, out.device), at.rows, at.columns, at.per_row,
                code_bytes(at.columns, bits), BITS=bits, R=at.height, W=at.width, num_warps=WARPS)

@@ -1,8 +1,9 @@
 """Linear block quantization to 8 or 4 bits, for values without long tails: bases, error feedback.
 
 Blocks of 256 run along the last dimension and restart at each row, so that a shard of rows never
-cuts a block. A block is stored as round(x / scale) with scale = absmax / 127 (or / 7), two 4-bit
-codes to a byte, low half first. The largest error is scale / 2. Zero is exact.
+cuts a block. A block is stored as round(x (1 / scale)) with scale = absmax / 127 (or / 7), two
+4-bit codes to a byte, low half first. The largest error is scale / 2, but for roundings. Zero is
+exact.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .blocks import (
     block_place,
     check_store,
     code_bytes,
-    grid,
+    cut,
     load_codes,
     pack4,
     store_codes,
@@ -130,7 +131,7 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor, bits: int, triton: bool) 
         scale.copy_(step)
     elif x.numel():
         columns = x.shape[-1]
-        at = grid(x.numel() // columns, columns)
+        at = cut(x.numel() // columns, columns)
         launch(_quantize_linear_kernel, at.programs, x.device, x, codes, scale, at.rows, at.columns,
                at.per_row, code_bytes(at.columns, bits), LEVELS=_LEVELS[bits], BITS=bits,
                R=at.height, W=at.width, num_warps=WARPS)
@@ -147,7 +148,7 @@ def _dequantize(codes: Matrices, scale: Matrices, out: Tensor, bits: int, triton
             out_.copy_(dequantize_linear_ref(codes_, scale_, columns, bits))
     elif out.numel():
         count = len(codes) if isinstance(codes, Apart) else 1
-        at = grid(out.numel() // columns // count, columns)
+        at = cut(out.numel() // columns // count, columns)
         launch(_dequantize_linear_kernel, (at.programs, count), out.device, address(codes),
                address(scale), out, at.rows, at.columns, at.per_row, code_bytes(at.columns, bits),
                BITS=bits, R=at.height, W=at.width, CODES=kind(codes), ALIGN=alignment(codes, scale),

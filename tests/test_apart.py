@@ -79,7 +79,7 @@ def listed(made):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(7, 300), (5, 8), (3,)])
+@pytest.mark.parametrize("shape", [(7, 300), (2, 512), (5, 8), (3,)])
 def test_adam_of_several(device, shape, kind, bits, backend):
     numbers = {"bits": bits, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "t": 3, "backend": backend}
     g = torch.randn(COUNT, *shape, generator=torch.Generator().manual_seed(9)).to(device, kind)
@@ -120,7 +120,7 @@ def test_adam_of_several(device, shape, kind, bits, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
-@pytest.mark.parametrize("shape", [(7, 301), (300, 6), (5, 1), (1, 9)])
+@pytest.mark.parametrize("shape", [(7, 301), (3, 512), (300, 6), (5, 1), (1, 9)])
 @pytest.mark.parametrize("rows_move", [False, True])
 def test_adam_on_moments_that_move(device, shape, bits, rows_move, backend):
     """As if they had been decoded, taken from where they come, and updated."""

@@ -55,8 +55,8 @@ DEVICES = (["cuda"] if CUDA else []) + (["cpu"] if _triton.INTERPRETED else [])
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
-SHAPES = [(1, 1), (3, 7), (5, 255), (3, 256), (1, 257), (2, 2, 300), (3, 1030), (0, 5), (3, 0),
-          (9,), (40, 16)]
+SHAPES = [(1, 1), (3, 7), (5, 255), (3, 256), (1, 257), (2, 2, 300), (3, 1030), (3, 512), (0, 5),
+          (3, 0), (9,), (40, 16)]
 KEY = (0x9234567890, 7)
 BETAS = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 
@@ -103,7 +103,7 @@ def assert_stores_close(ours, theirs, bits):
     """Scales to 2 ulp; of codes one in 200, and one per tensor, may be the neighbour's.
 
     Codes differ where a moment is at the edge of two cells: torch on the CPU fuses products and
-    sums, the kernel does not. So do the bf16 moments whose random bits are at the edge.
+    sums otherwise than the kernel does. So do the bf16 moments whose random bits are at the edge.
     """
     for i in (0, 1):
         if bits == 32:
@@ -385,6 +385,16 @@ def test_long_tensors_are_taken_in_parts(device, bits, monkeypatch):
     assert blocks.tile(2**31 - 1, 1) == (64, 8)
 
 
+def test_rows_of_whole_blocks_are_cut_into_rows():
+    """Which saves a program a division; where moments move rows stay what they are."""
+    assert blocks.cut(6, 512) == (12, 256, 1, 2, 256)
+    assert blocks.cut(6, 512, whole=True) == (6, 512, 2, 2, 256)
+    assert blocks.cut(6, 500) == (6, 500, 2, 2, 256)
+    assert blocks.cut(6, 30) == (6, 30, 1, 16, 32)
+    shapes = ((6, 512), (6, 500), (5, 300), (17, 30))
+    assert [blocks.cut(*x).programs for x in shapes] == [6, 6, 5, 2]
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_are_those_of_bitsandbytes(signed):
     """All but one in a thousand, and those by one: at cell edges it multiplies by 1 / absmax.
@@ -554,8 +564,9 @@ def split_parts(x, count):
     return parts
 
 
+@pytest.mark.parametrize("eps", [1e-8, 1e-30])
 @pytest.mark.parametrize("bits", [32, 8, 4])
-def test_hard_gradients(device, bits):
+def test_hard_gradients(device, bits, eps):
     """Zeros move nothing, 1e30 moves by the rate, NaN and Inf stay in their block."""
     shape = (6, 600)
     g = torch.zeros(shape, device=device)
@@ -568,7 +579,7 @@ def test_hard_gradients(device, bits):
         *(torch.zeros(code_shapes(shape, bits)[1]) if bits < 32 else None for _ in range(2))))
     ours, theirs = [m, v, m_scale, v_scale], clones((m, v, m_scale, v_scale))
     for t in (1, 2):
-        options = {"bits": bits, "t": t, **BETAS, "eps": 1e-30}
+        options = {"bits": bits, "t": t, **BETAS, "eps": eps}
         n = adam8(g, *ours, backend="triton", **options)
         expected = adam8_ref(g, *theirs, **options)
         assert torch.equal(n.isnan(), expected.isnan())
