@@ -556,6 +556,19 @@ def test_split_weight_is_that_of_the_reference(device, shape, bits, count):
         assert_stores_close(ours, theirs, bits)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_gpus_nan_stays_one(device, count):
+    """All its bits but the sign are set, so that one more would make it zero."""
+    g = torch.full((1, 8), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
+    p = torch.ones(1, 8, dtype=torch.bfloat16, device=device)
+    below = [torch.zeros(1, 8, dtype=kind, device=device)
+             for kind in (torch.int8, torch.uint8)[:count]]
+    adamw8(p, g, *store((1, 8), 8, device, 6), bits=8, lr=0.1, weight_decay=0.0, t=1, key=KEY,
+           below=below, stochastic=True, backend="triton", **BETAS)
+    assert bool(p.isnan().all())
+    assert not any(x.any() for x in below)
+
+
 def split_parts(x, count):
     """x in bf16, and ``count`` bytes below it."""
     parts = [x.bfloat16(), *(torch.full(x.shape, 77, dtype=kind, device=x.device)
