@@ -16,8 +16,6 @@ zero (Li et al., "Memory Efficient Optimizers with 4-bit States", arXiv 2309.015
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -35,6 +33,7 @@ from .blocks import (
     store_codes,
     store_shapes,
 )
+from .fakes import table
 
 __all__ = ["block_codes", "block_values", "codebook", "dequantize_dynamic",
            "dequantize_dynamic_ref", "lines", "quantize_dynamic", "quantize_dynamic_ref"]
@@ -49,7 +48,7 @@ _LOWEST, _OCTAVES = -31, 32
 _ROUND = 12582912.0
 
 
-@functools.lru_cache(maxsize=32)
+@table
 def codebook(bits: int, signed: bool, device: torch.device) -> Tensor:
     """The values that codes stand for, ascending, fp32. Cached; not to be written to.
 
@@ -83,7 +82,7 @@ def _zero_apart(bits: int, signed: bool) -> bool:
     return bits == 8 and not signed
 
 
-@functools.lru_cache(maxsize=32)
+@table
 def lines(bits: int, signed: bool, device: torch.device) -> Tensor:
     """Straight lines that count the positive cell ends below a number.
 
@@ -163,7 +162,7 @@ def _ends(bits: int, signed: bool) -> Tensor:
     return ends
 
 
-@functools.lru_cache(maxsize=32)
+@table
 def _carries(bits: int, signed: bool, device: torch.device) -> Tensor:
     """Table of a search as one sum of integers: code = (table[upper] + ordered) >> 16.
 
@@ -188,7 +187,7 @@ def _carries(bits: int, signed: bool, device: torch.device) -> Tensor:
     return (entry + torch.where(carry, 0xFFFF - (end_ordered & 0xFFFF), 0)).int().to(device)
 
 
-@functools.lru_cache(maxsize=32)
+@table
 def _twos(bits: int, signed: bool, device: torch.device) -> Tensor:
     """The values of each pair of codes, two fp32 in one int64, at index low + high * 2^bits."""
     book = codebook(bits, signed, device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._triton import INTERPRETED, cdiv, check, define, jit, launch, signed32, tl, use_triton
+from .fakes import is_fake
 
 __all__ = ["WEIGHT_STREAM", "nearest", "random16", "random16_rows", "random16_tile",
            "random_bits16_ref", "random_place", "round_bf16", "round_fp16", "stochastic_bf16_ref",
@@ -107,7 +108,8 @@ def random_bits16_ref(
 
 def _bounded(x: Tensor, largest: float) -> bool:
     """Whether x is known to be finite and within +-largest, where that can be had cheaply."""
-    if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
+    if (x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling()
+            or is_fake(x)):
         return False
     low, high = torch.aminmax(x)
     # False for NaN too.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels._triton import by_kernel
 from ..kernels.apart import Apart
+from ..kernels.fakes import place
 from . import codec, sharding
 from .sharding import Rows
 
@@ -118,9 +119,9 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
     for w, plain in zip(work, dense, strict=True):
         p, g = (sharding.local(x) for x in (w.p, w.g))
         size, common = _held(optimizer, w, p, g, plain)
-        place = p.data_ptr() or id(w.p)
-        again = place in places
-        places.add(place)
+        address = place(p)
+        again = address in places
+        places.add(address)
         # A parameter that is listed twice is updated twice, so the first update must run before
         # the second is batched.
         if size and again:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.fakes import is_fake
 from .sharding import agreed, is_sharded, local, placed
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ def spoilt(work: Sequence[Work]) -> bool:
     if not work:
         return False
     bad = agreed(_nonfinite([local(w.g) for w in work]), [w.p for w in work])
+    if is_fake(bad):
+        return False
     for w, flag in zip(work, bad.tolist(), strict=True):
         if flag and w.o["nonfinite"] == "raise":
             raise FloatingPointError(f"the gradient of {w.name!r} has a NaN or Inf "

@@ -87,6 +87,8 @@ class Slot(NamedTuple):
 
     def empty(self) -> Tensor:
         """The slot's first value: zeros."""
+        if not self.shape:  # a number that torch keeps in its FakeTensorMode
+            return torch.tensor(0, dtype=self.dtype, device=self.device)
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device,
                            pin_memory=self.pinned and torch.cuda.is_available())
 

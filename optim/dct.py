@@ -10,7 +10,6 @@ one and two dimensions", IEEE TASSP 28 (1980); as projections: arXiv 2505.17967.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..kernels._triton import use_triton
 from ..kernels.apart import Matrices, stack
+from ..kernels.fakes import table
 from ..kernels.project import project as product
 from . import codec
 from .options import Option, choice
@@ -42,7 +42,7 @@ _FFT_FROM_16 = {"cpu": 129, "cuda": 4673}
 _PIECE = 1 << 17
 
 
-@functools.cache  # for good: CUDA graphs hold addresses of these
+@table  # for good: CUDA graphs hold addresses of these
 def rows(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Q^T for one kind, n x n: row k is the k-th basis vector. Cached; not to be written to."""
     i = torch.arange(n, dtype=torch.int64, device="cpu")
@@ -70,7 +70,7 @@ def columns(index: Matrices, n: int, kind: int, like: Tensor) -> Tensor:
     return chosen.mT
 
 
-@functools.cache  # for good: CUDA graphs hold addresses of these
+@table  # for good: CUDA graphs hold addresses of these
 def _twiddles(n: int, kind: int, dtype: torch.dtype, device: torch.device
               ) -> tuple[Tensor, Tensor]:
     """Order in which the algorithm reads its input, and its complex factors (Makhoul)."""
@@ -86,7 +86,7 @@ def _twiddles(n: int, kind: int, dtype: torch.dtype, device: torch.device
     return order.to(device), turn.to(device, complex_dtype)
 
 
-@functools.cache  # for good: CUDA graphs hold addresses of these
+@table  # for good: CUDA graphs hold addresses of these
 def _packing(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Position of coefficient k in the packed result of the FFT, and its sign there."""
     k = torch.arange(n, device="cpu")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels._triton import use_triton
 from ..kernels.apart import Apart, Matrices
+from ..kernels.fakes import is_fake
 from ..kernels.norms import row_norms
 from . import codec
 from .apply import block_rows
@@ -47,7 +48,7 @@ def norms(x: Matrices, side: str) -> Tensor:
         return norm.unsqueeze(dim[0])
     assert not isinstance(x, Apart), "several matrices are there where kernels work on them"
     if (x.device.type != "cpu" or x.dtype == torch.float64 or not x.numel()
-            or torch.compiler.is_compiling()):
+            or torch.compiler.is_compiling() or is_fake(x)):
         norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float64)
         return norm
     if side == "left":

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ..kernels.fakes import place
 from . import sharding
 from .options import Option, optional
 
-__all__ = ["DTYPES", "bounds", "check_base", "check_factors", "memory", "only_name", "places",
+__all__ = ["DTYPES", "bounds", "check_base", "check_factors", "only_name", "places",
            "roles"]
 
 #: Dtypes that factors and their base may have.
@@ -70,7 +72,7 @@ def check_base(weight: Tensor, r: int, layer: str) -> None:
     Raises:
         TypeError, ValueError: names the layer, the value and the rule.
     """
-    plain = type(weight) in (Tensor, nn.Parameter) or sharding.is_sharded(weight)
+    plain = type(weight) in (Tensor, nn.Parameter, FakeTensor) or sharding.is_sharded(weight)
     if weight.dtype not in DTYPES or not plain:
         kind = f"dtype {weight.dtype}" if plain else f"type {type(weight).__name__}"
         raise TypeError(f"{layer}: its base weight has {kind}, but it must be a plain tensor of a "
@@ -99,16 +101,11 @@ def check_factors(a: Tensor, b: Tensor, shape: tuple[int, ...] | None, at: str) 
         raise ValueError(f"{at}: A is {a.dtype} and B {b.dtype}, but they must have one dtype")
 
 
-def memory(p: Tensor) -> int:
-    """A number that is equal for tensors whose elements begin at the same address."""
-    return p.data_ptr() or id(p)  # no address on the meta device and for empty ones
-
-
 def places(model: nn.Module) -> dict[int, list[str]]:
-    """By :func:`memory`, all names of the parameters there."""
+    """By :func:`lissom.kernels.fakes.place`, all names of the parameters there."""
     found: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        found.setdefault(memory(p), []).append(name)
+        found.setdefault(place(p), []).append(name)
     return found
 
 
@@ -123,7 +120,7 @@ def only_name(found: dict[int, list[str]], layer: str, p: Tensor) -> str:
     Raises:
         ValueError: it has several; names them.
     """
-    names = found[memory(p)]
+    names = found[place(p)]
     if len(names) > 1:
         raise ValueError(f"{layer}: its weight is shared ({', '.join(names)}), but a base weight "
                          "must belong to one layer: a change of it would reach the others")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.fakes import real
 from ..kernels.symmul import newton_schulz_step, symm_muladd, syrk
 from . import codec
 from .norms import norms
@@ -54,7 +55,8 @@ def polar_express(x: Tensor, oracle: Oracle) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _schedule(steps: int | None, low: float) -> tuple[Triple, ...]:
     """The coefficients; constants for torch.compile."""
-    return polar_express_schedule(steps, low)
+    with real():
+        return polar_express_schedule(steps, low)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.linalg import cholesky_ex, qr, solve_triangular
 
+from ..kernels.fakes import scalar, truth
+
 if TYPE_CHECKING:
     from .polar import Oracle
 
@@ -32,7 +34,7 @@ def qdwh(x: Tensor, oracle: Oracle) -> Tensor:
     if oracle.steps is None and isinstance(oracle.lower_bound, float):
         # A given bound may be too large, which leaves singular values below 1: check for them.
         apart = torch.linalg.matrix_norm(out.mT @ out - _eye(out))
-        if bool((apart > eps**0.5).any()):
+        if truth((apart > eps**0.5).any(), False):
             out = _weighted(out, _reduced(out, None, eps)[2], None, eps)
     return basis(_newton(out))
 
@@ -40,7 +42,7 @@ def qdwh(x: Tensor, oracle: Oracle) -> Tensor:
 def _weighted(x: Tensor, low: Tensor, steps: int | None, eps: float) -> Tensor:
     """Halley steps with the best weights for singular values in [low, 1]; None: to convergence."""
     for _ in range(steps or _MAX_STEPS):
-        if steps is None and bool((low >= 1 - 5 * eps).all()):
+        if steps is None and truth((low >= 1 - 5 * eps).all(), False):
             break
         # weights of the best rational function of this kind on [low, 1]
         d = (4 * (1 / low**2 - 1) / low**2) ** (1 / 3)
@@ -56,7 +58,7 @@ def _weighted(x: Tensor, low: Tensor, steps: int | None, eps: float) -> Tensor:
 def _halley(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """X (a I + b X^T X) (I + c X^T X)^-1 = (b/c) X + (a - b/c) X (I + c X^T X)^-1."""
     rest = a - b / c
-    if bool((c > _WELL_CONDITIONED).any()):
+    if truth((c > _WELL_CONDITIONED).any(), True):
         root = c.sqrt()
         q = qr(torch.cat([root * x, _eye(x)], -2)).Q
         above_, below = q.split([x.shape[-2], x.shape[-1]], -2)
@@ -74,7 +76,7 @@ def zolo(x: Tensor, oracle: Oracle) -> Tensor:
     eps = torch.finfo(torch.float64).eps
     x, basis, low = _reduced(x / _norm_bound(x), None, eps)
     # Singular values in [1, largest]; one degree for the whole batch.
-    x, largest = x / low, float(1 / low.min())
+    x, largest = x / low, scalar(1 / low.min(), 1 / eps)
     for _ in range(oracle.steps or 4):
         poles, zeros = _zolotarev(largest)
         total = x

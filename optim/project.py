@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._triton import by_kernel, use_triton
+from ..kernels.fakes import truth
 from ..kernels.narrow import exact, matmul
 from ..kernels.project import project as product
 from ..kernels.tiles import precision
@@ -198,7 +199,7 @@ def _divided(q: Tensor, least: float) -> Tensor | None:
     sizes = factor.diagonal(dim1=-2, dim2=-1)
     # NaN compares false. One synchronization for all tests.
     independent = (failed == 0) & (sizes.amin(-1) > least * sizes.amax(-1))
-    return _over(q, factor) if bool(independent.all()) else None
+    return _over(q, factor) if truth(independent.all(), True) else None
 
 
 def _over(q: Tensor, factor: Tensor) -> Tensor:
@@ -246,7 +247,7 @@ class Gradient:
         self.narrow = g.dtype == torch.bfloat16 and use_triton(None, g.device)
         if self.narrow:  # only if sums of squares stay in fp32's range without the scaling
             inside = (self.divisor > 1 / _IN_RANGE) & (self.divisor < _IN_RANGE)
-            self.narrow = bool(inside.all())
+            self.narrow = truth(inside.all(), True)
         # 16 bits become fp32, as the divisor is.
         self.g = g if self.narrow else g / self.divisor
 
@@ -327,7 +328,7 @@ def _subspace(g: Gradient, r: int, old: Tensor | None, noise: Callable[..., Tens
     if old is None:
         return _randomized(g, r, old, noise)
     lost = g.times(old).square().sum((-2, -1), keepdim=True) < _LOST * g.energy()
-    if bool(lost.any()):
+    if truth(lost.any(), False):
         old = torch.where(lost, _randomized(g, r, old, noise), old)
     q = old
     for number in range(WARM_ITERATIONS):
@@ -369,7 +370,7 @@ def find(
     g = g.detach()
     high, low = g.amax((-2, -1), keepdim=True), g.amin((-2, -1), keepdim=True)
     largest = codec.wide(torch.maximum(high, -low))
-    if not bool(largest.isfinite().all()) or not bool(largest.any()):
+    if not (truth(largest.isfinite().all(), True) and truth(largest.any(), True)):
         return None
     seen = Gradient(g if side == "right" else g.mT, largest)
 

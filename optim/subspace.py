@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.apart import Apart, stack
+from ..kernels.fakes import scalar, truth
 from . import codec, dct, metrics, project
 from .coordinates import shift
 from .keys import key_of, keys_of
@@ -217,9 +218,9 @@ def _coprime(gap: int) -> int:
 def _learnt(low: Tensor, s: Mapping[str, Tensor]) -> bool:
     """Whether R is finite and not all zero, so that the choice of columns means something."""
     size = codec.row_sum(low.double().abs().sum((-2, -1)), s)
-    return bool(size.isfinite().all()) and bool(size.any())
+    return truth(size.isfinite().all(), True) and truth(size.any(), True)
 
 
 def _energy(low: Tensor, g: Tensor, bases: Bases) -> float:
     """|R|^2 / |G|^2, the smallest of a batch; 0 for a zero gradient."""
-    return float(metrics.share(low, g, bases).nan_to_num(0.0).min())
+    return scalar(metrics.share(low, g, bases).nan_to_num(0.0).min(), 0.0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..kernels.fakes import is_fake, place, scalar, truth
 from . import codec, project, sharding
 from .apply import Update
 from .base import MatrixOptimizer, PartialStepError
@@ -20,7 +21,7 @@ from .common import AdamWPart
 from .dense import adam_slots, averages, representable
 from .keys import key_of
 from .options import Option, choice, integer, optional, real
-from .pairs import bounds, check_base, check_factors, memory, roles
+from .pairs import bounds, check_base, check_factors, roles
 from .weights import write_weight
 
 __all__ = ["SwitchLoRAAdamW"]
@@ -139,15 +140,15 @@ class SwitchLoRAAdamW(MatrixOptimizer):
                              "must be triples: a pair needs its partner and its base weight")
         # A new group must not share parameters with the present ones; a saved group is one of them.
         others = [p for group in self.param_groups for p in group["params"]] if explicit else []
-        held = Counter(map(memory, (*params, *others)))
+        held = Counter(map(place, (*params, *others)))
         for pair in _pairs({**o, "params": params}):
             at = f"{where}, {pair.name}"
             a, b, base = pair[1:]
             r = len(a)
             check_factors(a, b, tuple(base.shape), at)
             check_base(base, r, at)
-            if held[memory(base)] > 1:
-                raise ValueError(f"{at}: its base weight is given {held[memory(base)]} times, but "
+            if held[place(base)] > 1:
+                raise ValueError(f"{at}: its base weight is given {held[place(base)]} times, but "
                                  "it must belong to one layer: a switch would change the others")
             if base.requires_grad or base.grad is not None:
                 raise ValueError(f"{at}: its base weight has requires_grad={base.requires_grad}, "
@@ -224,7 +225,7 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         bound_a, bound_b = bounds(base, len(a), o["scaling"])
         # Half a round apart, so that neither finds its next vector frozen by the other.
         for s, bound, pointer in ((sa, bound_a, 0), (sb, bound_b, len(a) // 2)):
-            if not int(s["pool_step"]):
+            if not scalar(s["pool_step"], 0):
                 _draw_pool(s, o, bound)
                 s["pointer"].fill_(pointer)
         # A first: it freezes columns of B, which then are not switched.
@@ -321,19 +322,21 @@ def chosen(s: Mapping[str, Tensor], partner: Mapping[str, Tensor], o: Mapping[st
     generator = project.generator(key_of(s, o), k + 1)
     # count = r / interval(k), rounded stochastically
     mean = r * o["interval_decay"] ** ((k + 1) / o["decay_steps"]) / o["interval"]
-    draw = torch.rand((), generator=generator, device="cpu", dtype=torch.float32).item()
+    draw = scalar(torch.rand((), generator=generator, device="cpu", dtype=torch.float32), 0.0)
     count = min(r, math.floor(mean) + (draw < mean % 1))
     if not count:
         none = torch.empty(0, dtype=torch.int64, device="cpu")
         return none, none
-    order = (int(s["pointer"]) + torch.arange(count, device="cpu")) % r
+    order = (int(scalar(s["pointer"], 0)) + torch.arange(count, device="cpu")) % r
     busy = (s["frozen"][order] > 0) | (partner["frozen"][order] > 0)
-    order = order[:int(busy.int().argmax()) if bool(busy.any()) else count]
+    order = order[:int(busy.int().argmax()) if truth(busy.any(), False) else count]
     s["pointer"].add_(len(order)).remainder_(r)
     # Vectors in use are no candidates, except those that are given back now.
     free = torch.ones(len(s["candidates"]), dtype=torch.bool, device="cpu")
     free[s["active"].long()] = False
     free[s["active"][order].long()] = True
+    if is_fake(free):  # how many are, its numbers would say
+        return order, order
     places = free.nonzero().flatten()
     picked = torch.randperm(len(places), generator=generator, device="cpu")[:len(order)]
     return order, places[picked]
