@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.fakes import truth
 from .sharding import Rows, bytes_of
 
 __all__ = ["by_owner", "exchanged"]
@@ -84,7 +85,7 @@ def exchanged(parts: Sequence[Tensor], rows: Sequence[Rows],
             out[i] = x
     if failure is not None:
         raise failure
-    if int(failed):
+    if truth(failed, False):
         raise RuntimeError("the function of a whole matrix failed on another rank, which says why")
     return out
 

@@ -9,9 +9,13 @@ from lissom.kernels import adam, dynamic
 from lissom.optim import AdamW, DCTAdamW, GaLoreAdamW, dct, param_groups
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from .cases import CASES, QUICK, all_slow_but
-from .helpers import feed
+from .cases import CASES, QUICK, all_slow_but, first_of_each_class
+from .helpers import feed, tensors
 
 SHAPES = [(40, 24), (24, 40), (24, 24), (40,), (), (4, 3, 2)]
 
@@ -104,3 +108,45 @@ def test_torchs_memory_tracker_counts_the_state():
     assert found[_MemRefType.PARAM] == sum(p.nbytes for p in real.parameters())
     # Storages of one number are rounded up by torch.
     assert state <= found[_MemRefType.OPT] <= 1.01 * state
+
+
+@pytest.fixture
+def four_ranks():
+    """A process group of four, of which three exist in name only."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    yield init_device_mesh("cpu", (4,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", [x for x in first_of_each_class() if not x.roles],
+                         ids=lambda c: c.name)
+def test_one_rank_of_four_under_fsdp2(case, four_ranks):
+    """Its state has the shapes that it has on one rank, and a quarter of the rows is here."""
+    def trained(optimizer, params):
+        for i in range(2):
+            for p, g in zip(params, tensors(shapes, i), strict=True):
+                sharded = isinstance(p, DTensor)
+                p.grad = distribute_tensor(g, four_ranks, [Shard(0)]) if sharded else g
+            optimizer.step()
+        return optimizer
+
+    shapes = [(40, 24), (24, 44), (40,)]
+    with FakeTensorMode():
+        model = torch.nn.Module()
+        for i, x in enumerate(tensors(shapes, 9)):
+            model.register_parameter(f"p{i}", torch.nn.Parameter(x))
+        fully_shard(model, mesh=four_ranks)
+        fakes = [*model.parameters()]
+        of_fakes = trained(case(fakes), fakes)
+    params = [torch.nn.Parameter(x) for x in tensors(shapes, 9)]
+    optimizer = trained(case(params), params)
+    for p, q in zip(fakes, params, strict=True):
+        assert 4 * len(p.to_local()) == len(p)
+        assert of_fakes.state[p].keys() == optimizer.state[q].keys()
+        for name, x in of_fakes.state[p].items():
+            y = optimizer.state[q][name]
+            assert (x.shape, x.dtype) == (y.shape, y.dtype), name
+            if isinstance(x, DTensor):
+                assert isinstance(x.to_local(), FakeTensor)
+                assert 4 * x.to_local().nbytes == y.nbytes
+    assert any(isinstance(x, DTensor) for s in of_fakes.state.values() for x in s.values())
