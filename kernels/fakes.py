@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["is_fake", "place", "real", "scalar", "table", "truth"]
+__all__ = ["is_fake", "mode", "place", "real", "scalar", "table", "truth"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -24,6 +24,11 @@ _T = TypeVar("_T")
 def real() -> AbstractContextManager[Any]:
     """A context in which what is computed is real, whatever mode is on."""
     return _disable_current_modes()
+
+
+def mode() -> Any:
+    """torch's FakeTensorMode, where that is on; else None."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
 def is_fake(x: Tensor) -> bool:
@@ -56,17 +61,15 @@ def table(make: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @functools.wraps(make)
     def get(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return kept(*args)
-        mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-        if mode is None:
+        faking = None if torch.compiler.is_compiling() else mode()
+        if faking is None:
             return kept(*args)
         *rest, device = args
         with real():
             made: Any = kept(*rest, torch.device("cpu"))
         if isinstance(made, Tensor):
-            return mode.from_tensor(made).to(device)
-        return tuple([mode.from_tensor(x).to(device) for x in made])
+            return faking.from_tensor(made).to(device)
+        return tuple([faking.from_tensor(x).to(device) for x in made])
 
     get.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
     return cast("Callable[_P, _T]", get)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels import fakes
 from ..kernels.apart import Apart, Matrices
 from ..kernels.blocks import code_shapes
 from ..kernels.dynamic import dequantize_dynamic, quantize_dynamic
@@ -87,7 +88,7 @@ class Slot(NamedTuple):
 
     def empty(self) -> Tensor:
         """The slot's first value: zeros."""
-        if not self.shape:  # a number that torch keeps in its FakeTensorMode
+        if not self.shape and fakes.mode() is not None:  # a number that torch keeps there
             return torch.tensor(0, dtype=self.dtype, device=self.device)
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device,
                            pin_memory=self.pinned and torch.cuda.is_available())

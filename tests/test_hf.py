@@ -400,8 +400,13 @@ def test_two_ranks_with_fsdp2(tmp_path):
         assert run["left"] == 0, name
         assert_same(run["resumed"], run["straight"], name)
         if name != "bf16":  # whose forward pass is not that of autocast
-            torch.testing.assert_close(run["straight"]["weights"], run["ddp"]["weights"], rtol=0,
-                                       atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            # Gradients that are summed in another order may round a code of 8 bits otherwise, which
+            # moves a row of the weight a little.
+            ours, theirs = (run[x]["weights"] for x in ("straight", "ddp"))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5 if "8bit" in name else 1e-6,
+                                       msg=lambda text, name=name: f"{name}: {text}")
+            far = sum(int(((x - theirs[k]).abs() > 1e-6).sum()) for k, x in ours.items())
+            assert far <= sum(x.numel() for x in ours.values()) / 100, name
 
 
 # -------------------------------------------------------------------- Accelerate
