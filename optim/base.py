@@ -421,8 +421,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         if isinstance(u, Generator):
             u = yield from requested(u, rows)
         apply(matrix, u, stored, o, t, 0 if rows is None else rows.start * shape[-1])
-        if (matrix is not x
-                and matrix.untyped_storage()._cdata != x.untyped_storage()._cdata):
+        if matrix is not x and matrix.untyped_storage()._cdata != x.untyped_storage()._cdata:
             x.copy_(matrix.view(x.shape))
         codec.encode(s, stored, slots, o, t)
 

@@ -119,7 +119,7 @@ def _batches(optimizer: MatrixOptimizer, work: Sequence[Work], dense: Sequence[b
     for w, plain in zip(work, dense, strict=True):
         p, g = (sharding.local(x) for x in (w.p, w.g))
         size, common = _held(optimizer, w, p, g, plain)
-        address = place(p)
+        address = place(p) if p.numel() else id(w.p)
         again = address in places
         places.add(address)
         # A parameter that is listed twice is updated twice, so the first update must run before

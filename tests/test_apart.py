@@ -688,8 +688,9 @@ for case in cases():
         # Triton 3.8 has room for 21 programs of one of them, where others have for 18 of both.
         assert several.programs >= min(one.programs, 18), (several, one)
         assert several.spilled == 0, several
-        # Addresses from a table are as wide as others, and read once for eight elements.
-        assert several.instructions <= one.instructions + 5, (several, one)
+        # Addresses from a table are as wide as others; Adam's are read once for eight elements.
+        most = one.instructions + 5 if "adam" in case.name else 1.05 * one.instructions
+        assert several.instructions <= most, (several, one)
 """
 
 

@@ -400,13 +400,18 @@ def test_two_ranks_with_fsdp2(tmp_path):
         assert run["left"] == 0, name
         assert_same(run["resumed"], run["straight"], name)
         if name != "bf16":  # whose forward pass is not that of autocast
-            # Gradients that are summed in another order may round a code of 8 bits otherwise, which
-            # moves a row of the weight a little.
             ours, theirs = (run[x]["weights"] for x in ("straight", "ddp"))
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5 if "8bit" in name else 1e-6,
-                                       msg=lambda text, name=name: f"{name}: {text}")
-            far = sum(int(((x - theirs[k]).abs() > 1e-6).sum()) for k, x in ours.items())
-            assert far <= sum(x.numel() for x in ours.values()) / 100, name
+            codes = sum(x.numel() for one in run["ddp"]["state"].values() for x in one.values()
+                        if x.dtype == torch.uint8)
+            # Gradients are summed in another order, so that one code in ten thousand may be rounded
+            # otherwise: that is seen in one row of a weight, or one column, and nowhere else.
+            lines = 0
+            for weight, x in ours.items():
+                torch.testing.assert_close(x, theirs[weight], rtol=0, atol=3e-5 if codes else 1e-6,
+                                           msg=lambda text, at=(name, weight): f"{at}: {text}")
+                far = ((x - theirs[weight]).abs() > 1e-6).view(len(x), -1)
+                lines += min(int(far.any(dim).sum()) for dim in (0, 1))
+            assert lines <= codes // 10_000, name
 
 
 # -------------------------------------------------------------------- Accelerate
