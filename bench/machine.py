@@ -8,6 +8,7 @@ hundred. Instructions are those of the kernel's body, without what rare cases of
 a product those after it.
 
     python -m lissom.bench.machine --json bench/results/machine-sm90.json
+    python -m lissom.bench.machine --capability 86 --json bench/results/machine-sm86.json
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from ..kernels import (
     _triton,
@@ -39,11 +42,16 @@ from . import clock
 
 __all__ = ["Case", "Cost", "built", "cases", "cost", "main"]
 
-#: Of a processor of these architectures: registers, and bytes of memory that programs share.
-_PROCESSORS = {80: (65536, 164 * 1024), 90: (65536, 228 * 1024)}
-# Bytes that a program needs beside its own; programs and warps that a processor can have at most.
-_RESERVED, _PROGRAMS, _WARPS = 1024, 32, 64
+_KIB = 1024
+# Of a processor of each architecture: KiB of memory that programs share, and programs and warps
+# that it can have at most (CUDA C++ Programming Guide, technical specifications).
+_PROCESSORS = {80: (164, 32, 64), 86: (100, 16, 48), 89: (100, 24, 48), 90: (228, 32, 64),
+               100: (228, 32, 64), 120: (100, 24, 48)}
+# Its registers; bytes that a program needs beside its own.
+_REGISTERS, _RESERVED = 65536, 1024
 _THREADS = 32
+# No device of this machine: the one that kernels are built for.
+_DEVICE = torch.device("cuda", 99)
 # Of several tensors at addresses in a table.
 _SEVERAL: Mapping[str, Any] = {"ALIGN": 16, "KEYED": True}
 
@@ -132,11 +140,11 @@ def cost(case: Case, capability: int) -> Cost:
     body = [*_body(code)]
     products = [i for i, x in enumerate(body) if x in ("HGMMA", "HMMA")]
     rest = body[products[-1] + 1:] if products else body
-    most, room = _PROCESSORS[capability]
+    room, most, warps = _PROCESSORS[capability]
     threads = _THREADS * case.warps
     shared = int(made.metadata.shared)
-    programs = min(most // (-(-registers // 8) * 8 * threads), room // (shared + _RESERVED),
-                   _PROGRAMS, _WARPS // case.warps)
+    programs = min(_REGISTERS // (-(-registers // 8) * 8 * threads),
+                   room * _KIB // (shared + _RESERVED), most, warps // case.warps)
     return Cost(registers, spilled, shared, programs, len(rest) * threads / case.elements,
                 sum(x == "BAR" for x in rest))
 
@@ -160,8 +168,11 @@ def _body(code: str) -> Iterator[str]:
             yield found[1]
 
 
-def cases() -> Iterator[Case]:
-    """The kernels of a step on bf16 weights, at sizes without remainders."""
+def cases(capability: int = 90) -> Iterator[Case]:
+    """The kernels of a step on bf16 weights, at sizes without remainders, with the tiles that this
+    architecture has.
+    """
+    _triton._CAPABILITY[_DEVICE] = divmod(capability, 10)
     at = blocks.cut(4096, 4096)
     tile = {"R": at.height, "W": at.width, "per_row": at.per_row}
     of_blocks = at.height * at.width
@@ -230,7 +241,7 @@ def cases() -> Iterator[Case]:
 
 def _products() -> Iterator[Case]:
     """R = G Q, and what lifts it back: alone, with Fira's residual, and without a product."""
-    t = tiles.LARGE
+    t = tiles.suited(tiles.LARGE, _DEVICE)
     sizes = {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group, "PRECISION": "tf32",
              "WIDEN": False}
     yield Case("project", project._project_kernel,
@@ -243,7 +254,8 @@ def _products() -> Iterator[Case]:
                                 ("lift of weight and 8 bits more", True, 0),
                                 ("lift with a gain of rows, of weight and 8 bits more", True, 1),
                                 ("lift without a product", False, 2)):
-        t = lift._SHARED if product else lift._FLAT
+        t = tiles.suited(lift._SHARED, _DEVICE) if product else lift._FLAT
+        slices, registers = lift._after(t, _DEVICE)
         sizes |= {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group}
         none = {} if product else {"left_ptr": None, "right_ptr": None}
         none |= {"keep_ptr": None} if gain else {"keep_ptr": None, "dense_ptr": None,
@@ -260,14 +272,14 @@ def _products() -> Iterator[Case]:
         yield Case(name, lift._lift_kernel, types,
                    {**sizes, **none, **ones, "PRODUCT": product, "DENSE": bool(gain), "GAIN": gain,
                     "KEEP": 0, "STOCHASTIC": True, "HELD": False, "ALIGNED": True,
-                    "SLICES": lift._SLICES if product else 1,
-                    "BELOW": 8 * name.endswith("more")}, t.rows * t.columns, t.warps, t.stages,
-                   lift._registers(t))
+                    "SLICES": slices, "BELOW": 8 * name.endswith("more")},
+                   t.rows * t.columns, t.warps, t.stages, registers)
 
 
 def _symmetric() -> Iterator[Case]:
     """The two products of a Newton-Schulz step that are symmetric, below the diagonal."""
     for name, adds, t in (("syrk", False, symmul._LARGE), ("symm_muladd", True, symmul._ADDING)):
+        t = symmul._suited(t, _DEVICE)
         yield Case(name, symmul._symmul_kernel,
                    {**dict.fromkeys(("left_ptr", "right_ptr", "out_ptr"), "*bf16"),
                     "alpha": "fp32", "beta": "fp32"},
@@ -287,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("needs triton, and TRITON_INTERPRET unset: nothing is compiled with it")
     rows: list[dict[str, Any]] = []
     about = clock.about("machine", argv, "cpu")
-    for case in cases():
+    for case in cases(args.capability):
         found = cost(case, args.capability)
         rows.append({"kernel": case.name, **found._asdict(), "warps": case.warps,
                      "elements": case.elements, "capability": args.capability, **about})

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 if TYPE_CHECKING:
     from .apart import Matrices
 
-__all__ = ["EXACT", "FLOATS", "INTERPRETED", "by_kernel", "cdiv", "check", "define", "jit",
-           "launch", "signed32", "tl", "use_triton"]
+__all__ = ["EXACT", "FLOATS", "INTERPRETED", "by_kernel", "capability", "cdiv", "check", "define",
+           "jit", "launch", "signed32", "tl", "use_triton"]
 
 _LOG = logging.getLogger(__name__)
 # A context that does nothing.
@@ -66,7 +66,8 @@ EXACT = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])
 _CAPABILITY: dict[torch.device, tuple[int, int]] = {}
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """Major and minor number of a CUDA device's architecture, (9, 0) of an H100."""
     # Not by functools.lru_cache, of which torch.compile warns.
     found = _CAPABILITY.get(device)
     if found is None:
@@ -87,9 +88,9 @@ def _hindrance(device: torch.device) -> str:
         return "the kernels are for NVIDIA's GPUs"
     if not EXACT:
         return f"triton {triton.__version__} flushes subnormals, it must be >= 3.6"
-    capability = _capability(device)
-    if capability < (8, 0):
-        return "its compute capability is {}.{}, it must be >= 8.0".format(*capability)
+    architecture = capability(device)
+    if architecture < (8, 0):
+        return "its compute capability is {}.{}, it must be >= 8.0".format(*architecture)
     return _driver()
 
 

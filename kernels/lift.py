@@ -29,7 +29,17 @@ from .apart import (
 )
 from .philox import WEIGHT_STREAM, stochastic_round
 from .split import check_below, join_ref, load_weight, pair, random_split_ref, store_weight
-from .tiles import Tiles, dot_tile, place_tile, precision, stacked, strides, tiles_for, widened
+from .tiles import (
+    Tiles,
+    dot_tile,
+    place_tile,
+    precision,
+    stacked,
+    strides,
+    suited,
+    tiles_for,
+    widened,
+)
 
 __all__ = ["lift", "lift_ref"]
 
@@ -161,12 +171,14 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
                      STOCHASTIC, ALIGNED, WIDTH)
 
 
-def _registers(tiles: Tiles) -> int | None:
-    """Of a thread, so that two programs of 8 warps share a multiprocessor: no variant spills where
-    half of them hold its part of the product. None for as many as the compiler takes.
+def _after(tiles: Tiles, device: torch.device) -> tuple[int, int | None]:
+    """Slices of what follows the product, and registers of a thread: with large tiles as many as
+    leave room for two programs of 8 warps on a multiprocessor, where half of them hold the thread's
+    part of the product. None for as many as the compiler takes.
     """
-    half = tiles.rows * tiles.columns <= 64 * 32 * tiles.warps
-    return 128 if tiles is _SHARED and half else None
+    if tiles != suited(_SHARED, device):
+        return 1, None
+    return _SLICES, 128 if tiles.rows * tiles.columns <= 64 * 32 * tiles.warps else None
 
 
 def _vary(x: Tensor | None) -> int:
@@ -194,6 +206,7 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
     tiles = _FLAT if left is None else tiles_for(
         left, 1 if isinstance(p, Apart) else batch, m, n, (_SHARED,))
     tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
+    slices, registers = _after(tiles, p.device)
     words, tensors = key_words(key, p), (p, left, right, dense, high, low)
     launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, *map(address, tensors), gains, keeps,
            m, n, k, *strides(left, right, dense, gains, keeps),
@@ -203,12 +216,11 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
            STOCHASTIC=stochastic, HELD=held_t is not None,
            ALIGNED=start % 8 == 0 and n % 8 == 0, BM=tiles.rows, BN=tiles.columns, BK=tiles.depth,
            GROUP=tiles.group, PRECISION=precision(),
-           WIDEN=left is not None and widened(left), SLICES=_SLICES if tiles is _SHARED else 1,
+           WIDEN=left is not None and widened(left), SLICES=slices,
            WEIGHT=kind(p), LEFT=kind(left), RIGHT=kind(right), REST=kind(dense),
            ALIGN=alignment(*tensors), KEYED=isinstance(words[0], Tensor),
            BELOW=0 if high is None else 8 if low is None else 16, RATED=held_alpha is not None,
-           num_warps=tiles.warps, num_stages=tiles.stages,
-           maxnreg=_registers(tiles))
+           num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=registers)
     torch.autograd.graph.increment_version(writable(p, high, low))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._triton import cdiv, define, jit, launch, tl, use_triton
 from .narrow import slow
 from .philox import nearest
-from .tiles import dot_tile, fits, precision, stacked, widened
+from .tiles import by_registers, dot_tile, fits, precision, stacked, widened
 
 __all__ = ["newton_schulz_step", "newton_schulz_step_ref", "symm_muladd", "symm_muladd_ref", "syrk",
            "syrk_ref"]
@@ -56,11 +56,19 @@ def _tiles(left: Tensor, adds: bool) -> SquareTiles:
     """Large tiles where they fit and fill the GPU; ``adds``: alpha A is added, other sizes."""
     if left.dtype == torch.float32:
         return _WIDE
-    large, side = _ADDING if adds else _LARGE, cdiv(left.shape[1], _LARGE.size)
+    large = _suited(_ADDING if adds else _LARGE, left.device)
+    side = cdiv(left.shape[1], large.size)
     if len(left) * side * (side + 1) // 2 >= _BUSY and fits(
             left.device, 4 * large.stages * large.depth * large.size):
         return large
-    return _SMALL
+    return _suited(_SMALL, left.device)
+
+
+def _suited(tiles: SquareTiles, device: torch.device) -> SquareTiles:
+    """As :func:`lissom.kernels.tiles.suited`."""
+    if not by_registers(device):
+        return tiles
+    return tiles._replace(depth=tiles.depth // 2, stages=tiles.stages + 1)
 
 
 def _mirrored(lower: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import INTERPRETED, cdiv, jit, tl
+from ._triton import INTERPRETED, capability, cdiv, jit, tl
 from .apart import Matrices
 
-__all__ = ["LARGE", "MEDIUM", "SMALL", "WIDE", "Tiles", "dot_tile", "fits", "place_tile",
-           "precision", "stacked", "strides", "tiles_for", "widened"]
+__all__ = ["LARGE", "MEDIUM", "SMALL", "WIDE", "Tiles", "by_registers", "dot_tile", "fits",
+           "place_tile", "precision", "stacked", "strides", "suited", "tiles_for", "widened"]
 
 
 class Tiles(NamedTuple):
@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 
 
 # With fewer tiles than this an H100's 132 multiprocessors would be idle: the next smaller ones are
-# taken. All are the fastest of several on an H100.
+# taken. All are the fastest of several on an H100 (other GPUs: `suited`).
 _ENOUGH = 120
 LARGE = Tiles(128, 256, 64, 8, 8, 3)
 MEDIUM = Tiles(128, 128, 64, 8, 4, 3)
@@ -50,6 +50,23 @@ def fits(device: torch.device, size: int) -> bool:
     return size <= int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
 
 
+def by_registers(device: torch.device) -> bool:
+    """Whether factors pass through registers on their way to tensor cores, as on an A100 and on
+    consumer GPUs; those of an H100 and a B200 read shared memory.
+    """
+    return device.type == "cuda" and not INTERPRETED and capability(device)[0] not in (9, 10)
+
+
+def suited(tiles: Tiles, device: torch.device) -> Tiles:
+    """Tiles of an H100 as another GPU has them: where factors take registers, half as many terms at
+    once, and a stage more: fewer registers spill, and a consumer GPU's 100 KiB hold two programs
+    (bench.machine).
+    """
+    if tiles is WIDE or not by_registers(device):
+        return tiles
+    return tiles._replace(depth=tiles.depth // 2, stages=tiles.stages + 1)
+
+
 def tiles_for(x: Matrices, batch: int, m: int, n: int,
               sizes: tuple[Tiles, ...] = (LARGE, MEDIUM)) -> Tiles:
     """Tiles of a product of 16-bit panels, or of fp32 ones.
@@ -60,15 +77,15 @@ def tiles_for(x: Matrices, batch: int, m: int, n: int,
         m: rows of a product.
         n: its columns.
         sizes: candidates; the first that fits the device and gives enough tiles is taken, else
-            small tiles.
+            small tiles. They are returned as they are :func:`suited`.
     """
     if x.dtype == torch.float32:
         return WIDE
-    for t in sizes:
+    for t in (suited(t, x.device) for t in sizes):
         if batch * cdiv(m, t.rows) * cdiv(n, t.columns) >= _ENOUGH and fits(
                 x.device, 2 * t.stages * t.depth * (t.rows + t.columns)):
             return t
-    return SMALL
+    return suited(SMALL, x.device)
 
 
 def precision() -> str:

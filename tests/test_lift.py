@@ -10,6 +10,7 @@ import pytest
 import torch
 from lissom.bench.livebytes import LiveBytes
 from lissom.kernels import _triton, symmul, tiles
+from lissom.kernels import lift as lifting
 from lissom.kernels.apart import Apart
 from lissom.kernels.lift import lift, lift_ref
 from lissom.kernels.limit import limited_gains, limited_gains_ref
@@ -403,6 +404,26 @@ def test_tiles_are_smaller_where_they_would_not_fit(monkeypatch):
     assert tiles.tiles_for(x, 1, 4096, 1024) == tiles.MEDIUM
     assert symmul._tiles(x, True) == symmul._SMALL
     assert symmul._tiles(x, False) == symmul._LARGE
+
+
+@pytest.mark.parametrize(("architecture", "halves"), [((8, 0), True), ((8, 6), True),
+                                                       ((8, 9), True), ((9, 0), False),
+                                                       ((10, 0), False), ((12, 0), True)])
+def test_tiles_are_less_deep_where_factors_take_registers(architecture, halves, monkeypatch):
+    """Of 100 KiB that programs share on a consumer GPU, two then have less than half each."""
+    cuda = torch.device("cuda", 98)
+    monkeypatch.setattr(_triton, "_CAPABILITY", {cuda: architecture})
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    for t in (tiles.LARGE, tiles.MEDIUM, tiles.SMALL, lifting._SHARED):
+        expected = t._replace(depth=32, stages=4) if halves else t
+        assert tiles.suited(t, cuda) == expected
+        assert tiles.suited(t, torch.device("cpu")) == t
+    assert tiles.suited(tiles.WIDE, cuda) == tiles.WIDE
+    large = symmul._LARGE._replace(depth=32, stages=4) if halves else symmul._LARGE
+    assert symmul._suited(symmul._LARGE, cuda) == large
+    shared = tiles.suited(lifting._SHARED, cuda)
+    assert lifting._after(shared, cuda) == (lifting._SLICES, 128)
+    assert lifting._after(tiles.suited(tiles.SMALL, cuda), cuda) == (1, None)
 
 
 def test_reference_is_the_formula():

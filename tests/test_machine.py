@@ -32,13 +32,20 @@ def test_instructions_are_those_of_the_body():
 
 
 COSTS = """
-found = {case.name: cost(case, 90) for case in cases()}
-for name, x in found.items():
-    assert x.spilled == 0, (name, x)
-    assert x.registers > 0 and x.instructions > 1, (name, x)
-    if name.startswith("lift with") or name == "lift":
-        # One program multiplies while another rounds.
-        assert x.programs >= 2, (name, x)
+from lissom.kernels import lift, symmul
+
+# Of an RTX 3090 the products alone, whose tiles are its own; then an H100.
+for capability in (86, 90):
+    found = {case.name: cost(case, capability) for case in cases(capability)
+             if capability == 90 or case.kernel in (lift._lift_kernel, symmul._symmul_kernel)}
+    assert len(found) > 8
+    for name, x in found.items():
+        # With the tiles of an H100 an RTX 3090 spills 160 bytes, and has one program.
+        assert x.spilled <= (100 if capability == 86 else 0), (name, x)
+        assert x.registers > 0 and x.instructions > 1 and x.programs, (name, x)
+        if name.startswith("lift"):
+            # One program multiplies while another rounds.
+            assert x.programs >= 2, (name, x)
 # What they had before they were cut: 157, 102, 39, 53, 38, 24 and 35.
 most = {"adamw8, 8 bits": 86, "adam8, 8 bits": 70, "stochastic_round": 22, "split": 32,
         "quantize_linear, 8 bits": 24, "lift": 22, "lift with a gain of rows": 28}
