@@ -510,7 +510,10 @@ def lines_of_machine_code() -> Iterator[str]:
         row = rows[name]
         yield (f"| {label} | {row['instructions']:.1f} | {row['registers']} | {row['programs']} x "
                f"{row['warps']} |")
-    assert not any(row["spilled"] for row in rows.values())
+    consumer = {row["kernel"]: row for row in rows_of("machine-sm86")}
+    assert not any(row["spilled"] for row in [*rows.values(), *consumer.values()])
+    assert {consumer[name]["programs"] for name in consumer if name.startswith("lift")} == {2, 7}
+    yield f"share a multiprocessor, with {consumer['lift']['shared'] // 1024} KiB each"
 
 
 def lines_of_host() -> Iterator[str]:
