@@ -45,8 +45,8 @@ __all__ = ["Case", "Cost", "built", "cases", "cost", "main"]
 _KIB = 1024
 # Of a processor of each architecture: KiB of memory that programs share, and programs and warps
 # that it can have at most (CUDA C++ Programming Guide, technical specifications).
-_PROCESSORS = {80: (164, 32, 64), 86: (100, 16, 48), 89: (100, 24, 48), 90: (228, 32, 64),
-               100: (228, 32, 64), 120: (100, 24, 48)}
+_PROCESSORS = {75: (64, 16, 32), 80: (164, 32, 64), 86: (100, 16, 48), 89: (100, 24, 48),
+               90: (228, 32, 64), 100: (228, 32, 64), 120: (100, 24, 48)}
 # Its registers; bytes that a program needs beside its own.
 _REGISTERS, _RESERVED = 65536, 1024
 _THREADS = 32
@@ -255,7 +255,7 @@ def _products() -> Iterator[Case]:
                                 ("lift with a gain of rows, of weight and 8 bits more", True, 1),
                                 ("lift without a product", False, 2)):
         t = tiles.suited(lift._SHARED, _DEVICE) if product else lift._FLAT
-        slices, registers = lift._after(t, _DEVICE)
+        slices, registers = lift._after(t)
         sizes |= {"BM": t.rows, "BN": t.columns, "BK": t.depth, "GROUP": t.group}
         none = {} if product else {"left_ptr": None, "right_ptr": None}
         none |= {"keep_ptr": None} if gain else {"keep_ptr": None, "dense_ptr": None,

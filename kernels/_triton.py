@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .apart import Matrices
 
 __all__ = ["EXACT", "FLOATS", "INTERPRETED", "by_kernel", "capability", "cdiv", "check", "define",
-           "jit", "launch", "signed32", "tl", "use_triton"]
+           "jit", "launch", "signed32", "tensor_cores", "tl", "use_triton"]
 
 _LOG = logging.getLogger(__name__)
 # A context that does nothing.
@@ -61,9 +61,13 @@ INTERPRETED = triton is not None and not isinstance(_probe, triton.JITFunction)
 #: Whether div_rn and sqrt_rn are exact: older versions of Triton flush subnormal numbers to zero.
 EXACT = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
-# Compute capability of GPUs by device. For those below 8.0, A100's, Triton compiles no products on
-# tensor cores (triton-lang/triton#5066), and says that it does not support them.
+# Compute capability of GPUs by device. From 8.0 on, A100's, Triton promises to support them. For
+# those of 7.5, such as a T4, it compiles too, but no products on tensor cores
+# (triton-lang/triton#5066).
 _CAPABILITY: dict[torch.device, tuple[int, int]] = {}
+_OLDEST, _PROMISED = (7, 5), (8, 0)
+# What a trial of the kernels found on a GPU of which Triton promises nothing.
+_TRIALS: dict[torch.device, str] = {}
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -89,9 +93,23 @@ def _hindrance(device: torch.device) -> str:
     if not EXACT:
         return f"triton {triton.__version__} flushes subnormals, it must be >= 3.6"
     architecture = capability(device)
-    if architecture < (8, 0):
-        return "its compute capability is {}.{}, it must be >= 8.0".format(*architecture)
-    return _driver()
+    if architecture < _OLDEST:
+        return "its compute capability is {}.{}, it must be >= {}.{}".format(
+            *architecture, *_OLDEST)
+    return _driver() or ("" if architecture >= _PROMISED else _trial(device))
+
+
+def _trial(device: torch.device) -> str:
+    """What is wrong with the kernels there, which are tried once; "" for nothing."""
+    if device not in _TRIALS:
+        _TRIALS[device] = ""  # for the trial
+        _TRIALS[device] = importlib.import_module(".trial", __package__).fault(device)
+    return _TRIALS[device]
+
+
+def tensor_cores(device: torch.device) -> bool:
+    """Whether Triton's products run on tensor cores there; on a CPU they are as those that do."""
+    return device.type != "cuda" or INTERPRETED or capability(device) >= _PROMISED
 
 
 # Why Triton cannot launch, once it was tried.
@@ -112,7 +130,7 @@ def _driver() -> str:
 
 
 def use_triton(backend: str | None, device: torch.device) -> bool:
-    """Whether to launch the kernel: by default on NVIDIA's GPUs from compute capability 8.0 on,
+    """Whether to launch the kernel: by default on NVIDIA's GPUs from compute capability 7.5 on,
     where Triton >= 3.6 is installed.
 
     Args:

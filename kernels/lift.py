@@ -29,17 +29,7 @@ from .apart import (
 )
 from .philox import WEIGHT_STREAM, stochastic_round
 from .split import check_below, join_ref, load_weight, pair, random_split_ref, store_weight
-from .tiles import (
-    Tiles,
-    dot_tile,
-    place_tile,
-    precision,
-    stacked,
-    strides,
-    suited,
-    tiles_for,
-    widened,
-)
+from .tiles import Tiles, dot_tile, place_tile, precision, stacked, strides, tiles_for, widened
 
 __all__ = ["lift", "lift_ref"]
 
@@ -171,12 +161,12 @@ def _lift_kernel(p_ptr: tl.tensor, left_ptr: tl.tensor, right_ptr: tl.tensor, de
                      STOCHASTIC, ALIGNED, WIDTH)
 
 
-def _after(tiles: Tiles, device: torch.device) -> tuple[int, int | None]:
+def _after(tiles: Tiles) -> tuple[int, int | None]:
     """Slices of what follows the product, and registers of a thread: with large tiles as many as
     leave room for two programs of 8 warps on a multiprocessor, where half of them hold the thread's
     part of the product. None for as many as the compiler takes.
     """
-    if tiles != suited(_SHARED, device):
+    if (tiles.rows, tiles.columns) != (_SHARED.rows, _SHARED.columns):
         return 1, None
     return _SLICES, 128 if tiles.rows * tiles.columns <= 64 * 32 * tiles.warps else None
 
@@ -206,7 +196,7 @@ def _lift(p: Matrices, left: Matrices | None, right: Matrices | None, dense: Mat
     tiles = _FLAT if left is None else tiles_for(
         left, 1 if isinstance(p, Apart) else batch, m, n, (_SHARED,))
     tiles_m, tiles_n = cdiv(m, tiles.rows), cdiv(n, tiles.columns)
-    slices, registers = _after(tiles, p.device)
+    slices, registers = _after(tiles)
     words, tensors = key_words(key, p), (p, left, right, dense, high, low)
     launch(_lift_kernel, batch * tiles_m * tiles_n, p.device, *map(address, tensors), gains, keeps,
            m, n, k, *strides(left, right, dense, gains, keeps),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import cdiv, define, jit, launch, tl, use_triton
+from ._triton import cdiv, define, jit, launch, tensor_cores, tl, use_triton
 from .narrow import slow
 from .philox import nearest
 from .tiles import by_registers, dot_tile, fits, precision, stacked, widened
@@ -165,7 +165,8 @@ def _use_triton(x: Tensor, backend: str | None) -> bool:
         raise TypeError("backend: 'triton' has no float64, which sums in fp32 would not be")
     if backend is not None:
         return able
-    if not able or x.element_size() != 2 or min(x.shape[-2:]) < _ROWS:
+    if (not able or x.element_size() != 2 or min(x.shape[-2:]) < _ROWS
+            or not tensor_cores(x.device)):
         return False
     # For loads of 16 bytes: stride 1 along one dimension, a multiple of 8 along the other.
     along = sorted(x.stride()[-2:])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import INTERPRETED, capability, cdiv, jit, tl
+from ._triton import INTERPRETED, capability, cdiv, jit, tensor_cores, tl
 from .apart import Matrices
 
 __all__ = ["LARGE", "MEDIUM", "SMALL", "WIDE", "Tiles", "by_registers", "dot_tile", "fits",
@@ -37,6 +37,8 @@ LARGE = Tiles(128, 256, 64, 8, 8, 3)
 MEDIUM = Tiles(128, 128, 64, 8, 4, 3)
 SMALL = Tiles(64, 64, 64, 8, 4, 3)
 WIDE = Tiles(64, 64, 32, 8, 4, 2)  # fp32: twice the bytes
+# Without tensor cores each factor is in registers as often as it is used: more would spill.
+_OLD = Tiles(64, 64, 16, 8, 4, 2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -60,10 +62,12 @@ def by_registers(device: torch.device) -> bool:
 def suited(tiles: Tiles, device: torch.device) -> Tiles:
     """Tiles of an H100 as another GPU has them: where factors take registers, half as many terms at
     once, and a stage more: fewer registers spill, and a consumer GPU's 100 KiB hold two programs
-    (bench.machine).
+    (bench.machine). Without tensor cores all are the same small ones.
     """
     if tiles is WIDE or not by_registers(device):
         return tiles
+    if not tensor_cores(device):
+        return _OLD
     return tiles._replace(depth=tiles.depth // 2, stages=tiles.stages + 1)
 
 

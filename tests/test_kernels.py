@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lissom.kernels import _triton, blocks, dynamic
+from lissom.kernels import _triton, blocks, dynamic, tiles, trial
 from lissom.kernels import adam as kernels_adam
 from lissom.kernels.adam import STREAMS, adam8, adam8_ref, adamw8, adamw8_ref
 from lissom.kernels.blocks import code_shapes
@@ -43,6 +43,7 @@ from lissom.kernels.philox import (
 from lissom.kernels.split import join, split
 from lissom.optim import AdamW, codec, dense, weights
 from lissom.optim.keys import key_of
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from .aot import compile_for_a_gpu
@@ -763,8 +764,8 @@ def test_streams_are_those_of_the_codec():
 
 @pytest.mark.skipif(_triton.triton is None, reason="needs triton")
 def test_where_kernels_are_compiled(monkeypatch):
-    cuda, ampere, turing = torch.device("cuda"), torch.device("cuda", 1), torch.device("cuda", 2)
-    found = {cuda: (12, 0), ampere: (8, 0), turing: (7, 5)}
+    cuda, ampere, volta = torch.device("cuda"), torch.device("cuda", 1), torch.device("cuda", 2)
+    found = {cuda: (12, 0), ampere: (8, 0), volta: (7, 0)}
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setattr(_triton, "EXACT", True)
     monkeypatch.setattr(_triton, "_CAPABILITY", {})
@@ -774,9 +775,9 @@ def test_where_kernels_are_compiled(monkeypatch):
     for _ in range(2):
         assert [_triton.use_triton(None, x) for x in found] == [True, True, False]
     assert not _triton.use_triton("torch", ampere)
-    with pytest.raises(RuntimeError, match=r"on cuda:2: its compute capability is 7\.5, it must "
-                                           r"be >= 8\.0"):
-        _triton.use_triton("triton", turing)
+    with pytest.raises(RuntimeError, match=r"on cuda:2: its compute capability is 7\.0, it must "
+                                           r"be >= 7\.5"):
+        _triton.use_triton("triton", volta)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert not _triton.use_triton(None, cuda)
     with pytest.raises(RuntimeError, match="the kernels are for NVIDIA's GPUs"):
@@ -787,6 +788,61 @@ def test_where_kernels_are_compiled(monkeypatch):
     assert not _triton.use_triton(None, cuda)
     with pytest.raises(RuntimeError, match=r"triton .* flushes subnormals, it must be >= 3\.6"):
         _triton.use_triton("triton", cuda)
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="needs triton")
+def test_kernels_are_tried_once_on_an_older_gpu(monkeypatch):
+    good, bad = torch.device("cuda", 1), torch.device("cuda", 2)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(_triton, "EXACT", True)
+    monkeypatch.setattr(_triton, "_CAPABILITY", {good: (7, 5), bad: (7, 5)})
+    monkeypatch.setattr(_triton, "_TRIALS", {})
+    monkeypatch.setattr(_triton, "_DRIVER", [""])
+    tried = []
+
+    def fault(device):
+        assert _triton.use_triton("triton", device)  # the trial itself launches kernels
+        tried.append(device)
+        return "its kernels fail a trial" if device == bad else ""
+
+    monkeypatch.setattr(trial, "fault", fault)
+    for _ in range(2):
+        assert _triton.use_triton(None, good)
+        assert not _triton.use_triton(None, bad)
+    assert tried == [good, bad]
+    with pytest.raises(RuntimeError, match="'triton' cannot run on cuda:2: its kernels fail a tri"):
+        _triton.use_triton("triton", bad)
+    assert not _triton.tensor_cores(good)
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    assert {tiles.suited(t, good) for t in (tiles.LARGE, tiles.SMALL)} == {tiles._OLD}
+    assert tiles.suited(tiles.WIDE, good) == tiles.WIDE
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("name", ["adamw8", "project", "lift", "quantize_linear", "row_norms"])
+def test_a_trial_finds_what_is_wrong(name, monkeypatch, caplog):
+    cpu, kernel, state = torch.device("cpu"), getattr(trial, name), torch.get_rng_state()
+    with FakeTensorMode():  # where a step may come first
+        assert trial.fault(cpu) == ""
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def wrong(x, *args, backend, **kwargs):
+        """On a second matrix of the same shape where Triton works."""
+        other = x if backend == "torch" or name in ("adamw8", "lift") else x * 1.5
+        result = kernel(other, *args, backend=backend, **kwargs)
+        if backend == "triton" and name in ("adamw8", "lift"):
+            x[-1, -1] += 1
+        return result
+
+    monkeypatch.setattr(trial, name, wrong)
+    assert trial.fault(cpu).startswith("its kernels fail a trial (Tensor-likes are not close")
+    assert ["; torch does their work" in x.getMessage() for x in caplog.records] == [True]
+
+    def failing(*args, **kwargs):
+        raise NotImplementedError("ptxas\n  says no")
+
+    monkeypatch.setattr(trial, name, failing)
+    assert trial.fault(cpu) == "its kernels fail a trial (ptxas says no)"
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="needs triton")

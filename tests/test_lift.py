@@ -421,9 +421,8 @@ def test_tiles_are_less_deep_where_factors_take_registers(architecture, halves, 
     assert tiles.suited(tiles.WIDE, cuda) == tiles.WIDE
     large = symmul._LARGE._replace(depth=32, stages=4) if halves else symmul._LARGE
     assert symmul._suited(symmul._LARGE, cuda) == large
-    shared = tiles.suited(lifting._SHARED, cuda)
-    assert lifting._after(shared, cuda) == (lifting._SLICES, 128)
-    assert lifting._after(tiles.suited(tiles.SMALL, cuda), cuda) == (1, None)
+    assert lifting._after(tiles.suited(lifting._SHARED, cuda)) == (lifting._SLICES, 128)
+    assert lifting._after(tiles.suited(tiles.SMALL, cuda)) == (1, None)
 
 
 def test_reference_is_the_formula():
