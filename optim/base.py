@@ -123,6 +123,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         Args:
             param_group: ``params`` (a tensor, an iterable of tensors or of (name, tensor)) and
                 any option of the class; what it leaves out has the constructor's value.
+                ``param_names``, as a group that torch has made holds them, name its tensors.
 
         Raises:
             TypeError, ValueError: names parameter or option, value and rule; nothing is added.
@@ -133,7 +134,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         if "params" not in param_group:
             raise ValueError(f"{where}: has no 'params'{nearest('params', param_group)}")
         group = dict(param_group)
-        params = listed(group["params"], where)
+        params = listed(group["params"], where, group.pop("param_names", None))
         named = [q if isinstance(q, tuple) else (None, q) for q in params]
         for i, (name, p) in enumerate(named):
             check_parameter(p, name or f"parameter {i}", where)

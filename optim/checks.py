@@ -28,8 +28,11 @@ def check_module(model: Any, where: str) -> None:
         raise TypeError(f"{where}: model is a {type(model).__name__}, but it must be a module")
 
 
-def listed(params: Any, where: str) -> list[Any]:
-    """A group's ``params`` as a list: tensors or (name, tensor) pairs; sets are refused."""
+def listed(params: Any, where: str, names: Any = None) -> list[Any]:
+    """A group's ``params`` as a list: tensors or (name, tensor) pairs; sets are refused.
+
+    ``names`` are those of a group's ``param_names``: tensors without names get them.
+    """
     if isinstance(params, set):
         raise TypeError(f"{where}: params is a set, whose order changes between runs; use a list")
     if not isinstance(params, Iterable):
@@ -41,7 +44,14 @@ def listed(params: Any, where: str) -> list[Any]:
             raise TypeError(f"{where}: parameter {i} is a tuple of "
                             f"{', '.join(type(x).__name__ for x in entry) or 'nothing'}, but it "
                             "must be a tensor or (name, tensor)")
-    return found
+    if names is None or any(isinstance(entry, tuple) for entry in found):
+        return found
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{where}: param_names={names!r}, but it must be a list of names")
+    if len(names) != len(found):
+        raise ValueError(f"{where}: param_names has {len(names)} names, but it must have one for "
+                         f"each of {len(found)} parameters")
+    return [*zip(names, found, strict=True)]
 
 
 def check_parameter(p: Any, name: str, where: str) -> None:

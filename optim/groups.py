@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .checks import check_module, check_parameter
 from .heads import CONVOLUTIONS, output_heads
+from .keys import unwrapped
 from .options import either, integer, nearest, optional, real
 
 __all__ = ["param_groups"]
@@ -70,7 +71,8 @@ def param_groups(
         options: further options of the matrix groups, such as ``update_proj_gap``, ``scale``.
 
     Returns:
-        Groups whose ``params`` are (name, tensor) pairs, in the order of the model.
+        Groups whose ``params`` are (name, tensor) pairs, in the order of the model. Names are those
+        of the model without torch.compile's, FSDP1's and activation checkpointing's additions.
 
     Raises:
         TypeError, ValueError: a rank that breaks its rule; a glob that matches nothing; weights
@@ -87,10 +89,11 @@ def param_groups(
                             "dict of options such as {'rank': 8}")
     heads = output_heads(model)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
+    plain = [*map(unwrapped, names)]
     for pattern in overrides:
-        if not fnmatch.filter(names, pattern):
+        if not fnmatch.filter([*plain, *names], pattern):
             raise ValueError(f"param_groups: overrides has {pattern!r}, which matches no trainable "
-                             f"parameter{nearest(pattern, names)}")
+                             f"parameter{nearest(pattern, plain)}")
     groups: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     seen: set[int] = set()
     strange: dict[str, str] = {}
@@ -100,7 +103,8 @@ def param_groups(
             if id(p) in seen or not p.requires_grad:
                 continue
             seen.add(id(p))
-            name = f"{prefix}.{short}" if prefix else short
+            wrapped = f"{prefix}.{short}" if prefix else short
+            name = unwrapped(wrapped)
             check_parameter(p, repr(name), "param_groups")
             if p.ndim < 2 and (hasattr(p, "_is_flat_param") or (
                     isinstance(module, nn.Linear) and short == "weight")):
@@ -122,7 +126,7 @@ def param_groups(
                     or sum(x > 1 for x in p.shape) < 2 or any(x in name for x in _NO_MATRICES)):
                 strange[name] = type(module).__name__
             for pattern, own in overrides.items():
-                if fnmatch.fnmatchcase(name, pattern):
+                if any(fnmatch.fnmatchcase(x, pattern) for x in (name, wrapped)):
                     strange.pop(name, None)
                     if "rank" in own and own["rank"] is None:
                         chosen |= dense

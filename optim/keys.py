@@ -14,19 +14,22 @@ from torch import Tensor
 
 from ..kernels.apart import Apart, Keys, Matrices
 
-__all__ = ["key_of", "keys_of", "name_key", "names_of", "plain_name"]
+__all__ = ["key_of", "keys_of", "name_key", "names_of", "plain_name", "unwrapped"]
 
 # Parts of names that wrappers add; DDP's "module" is removed only at the beginning.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def plain_name(name: str) -> str:
-    """A parameter's dotted name without the prefixes that wrappers of the model have added.
-
-    Those of torch.compile, DDP, FSDP1 and activation checkpointing.
+def unwrapped(name: str) -> str:
+    """A parameter's dotted name without the parts that torch.compile, FSDP1 and activation
+    checkpointing have added, as torch.distributed.checkpoint has it in its keys.
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    return ".".join(parts[1:] if parts[:1] == ["module"] else parts)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def plain_name(name: str) -> str:
+    """The same without DDP's "module" before it."""
+    return unwrapped(name).removeprefix("module.")
 
 
 def names_of(group: Mapping[str, Any]) -> Sequence[str] | None:

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..kernels.fakes import place
 from . import sharding
+from .keys import unwrapped
 from .options import Option, optional
 
 __all__ = ["DTYPES", "bounds", "check_base", "check_factors", "only_name", "places",
@@ -105,7 +106,7 @@ def places(model: nn.Module) -> dict[int, list[str]]:
     """By :func:`lissom.kernels.fakes.place`, all names of the parameters there."""
     found: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        found.setdefault(place(p), []).append(name)
+        found.setdefault(place(p), []).append(unwrapped(name))
     return found
 
 

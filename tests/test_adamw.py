@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lissom.optim import AdamW, AdamW8bit, GaLoreAdamW, weights
+from lissom.optim.keys import name_key
 
 from .helpers import assert_same, feed, named, parameters, run, snapshot, through_disk
 
@@ -501,6 +502,24 @@ def test_names_come_with_a_state_where_there_are_none():
     for optimizer, names in ((nameless, ["p0", "p1"]), (wrapped, ["module.p0", "module.p1"])):
         optimizer.load_state_dict(saved)
         assert optimizer.param_groups[0]["param_names"] == names
+
+
+def test_names_of_a_group_as_torch_keeps_it_name_its_tensors():
+    """So do torch.optim's groups arrive that another optimizer or torchtitan has made."""
+    ps = parameters([(4, 2), (3,)])
+    groups = [{**g, "lr": 0.5} for g in AdamW(named(ps)).param_groups]
+    optimizer = AdamW(groups)
+    assert optimizer.param_groups[0]["param_names"] == ["p0", "p1"]
+    assert [int(s["key"]) for s in optimizer.state.values()] == [name_key("p0"), name_key("p1")]
+    kept = {"params": named(ps), "param_names": ["a", "b"]}  # pairs win, as in torch
+    assert AdamW([kept]).param_groups[0]["param_names"] == ["p0", "p1"]
+    assert kept["param_names"] == ["a", "b"]
+    assert "param_names" not in AdamW([{"params": ps, "param_names": None}]).param_groups[0]
+    with pytest.raises(ValueError, match=r"AdamW group 0: param_names has 1 names, but it must "
+                                         r"have one for each of 2 parameters"):
+        AdamW([{"params": ps, "param_names": ["a"]}])
+    with pytest.raises(TypeError, match=r"AdamW group 0: param_names=\[1, 2\], but it must be "):
+        AdamW([{"params": ps, "param_names": [1, 2]}])
 
 
 @pytest.mark.parametrize("bits", [32, 8])

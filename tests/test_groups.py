@@ -11,6 +11,7 @@ from lissom.bench.shapes import Shape
 from lissom.optim import AdamW, GaLoreAdamW, Muon, param_groups
 from lissom.optim.layouts import Layouts
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from .helpers import feed
 
@@ -269,6 +270,21 @@ def test_a_fraction_is_at_least_one_and_the_last_pattern_wins():
     assert (found["0.weight"].rank, found["1.weight"].rank) == (3, 4)
     found = rules(model, rank=0.01, overrides={"1.w*": {"rank": 0.5}, "1.weight": {"rank": 2}})
     assert (found["0.weight"].rank, found["1.weight"].rank) == (1, 2)
+
+
+def test_names_are_those_of_the_model_without_wrappers():
+    """As torch.distributed.checkpoint has them: a checkpoint needs no wrappers to be loaded."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model[0] = checkpoint_wrapper(model[0])
+    wrapped = torch.compile(model, backend="eager")
+    assert next(iter(dict(wrapped.named_parameters()))) == (
+        "_orig_mod.0._checkpoint_wrapped_module.weight")
+    for pattern in ("0.weight", "*_checkpoint_wrapped_module.weight"):
+        groups = param_groups(wrapped, 4, overrides={pattern: {"rank": 2}})
+        assert {name: g["rank"] for g in groups for name, _ in g["params"]} == {
+            "0.weight": 2, "0.bias": None, "1.weight": 4, "1.bias": None}
+    ddp = torch.nn.ModuleDict({"module": torch.nn.Linear(8, 8)})
+    assert param_groups(ddp, 4)[0]["params"][0][0] == "module.weight"
 
 
 def test_a_pattern_that_matches_nothing():
