@@ -235,16 +235,25 @@ def _places(slot: Slot, p: DTensor) -> Sequence[Placement]:
         return [x if x.is_replicate() else Shard(0) for x in p.placements]
     if tuple(slot.shape) == tuple(p.shape):
         return p.placements
-    return [x if x.is_shard(0) else Replicate() for x in p.placements]
+    return [x if _cuts_rows(x) else Replicate() for x in p.placements]
+
+
+def _cuts_rows(place: Placement) -> bool:
+    """Whether the first dimension is cut; ``is_shard`` does not tell of cuts of a cut."""
+    return getattr(place, "dim", None) == 0
 
 
 def rows_of(p: Tensor) -> Rows | None:
-    """Which rows of p this rank holds, if p is cut by rows along one dimension of its mesh."""
+    """Which rows of p this rank holds, if p is cut by rows along one dimension of its mesh.
+
+    Cuts in one part, along dimensions of one rank, do not count beside others.
+    """
     if not is_sharded(p):
         return None
     d = _dtensor(p)
     cut = [i for i, x in enumerate(d.placements) if not x.is_replicate()]
-    if len(cut) != 1 or not d.placements[cut[0]].is_shard(0):
+    cut = [i for i in cut if d.device_mesh.size(i) > 1] or cut[:1]
+    if len(cut) != 1 or not _cuts_rows(d.placements[cut[0]]):
         return None
     ranks, rank = d.device_mesh.size(cut[0]), d.device_mesh.get_local_rank(cut[0])
     total = d.shape[0]
@@ -310,17 +319,19 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def check_placements(p: Tensor, name: str, where: str) -> None:
-    """Refuse a DTensor that is not placed by Shard and Replicate alone: TypeError by name."""
+    """Refuse a DTensor that is not placed by Shard and Replicate alone: TypeError by name.
+
+    Shards of shards, as FSDP2 makes them of tensor parallelism's, are a class of torch's own.
+    """
     if not is_sharded(p):
         return
     from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     places = _dtensor(p).placements
-    # Exact types: torch's cut of a cut (FSDP2 over tensor parallel) is a class of its own.
-    if any(type(x) not in (Replicate, Shard) for x in places):
+    if any(type(x) not in (Replicate, Shard, _StridedShard) for x in places):
         raise TypeError(f"{where}: {name} has placements {tuple(places)}, but each must be Shard "
-                        "or Replicate; with tensor parallelism under FSDP2 shard the dimension "
-                        "that tensor parallelism leaves (fully_shard(..., shard_placement_fn=...))")
+                        "or Replicate")
 
 
 def agreed(flags: Tensor, params: Sequence[Tensor]) -> Tensor:

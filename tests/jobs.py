@@ -48,6 +48,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from .cases import CASES
 from .helpers import named, tensors
@@ -298,7 +299,11 @@ def fsdp(mesh: DeviceMesh | None, name: str, steps: int = 8, half: bool = False,
 
 
 def sharded(mesh: DeviceMesh, half: bool = False) -> torch.nn.Module:
+    """Under FSDP2; over tensor parallelism along the inner dimension of a mesh that has two."""
     model = network()
+    if mesh.ndim == 2:
+        parallelize_module(model, mesh["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        mesh = mesh["outer"]
     policy = MixedPrecisionPolicy(torch.bfloat16 if half else None,
                                   torch.float32 if half else None)
     for layer in model:
@@ -367,7 +372,7 @@ def tensor_parallel(mesh: DeviceMesh | None, name: str, way: str = "step", limit
     whole, the norm is whole and its gradient a part of a sum.
 
     Args:
-        mesh: the ranks.
+        mesh: the ranks; of two dimensions the outer one is FSDP2's.
         name: of the case.
         way: ``"step"``, with gradients clipped; ``"update"`` in the backward pass; ``"project"``
             there, clipped by the step, or ``"clip"`` by a call.
@@ -377,10 +382,14 @@ def tensor_parallel(mesh: DeviceMesh | None, name: str, way: str = "step", limit
     quantize_small()
     model: Any = Parallel()
     if mesh is not None:
-        parallelize_module(model, mesh, {
+        parallelize_module(model, mesh["inner"] if mesh.ndim == 2 else mesh, {
             "table": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
             "norm": SequenceParallel(),
             "up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel()})
+        if mesh.ndim == 2:
+            fully_shard(model, mesh=mesh["outer"])
+            cuts = model.up.weight.placements
+            assert [type(x) for x in cuts] == [_StridedShard, Shard], cuts
     optimizer = optimizer_of(model, name, **more)
     handle: Any = contextlib.nullcontext()
     if way == "update":
@@ -508,7 +517,8 @@ def saved(mesh: DeviceMesh, name: str, folder: str, steps: range, resume: bool, 
     quantize_small()
     model = sharded(mesh)
     optimizer = optimizer_of(model, name, **more)
-    group, whole = mesh.get_group(), StateDictOptions(full_state_dict=True)
+    group = mesh.get_group() if mesh.ndim == 1 else None
+    whole = StateDictOptions(full_state_dict=True)
     if resume and way == "dcp":
         state = {"model": get_model_state_dict(model),
                  "optimizer": get_optimizer_state_dict(model, optimizer)}

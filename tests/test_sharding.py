@@ -11,6 +11,7 @@ import torch
 from lissom.kernels import _triton
 from lissom.optim import AdamW, GradNormLoRPAdamW, SwitchLoRAAdamW, Trion
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from . import jobs
 from .cases import CASES, all_slow_but, first_of_each_class
@@ -159,7 +160,8 @@ def test_stochastic_rounding_does_not_see_shards(pool, name):
 
 @pytest.mark.parametrize("name", all_slow_but([case.name for case in CLASSES], FEW))
 @pytest.mark.parametrize("places", [[Replicate(), Shard(0)], [Shard(0), Shard(1)],
-                                    [Replicate(), Shard(1)], [Shard(0), Shard(0)]], ids=str)
+                                    [Replicate(), Shard(1)], [Shard(0), Shard(0)],
+                                    [_StridedShard(0, split_factor=2), Shard(0)]], ids=str)
 def test_two_dimensional_meshes(pool, name, places):
     shapes = [(10, 6), (6, 10), (7, 7), (1, 5)]
     one = jobs.trained(None, name, shapes=shapes, steps=5)
@@ -254,14 +256,16 @@ def test_fsdp2_and_ddp_train_as_one_process(pool, name, ranks):
                                   "muon", "trion", "gradnormlorpadamw-svd")),
     ("muon", "update"), ("galoreadamw", "project"), ("galoreadamw", "clip"),
     ("gradnormlorpadamw-svd", "project")])
-def test_tensor_parallelism_trains_as_one_process(pool, name, way):
-    """With gradients that it leaves placed otherwise than their parameters.
+@pytest.mark.parametrize("ranks", [2, (2, 2)], ids=["alone", "under FSDP2"])
+def test_tensor_parallelism_trains_as_one_process(pool, name, way, ranks):
+    """With gradients that it leaves placed otherwise than their parameters; under FSDP2, with
+    shards of shards.
 
     Clipped so far that their size shows beside eps.
     """
     given = {"name": name, "limit": 0.01, "eps": 0.1, "lr": 0.1}
     one = jobs.tensor_parallel(None, **given, way=way)
-    outs = pool.run(jobs.tensor_parallel, 2, **given, way=way)
+    outs = pool.run(jobs.tensor_parallel, ranks, **given, way=way)
     assert_close(one, outs, False, 1e-4)
     for out in outs:
         torch.testing.assert_close(out["norms"], one["norms"], rtol=1e-5, atol=0)
@@ -368,6 +372,25 @@ def test_saved_on_three_ranks_continues_on_two(pool, straight, name, way, tmp_pa
     again, same = straight(name, 3), pool.run(jobs.saved, 3, **given, folder=str(second))
     assert_same([x["weights"] for x in again], [x["weights"] for x in same])
     assert_same([x["state"] for x in again], [x["state"] for x in same])
+
+
+@pytest.mark.parametrize("name", ["galoreadamw-8bit", *all_slow_but(
+    ["adamw", "muon", "dctadamw", "gradnormlorpadamw-svd"], ["muon"])])
+def test_fsdp2_over_tensor_parallelism_goes_on(pool, straight, name, tmp_path):
+    """On as many ranks, and on fewer without tensor parallelism."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    given = {"name": name, "resume": False}
+    straightly = pool.run(jobs.saved, (2, 2), **given, folder=str(second), steps=range(6))
+    shutil.rmtree(second)
+    pool.run(jobs.saved, (2, 2), **given, folder=str(first), steps=range(3))
+    shutil.copytree(first, second)
+    given |= {"steps": range(3, 6), "resume": True}
+    same = pool.run(jobs.saved, (2, 2), **given, folder=str(second))
+    assert_same([x["weights"] for x in straightly], [x["weights"] for x in same])
+    assert_same([x["state"] for x in straightly], [x["state"] for x in same])
+    outs = pool.run(jobs.saved, 2, **given, folder=str(first))
+    assert_close(straight(name, 2)[0], outs, False, 1e-4)
 
 
 def test_what_split_weights_lack_is_in_a_whole_state(pool):
