@@ -293,13 +293,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--capability", type=int, choices=[*_PROCESSORS], default=90,
                         help="of the architecture (default 90)")
+    parser.add_argument("--kernels", help="names of rows, separated by semicolons (default all)")
     parser.add_argument("--json", help="file for the rows")
     args = parser.parse_args(argv)
     if _triton.triton is None or _triton.INTERPRETED:
         parser.error("needs triton, and TRITON_INTERPRET unset: nothing is compiled with it")
+    known = {case.name: case for case in cases(args.capability)}
+    chosen = args.kernels.split(";") if args.kernels else [*known]
+    for name in chosen:
+        if name not in known:
+            parser.error(f"--kernels {name!r} must be of {', '.join(map(repr, known))}")
     rows: list[dict[str, Any]] = []
     about = clock.about("machine", argv, "cpu")
-    for case in cases(args.capability):
+    for case in (known[name] for name in chosen):
         found = cost(case, args.capability)
         rows.append({"kernel": case.name, **found._asdict(), "warps": case.warps,
                      "elements": case.elements, "capability": args.capability, **about})

@@ -16,6 +16,10 @@ from .sanitizer import watched
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+if INTERPRETED:
+    from .interpreter import list_builtins_once
+
+    list_builtins_once()
 
 #: Files with something that is started once for all their tests, as the processes of tests.pool.
 TOGETHER = ("test_sharding.py", "test_sharding_backward.py", "test_recipes.py", "test_package.py")

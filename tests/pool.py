@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from lissom.kernels._triton import INTERPRETED
 from torch.distributed.device_mesh import DeviceMesh
 
 RANKS = 4
@@ -88,6 +89,10 @@ class Pool:
 
 def _work(rank: int, folder: str, pipe: Connection) -> None:
     faulthandler.enable()  # says where a process was that aborts
+    if INTERPRETED:
+        from .interpreter import list_builtins_once
+
+        list_builtins_once()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
