@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +67,11 @@ EXACT = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])
 # (triton-lang/triton#5066).
 _CAPABILITY: dict[torch.device, tuple[int, int]] = {}
 _OLDEST, _PROMISED = (7, 5), (8, 0)
-# What a trial of the kernels found on a GPU of which Triton promises nothing.
+# What a trial of the kernels found on GPUs of which Triton promises nothing, and which of them the
+# thread that holds the lock is trying.
 _TRIALS: dict[torch.device, str] = {}
+_TRYING: set[torch.device] = set()
+_LOCK = threading.RLock()
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -101,10 +105,23 @@ def _hindrance(device: torch.device) -> str:
 
 def _trial(device: torch.device) -> str:
     """What is wrong with the kernels there, which are tried once; "" for nothing."""
-    if device not in _TRIALS:
-        _TRIALS[device] = ""  # for the trial
-        _TRIALS[device] = importlib.import_module(".trial", __package__).fault(device)
-    return _TRIALS[device]
+    found = _TRIALS.get(device)
+    if found is not None:
+        return found
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return "its kernels have not been tried yet: take a step that is not recorded"
+    with _LOCK:
+        if device in _TRYING:  # the trial itself asks
+            return ""
+        _TRYING.add(device)
+        try:
+            found = _TRIALS.get(device)  # another thread may have tried
+            if found is None:
+                found = importlib.import_module(".trial", __package__).fault(device)
+            _TRIALS[device] = found
+        finally:
+            _TRYING.discard(device)
+    return found
 
 
 def tensor_cores(device: torch.device) -> bool:

@@ -50,6 +50,7 @@ _LARGE = SquareTiles(128, 64, 1024, 4, 3)
 _ADDING = SquareTiles(128, 64, 1024, 8, 4)
 _SMALL = SquareTiles(64, 64, 512, 4, 4)
 _WIDE = SquareTiles(64, 32, 512, 4, 3)  # fp32: twice the bytes
+_OLD = SquareTiles(64, 16, 512, 4, 2)  # without tensor cores
 
 
 def _tiles(left: Tensor, adds: bool) -> SquareTiles:
@@ -68,6 +69,8 @@ def _suited(tiles: SquareTiles, device: torch.device) -> SquareTiles:
     """As :func:`lissom.kernels.tiles.suited`."""
     if not by_registers(device):
         return tiles
+    if not tensor_cores(device):
+        return _OLD
     return tiles._replace(depth=tiles.depth // 2, stages=tiles.stages + 1)
 
 

@@ -61,8 +61,8 @@ def by_registers(device: torch.device) -> bool:
 
 def suited(tiles: Tiles, device: torch.device) -> Tiles:
     """Tiles of an H100 as another GPU has them: where factors take registers, half as many terms at
-    once, and a stage more: fewer registers spill, and a consumer GPU's 100 KiB hold two programs
-    (bench.machine). Without tensor cores all are the same small ones.
+    once, and a stage more. Fewer registers spill, and a consumer GPU's 100 KiB hold two programs of
+    a lift (bench.machine). Without tensor cores all are the same small ones.
     """
     if tiles is WIDE or not by_registers(device):
         return tiles

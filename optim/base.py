@@ -123,7 +123,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         Args:
             param_group: ``params`` (a tensor, an iterable of tensors or of (name, tensor)) and
                 any option of the class; what it leaves out has the constructor's value.
-                ``param_names``, as a group that torch has made holds them, name its tensors.
+                ``param_names``, one for each, as groups that torch has made hold them, name its
+                tensors.
 
         Raises:
             TypeError, ValueError: names parameter or option, value and rule; nothing is added.

@@ -31,7 +31,8 @@ def check_module(model: Any, where: str) -> None:
 def listed(params: Any, where: str, names: Any = None) -> list[Any]:
     """A group's ``params`` as a list: tensors or (name, tensor) pairs; sets are refused.
 
-    ``names`` are those of a group's ``param_names``: tensors without names get them.
+    ``names`` are those of a group's ``param_names``: tensors without names get them, if there is
+    one for each. Wrappers that divide a group's parameters leave all names in each part.
     """
     if isinstance(params, set):
         raise TypeError(f"{where}: params is a set, whose order changes between runs; use a list")
@@ -44,14 +45,11 @@ def listed(params: Any, where: str, names: Any = None) -> list[Any]:
             raise TypeError(f"{where}: parameter {i} is a tuple of "
                             f"{', '.join(type(x).__name__ for x in entry) or 'nothing'}, but it "
                             "must be a tensor or (name, tensor)")
-    if names is None or any(isinstance(entry, tuple) for entry in found):
-        return found
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{where}: param_names={names!r}, but it must be a list of names")
-    if len(names) != len(found):
-        raise ValueError(f"{where}: param_names has {len(names)} names, but it must have one for "
-                         f"each of {len(found)} parameters")
-    return [*zip(names, found, strict=True)]
+    if (isinstance(names, (list, tuple)) and len(names) == len(found)
+            and all(isinstance(name, str) for name in names)
+            and not any(isinstance(entry, tuple) for entry in found)):
+        return [*zip(names, found, strict=True)]
+    return found
 
 
 def check_parameter(p: Any, name: str, where: str) -> None:

@@ -22,7 +22,7 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 def unwrapped(name: str) -> str:
     """A parameter's dotted name without the parts that torch.compile, FSDP1 and activation
-    checkpointing have added, as torch.distributed.checkpoint has it in its keys.
+    checkpointing have added, which torch.distributed.checkpoint leaves out of its keys too.
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 

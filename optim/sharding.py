@@ -255,6 +255,8 @@ def rows_of(p: Tensor) -> Rows | None:
     cut = [i for i in cut if d.device_mesh.size(i) > 1] or cut[:1]
     if len(cut) != 1 or not _cuts_rows(d.placements[cut[0]]):
         return None
+    if getattr(d.placements[cut[0]], "split_factor", 1) > 1:  # not in one piece
+        return None
     ranks, rank = d.device_mesh.size(cut[0]), d.device_mesh.get_local_rank(cut[0])
     total = d.shape[0]
     each = math.ceil(total / ranks)

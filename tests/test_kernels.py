@@ -798,6 +798,7 @@ def test_kernels_are_tried_once_on_an_older_gpu(monkeypatch):
     monkeypatch.setattr(_triton, "_CAPABILITY", {good: (7, 5), bad: (7, 5)})
     monkeypatch.setattr(_triton, "_TRIALS", {})
     monkeypatch.setattr(_triton, "_DRIVER", [""])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     tried = []
 
     def fault(device):
@@ -818,31 +819,79 @@ def test_kernels_are_tried_once_on_an_older_gpu(monkeypatch):
     assert tiles.suited(tiles.WIDE, good) == tiles.WIDE
 
 
+#: What a broken kernel may do in place of the right one.
+FAULTS = {
+    "adamw8": [lambda f, *x, lr, **o: f(*x, lr=0.3 * lr, **o),
+               lambda f, p, *x, **o: (f(p, *x, **o), x[1].random_(0, 255)),
+               lambda f, p, *x, **o: (f(p, *x, **o), x[3].fill_(77)),
+               lambda f, p, *x, **o: (f(p, *x, **o), p[-1, -1].add_(1))],
+    "lift": [lambda f, *x, **o: None, lambda f, *x, alpha, **o: f(*x, alpha=0.0, **o),
+             lambda f, *x, keep, **o: f(*x, **o)],
+    "project": [lambda f, a, b, **o: f(a, b.flip(-1), **o),
+                lambda f, *x, **o: (f(*x, **o)[0], f(*x, **o)[1] + 10)],
+    "quantize_linear": [lambda f, x, *y, **o: f(x.flip(0), *y, **o)],
+    "dequantize_linear": [lambda f, *x, **o: f(*x, **o) * 1.1],
+    "row_norms": [lambda f, *x, **o: f(*x, **o).square(),
+                  lambda f, *x, **o: torch.nan * f(*x, **o)],
+}
+
+
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("name", ["adamw8", "project", "lift", "quantize_linear", "row_norms"])
-def test_a_trial_finds_what_is_wrong(name, monkeypatch, caplog):
-    cpu, kernel, state = torch.device("cpu"), getattr(trial, name), torch.get_rng_state()
-    with FakeTensorMode():  # where a step may come first
-        assert trial.fault(cpu) == ""
-    assert torch.equal(torch.get_rng_state(), state)
+@pytest.mark.parametrize(("name", "wrong"), [(k, x) for k, xs in FAULTS.items() for x in xs])
+def test_a_trial_finds_what_is_wrong(name, wrong, monkeypatch, caplog):
+    kernel = getattr(trial, name)
+    monkeypatch.setattr(trial, "FLOATS", [torch.bfloat16])
 
-    def wrong(x, *args, backend, **kwargs):
-        """On a second matrix of the same shape where Triton works."""
-        other = x if backend == "torch" or name in ("adamw8", "lift") else x * 1.5
-        result = kernel(other, *args, backend=backend, **kwargs)
-        if backend == "triton" and name in ("adamw8", "lift"):
-            x[-1, -1] += 1
-        return result
+    def broken(*args, backend, **options):
+        if backend == "torch":
+            return kernel(*args, backend=backend, **options)
+        return wrong(kernel, *args, backend=backend, **options)
 
-    monkeypatch.setattr(trial, name, wrong)
-    assert trial.fault(cpu).startswith("its kernels fail a trial (Tensor-likes are not close")
+    monkeypatch.setattr(trial, name, broken)
+    assert trial.fault(torch.device("cpu")).startswith("its kernels fail a trial (")
     assert ["; torch does their work" in x.getMessage() for x in caplog.records] == [True]
 
-    def failing(*args, **kwargs):
-        raise NotImplementedError("ptxas\n  says no")
 
-    monkeypatch.setattr(trial, name, failing)
-    assert trial.fault(cpu) == "its kernels fail a trial (ptxas says no)"
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("within", [
+    FakeTensorMode, lambda: torch.device("meta"), torch.inference_mode,
+    lambda: torch.autocast("cpu", torch.bfloat16)], ids=["fakes", "meta", "inference", "autocast"])
+def test_a_trial_does_not_depend_on_where_it_is_made(within):
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with within():
+            assert trial.fault(torch.device("cpu")) == ""
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(_triton.triton is None, reason="needs triton")
+def test_a_trial_that_cannot_be_made_tells_nothing(monkeypatch):
+    """Kernels that do not compile are not used; memory or patience that ends is another matter."""
+    cuda = torch.device("cuda", 3)
+    errors = [KeyboardInterrupt(), torch.OutOfMemoryError("none"),
+              NotImplementedError("ptxas\n  says no")]
+    capturing = []
+    monkeypatch.setattr(_triton, "_TRIALS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+
+    def failing(*args):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(trial, "_results", failing)
+    with pytest.raises(KeyboardInterrupt):
+        _triton._trial(cuda)
+    with pytest.raises(torch.OutOfMemoryError):
+        _triton._trial(cuda)
+    assert not _triton._TRIALS
+    assert not _triton._TRYING
+    capturing.append(True)
+    assert "have not been tried yet" in _triton._trial(cuda)
+    capturing.clear()
+    for _ in range(2):
+        assert _triton._trial(cuda) == "its kernels fail a trial (ptxas says no)"
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="needs triton")

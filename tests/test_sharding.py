@@ -161,7 +161,8 @@ def test_stochastic_rounding_does_not_see_shards(pool, name):
 @pytest.mark.parametrize("name", all_slow_but([case.name for case in CLASSES], FEW))
 @pytest.mark.parametrize("places", [[Replicate(), Shard(0)], [Shard(0), Shard(1)],
                                     [Replicate(), Shard(1)], [Shard(0), Shard(0)],
-                                    [_StridedShard(0, split_factor=2), Shard(0)]], ids=str)
+                                    [_StridedShard(0, split_factor=2), Shard(0)],
+                                    [_StridedShard(0, split_factor=2), Replicate()]], ids=str)
 def test_two_dimensional_meshes(pool, name, places):
     shapes = [(10, 6), (6, 10), (7, 7), (1, 5)]
     one = jobs.trained(None, name, shapes=shapes, steps=5)
