@@ -298,10 +298,10 @@ def fsdp(mesh: DeviceMesh | None, name: str, steps: int = 8, half: bool = False,
     return outcome(optimizer, list(model.parameters()))
 
 
-def sharded(mesh: DeviceMesh, half: bool = False) -> torch.nn.Module:
-    """Under FSDP2; over tensor parallelism along the inner dimension of a mesh that has two."""
+def sharded(mesh: DeviceMesh, half: bool = False, tensor: bool = False) -> torch.nn.Module:
+    """Under FSDP2, with two dimensions HSDP; or over tensor parallelism along the inner one."""
     model = network()
-    if mesh.ndim == 2:
+    if tensor:
         parallelize_module(model, mesh["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
         mesh = mesh["outer"]
     policy = MixedPrecisionPolicy(torch.bfloat16 if half else None,
@@ -505,7 +505,7 @@ def saved(mesh: DeviceMesh, name: str, folder: str, steps: range, resume: bool, 
     """Train from or to a checkpoint; the last rank may die in the middle.
 
     Args:
-        mesh: of this run.
+        mesh: of this run; with two dimensions FSDP2 over tensor parallelism.
         name: of the row.
         folder: of the checkpoint, written after the last step, or before a death.
         steps: to take.
@@ -515,7 +515,7 @@ def saved(mesh: DeviceMesh, name: str, folder: str, steps: range, resume: bool, 
         more: options.
     """
     quantize_small()
-    model = sharded(mesh)
+    model = sharded(mesh, tensor=mesh.ndim == 2)
     optimizer = optimizer_of(model, name, **more)
     group = mesh.get_group() if mesh.ndim == 1 else None
     whole = StateDictOptions(full_state_dict=True)

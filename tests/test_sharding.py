@@ -284,7 +284,7 @@ def test_state_of_what_fsdp1_has_flattened_goes_on(pool, views):
 def test_groups_of_what_fsdp1_has_flattened_are_refused(pool):
     for messages in pool.run(jobs.flattened, 2):
         assert len(messages) == 2
-        assert "'_fsdp_wrapped_module.0.weight' of a Linear has shape" in messages[0]
+        assert "'0.weight' of a Linear has shape" in messages[0]
         assert "_flat_param' of a Sequential has shape" in messages[1]
 
 
