@@ -387,6 +387,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                 sharding.keep(state[name], stored[name])
             if rows is None:
                 sharding.keep(p, x)
+            else:
+                sharding.put_rows(p, x)
         if len(batch) > 1:
             torch._foreach_add_([self.state[w.p]["step"] for w in batch], 1)
         else:
@@ -523,6 +525,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
     def full_precision(self, p: Tensor) -> Tensor:
         """The fp32 value of a weight, with the bits that the state keeps of it (``master_bits``).
 
+        A collective operation where a DTensor's columns are cut.
+
         Args:
             p: a parameter of this optimizer.
 
@@ -531,8 +535,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         """
         kept = {k: sharding.local(x) for k, x in self.state.get(p, {}).items()}
         with torch.no_grad():
-            x = weights.read_weight(sharding.local(p), kept).clone()
-        return sharding.like(p, x)
+            rows = weights.read_weight(sharding.in_rows(p), kept).clone()
+            return sharding.like(p, rows)
 
     # ---------------------------------------------------------------- report
 

@@ -95,6 +95,9 @@ def operands(batch: Sequence[Work], states: Sequence[Mapping[str, Tensor]],
         wanted += [p, g]
     unique = {id(x): x for x in wanted}  # g may be a buffer of the state
     found = dict(zip(unique, sharding.gathered([*unique.values()]), strict=True))
+    for x in (p, g) if rows is not None else ():
+        if id(x) not in found:
+            found[id(x)] = sharding.in_rows(x)
 
     def here(x: Tensor) -> Tensor:
         return found[id(x)] if id(x) in found else sharding.local(x)
@@ -159,7 +162,7 @@ def _held(optimizer: MatrixOptimizer, w: Work, p: Tensor, g: Tensor, dense: bool
     rows = None
     if p is not w.p:
         rows = optimizer._rows(w.p, o)
-        if rows is None or optimizer._layouts.spread(w.p):  # gathered parameters go one by one
+        if rows is None or not sharding.held(w.p) or optimizer._layouts.spread(w.p):  # gathered parameters go one by one
             return 0, None
     common: Hashable = False
     if dense:  # 1 element: these updates have next to no temporaries

@@ -102,7 +102,7 @@ class _Round:
         """Begin to send each owner its rows."""
         first = rows[0]
         ranks, device = range(len(first.counts)), parts[0].device
-        self.owned, self.parts, self.group = owned, parts, first.group
+        self.owned, self.parts, self.cuts, self.group = owned, parts, rows, first.group
         #: The matrices that this rank owns.
         self.numbers = owned[first.rank]
         # Bytes of each piece that is sent, by owner and matrix, and received, by rank and matrix.
@@ -148,11 +148,11 @@ class _Round:
         for i, piece in zip(numbers, pieces, strict=True):
             yield i, _typed(piece, self.parts[i])
 
-    def _pieces(self) -> list[tuple[Tensor, ...]]:
-        """The bytes of each matrix that this rank owns, one piece per rank."""
+    def _pieces(self) -> list[list[Tensor]]:
+        """The bytes of each matrix that this rank owns, one piece per rank, from top to bottom."""
         flat = self.all.split([size for each in self.others for size in each])
         count = len(self.numbers)
-        return [flat[k::count] for k in range(count)]
+        return [self.cuts[i].sorted(flat[k::count]) for k, i in enumerate(self.numbers)]
 
 
 def _typed(piece: Tensor, x: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """Sharded parameters (DTensor): which rows a rank holds, and how sums and whole matrices are made.
 
 A parameter of FSDP2 is cut along its first dimension: rank i of W holds rows i c to (i + 1) c,
-c = ceil(m / W), the last ranks fewer or none. Two ways to update it:
+c = ceil(m / W), the last ranks fewer or none. Along several dimensions of a mesh each cut cuts the
+pieces of another. Two ways to update it:
 
 - **by rows**: the arithmetic runs on this rank's rows, and sums over all rows (:meth:`Rows.sum`)
   are the only thing that is exchanged. Element-wise rules, and projections: R = G Q is a product of
-  rows, R = P^T G a sum over them.
+  rows, R = P^T G a sum over them. Where columns are cut too, as by tensor parallelism, gradient and
+  weight are exchanged for as many elements in rows, and the weight is sent back.
 - **whole**: gradient, weight and the sharded state are gathered, every rank does what one process
   would do, bit for bit, and keeps its rows of the result. Any rule and any placement.
 
 State is sharded by one rule: a slot whose rows are the parameter's (:attr:`Slot.rows`) is a
-DTensor placed like it; another large one (:attr:`Slot.spread`: moments of r rows, the basis of a
+DTensor of the rows on which a rank works; another large one (:attr:`Slot.spread`: moments of r rows, the basis of a
 right side) is a DTensor of which each rank has some rows, and is gathered for the update of its
 parameter; all else is a plain tensor that is equal on all ranks.
 
@@ -23,23 +25,28 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
     from .codec import Slot
 
-__all__ = ["Rows", "agreed", "bytes_of", "check_placements", "gathered", "is_sharded", "keep",
-           "like", "local", "new", "norm_of", "offloaded", "part_of", "placed", "put", "rows_of",
-           "share", "summed", "whole"]
+__all__ = ["Rows", "agreed", "bytes_of", "check_placements", "gathered", "held", "in_rows",
+           "is_sharded", "keep", "like", "local", "new", "norm_of", "offloaded", "part_of",
+           "placed", "put", "put_rows", "rows_of", "share", "summed", "whole"]
 
 # Tensors of more bytes are gathered alone, without the copies of a common buffer.
 _SMALL = 1 << 20
+# Groups of ranks that are no dimension of a mesh.
+_GROUPS: dict[tuple[int, ...], ProcessGroup] = {}
+
+T = TypeVar("T")
 
 
 class Rows(NamedTuple):
@@ -51,6 +58,7 @@ class Rows(NamedTuple):
         counts: rows of each rank.
         rank: this rank's number among them.
         group: the ranks among which the matrix is cut.
+        order: the ranks in the order of their rows; () where that is the group's.
     """
 
     start: int
@@ -58,6 +66,11 @@ class Rows(NamedTuple):
     counts: tuple[int, ...]
     rank: int
     group: ProcessGroup
+    order: tuple[int, ...] = ()
+
+    def sorted(self, pieces: Sequence[T]) -> list[T]:
+        """What each rank has, from top to bottom."""
+        return [pieces[i] for i in self.order or range(len(pieces))]
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x over all ranks, equal on each; x itself is not changed."""
@@ -82,7 +95,7 @@ class Rows(NamedTuple):
         come, gone = [row * count for count in self.counts], [row * len(x)] * ranks
         torch.distributed.all_to_all_single(found.view(-1).view(torch.uint8), bytes_of(sent),
                                             come, gone, group=self.group)
-        return found
+        return torch.cat(self.sorted(found.split(self.counts))) if self.order else found
 
     def joined(self, x: Tensor, n: int) -> Tensor:
         """All n columns on every rank, from the shares x of :meth:`columns`."""
@@ -143,31 +156,36 @@ def bytes_of(x: Tensor) -> Tensor:
 def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     """:func:`whole` of each; small ones that are cut by rows among the same ranks go together."""
     out: list[Any] = [None] * len(tensors)
-    together: dict[ProcessGroup, list[tuple[int, Tensor, int]]] = {}
+    together: dict[Any, list[tuple[int, Tensor, Rows, int]]] = {}
     for i, x in enumerate(tensors):
-        rows, part = rows_of(x), local(x)
-        # bytes of the first rank's rows: no rank has more
-        size = 0 if rows is None else rows.counts[0] * math.prod(x.shape[1:]) * x.element_size()
-        if rows is None or size * len(rows.counts) > _SMALL:
+        rows = rows_of(x)
+        if rows is None:
+            out[i] = whole(x)
+            continue
+        part = in_rows(x)
+        # bytes of one row, and of the most rows that a rank has
+        each = math.prod(x.shape[1:]) * x.element_size()
+        large = max(rows.counts) * each * len(rows.counts) > _SMALL
+        if large and len(_cuts(_dtensor(x))) == 1 and held(x):
             out[i] = whole(x)
         else:
-            together.setdefault(rows.group, []).append((i, part, size))
-    for group, members in together.items():
+            together.setdefault((rows.group, i if large else None), []).append((i, part, rows, each))
+    for (group, _), members in together.items():
         # Each begins at an aligned address.
-        starts = [*itertools.accumulate((-(-size // 16) * 16 for *_, size in members), initial=0)]
+        starts = [*itertools.accumulate((-(-max(rows.counts) * each // 16) * 16
+                                         for _, _, rows, each in members), initial=0)]
         device = members[0][1].device
         sent = torch.zeros(starts[-1], dtype=torch.uint8, device=device)
-        for (_, part, _), start in zip(members, starts, strict=False):
+        for (_, part, *_), start in zip(members, starts, strict=False):
             sent[start:start + part.nbytes] = bytes_of(part)
         ranks = torch.distributed.get_world_size(group)
         found = torch.empty((ranks, len(sent)), dtype=torch.uint8, device=device)
         if len(sent):
             torch.distributed.all_gather([*found], sent, group=group)
-        for (i, part, size), start in zip(members, starts, strict=False):
-            # Only the last ranks have fewer rows.
-            count = tensors[i].numel() * part.element_size()
-            x = found[:, start:start + size].contiguous().view(-1)[:count]
-            out[i] = x.view(part.dtype).view(tensors[i].shape)
+        for (i, part, rows, each), start in zip(members, starts, strict=False):
+            pieces = [x[start:start + count * each]
+                      for x, count in zip(found, rows.counts, strict=True)]
+            out[i] = torch.cat(rows.sorted(pieces)).view(part.dtype).view(tensors[i].shape)
     return out
 
 
@@ -178,11 +196,11 @@ def keep(x: Tensor, value: Tensor) -> None:
 
 def part_of(x: Tensor, value: Tensor) -> Tensor:
     """What this rank holds of a whole value that is placed as x is. Sends nothing."""
-    rows = rows_of(x)
-    if rows is not None:
-        return rows.own(value)
     if not is_sharded(x):
         return value
+    rows = rows_of(x)
+    if rows is not None and held(x):
+        return rows.own(value)
     from torch.distributed.tensor import distribute_tensor
 
     d = _dtensor(x)
@@ -226,16 +244,18 @@ def new(slot: Slot, p: Tensor) -> Tensor:
 
 
 def _places(slot: Slot, p: DTensor) -> Sequence[Placement]:
-    """Placements of a slot: those of p; only its row cuts where other dimensions differ; and where
-    the slot's rows are not p's (``spread``), cut by rows wherever p is cut.
+    """Placements of a slot: those of p's rows; where there are none those of p, and only its row
+    cuts where other dimensions differ; and where the slot's rows are not p's (``spread``), cut by
+    rows wherever p is cut.
     """
     from torch.distributed.tensor import Replicate, Shard
 
     if slot.spread:
         return [x if x.is_replicate() else Shard(0) for x in p.placements]
+    places = _by_rows(p) or p.placements
     if tuple(slot.shape) == tuple(p.shape):
-        return p.placements
-    return [x if _cuts_rows(x) else Replicate() for x in p.placements]
+        return places
+    return [x if _cuts_rows(x) else Replicate() for x in places]
 
 
 def _cuts_rows(place: Placement) -> bool:
@@ -243,25 +263,135 @@ def _cuts_rows(place: Placement) -> bool:
     return getattr(place, "dim", None) == 0
 
 
-def rows_of(p: Tensor) -> Rows | None:
-    """Which rows of p this rank holds, if p is cut by rows along one dimension of its mesh.
+def _cuts(d: DTensor) -> list[int]:
+    """The dimensions of its mesh along which d is cut.
 
     Cuts in one part, along dimensions of one rank, do not count beside others.
+    """
+    cut = [i for i, x in enumerate(d.placements) if not x.is_replicate()]
+    return [i for i in cut if d.device_mesh.size(i) > 1] or cut[:1]
+
+
+def _in_turn(d: DTensor) -> list[int] | None:
+    """The dimensions of its mesh in the order in which they cut d, of which each rank has some
+    consecutive rows; None where it is cut in another way.
+
+    A cut comes before those of the dimensions behind it; one of torch's cuts of cuts, in as many
+    pieces as these make together, comes after them.
+    """
+    turn: list[int] = []
+    for i in reversed(_cuts(d)):
+        place = d.placements[i]
+        pieces = getattr(place, "split_factor", 1)
+        if not _cuts_rows(place) or pieces not in (1, math.prod(map(d.device_mesh.size, turn))):
+            return None
+        turn = [*turn, i] if pieces > 1 else [i, *turn]
+    return turn
+
+
+def _by_rows(d: DTensor) -> tuple[Placement, ...] | None:
+    """Placements of which each rank has some consecutive rows of d: d's own, or others with as many
+    cuts. None where nothing is cut, or where torch has no exchange of the two.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    cut = _cuts(d)
+    if not cut:
+        return None
+    if _in_turn(d) is not None:
+        return tuple(d.placements)
+    if any(type(x) not in (Replicate, Shard) for x in d.placements):
+        return None
+    return tuple(Shard(0) if i in cut else Replicate() for i in range(d.device_mesh.ndim))
+
+
+def held(p: Tensor) -> bool:
+    """Whether :func:`in_rows` is what this rank holds of p, without an exchange."""
+    return not is_sharded(p) or _by_rows(_dtensor(p)) in (None, tuple(_dtensor(p).placements))
+
+
+def rows_of(p: Tensor) -> Rows | None:
+    """The rows of p on which this rank works, those of :func:`in_rows`; None where it has all or
+    where p is not cut in a way that has rows.
     """
     if not is_sharded(p):
         return None
     d = _dtensor(p)
-    cut = [i for i, x in enumerate(d.placements) if not x.is_replicate()]
-    cut = [i for i in cut if d.device_mesh.size(i) > 1] or cut[:1]
-    if len(cut) != 1 or not _cuts_rows(d.placements[cut[0]]):
+    if _by_rows(d) is None:
         return None
-    if getattr(d.placements[cut[0]], "split_factor", 1) > 1:  # not in one piece
-        return None
-    ranks, rank = d.device_mesh.size(cut[0]), d.device_mesh.get_local_rank(cut[0])
-    total = d.shape[0]
-    each = math.ceil(total / ranks)
-    counts = tuple(max(0, min(each, total - i * each)) for i in range(ranks))
-    return Rows(min(rank * each, total), total, counts, rank, d.device_mesh.get_group(cut[0]))
+    mesh, turn = d.device_mesh, _in_turn(d) or _cuts(d)
+    dims, here = sorted(turn), mesh.get_coordinate()
+    assert here is not None
+    ranks = _line(mesh, tuple(-1 if i in dims else place for i, place in enumerate(here)))
+    group = mesh.get_group(dims[0]) if len(dims) == 1 else _group_of(tuple(sorted(ranks)))
+    pieces = _pieces(int(d.shape[0]), tuple(mesh.size(i) for i in dims),
+                     tuple(dims.index(i) for i in turn))
+    of = dict(zip(ranks, pieces, strict=True))
+    starts, counts = zip(*(of[k] for k in torch.distributed.get_process_group_ranks(group)),
+                         strict=True)
+    order = tuple(sorted(range(len(counts)), key=lambda k: (starts[k], counts[k])))
+    rank = torch.distributed.get_rank(group)
+    return Rows(starts[rank], int(d.shape[0]), counts, rank, group,
+                () if order == tuple(range(len(order))) else order)
+
+
+@functools.lru_cache(64)
+def _line(mesh: DeviceMesh, at: tuple[int, ...]) -> list[int]:
+    """The ranks of a mesh at some coordinates, of which -1 is any."""
+    ranks: list[int] = mesh.mesh[tuple(slice(None) if i < 0 else i for i in at)].flatten().tolist()
+    return ranks
+
+
+@functools.lru_cache(1024)
+def _pieces(total: int, sizes: tuple[int, ...], turn: tuple[int, ...]) -> list[tuple[int, int]]:
+    """First row and number of rows of each rank.
+
+    Args:
+        total: rows.
+        sizes: ranks along each of the dimensions that cut them.
+        turn: numbers of these dimensions in the order of their cuts.
+    """
+    found = []
+    for cell in itertools.product(*map(range, sizes)):
+        first, last = 0, total
+        for i in turn:
+            each = math.ceil((last - first) / sizes[i])
+            first = min(first + cell[i] * each, last)
+            last = min(first + each, last)
+        found.append((first, last - first))
+    return found
+
+
+def _group_of(ranks: tuple[int, ...]) -> ProcessGroup:
+    """A group of these ranks: that of all if these are all, else one of its own, made when these
+    ranks first ask for it.
+    """
+    if len(ranks) == torch.distributed.get_world_size():
+        return torch.distributed.group.WORLD  # type: ignore[no-any-return]
+    known = _GROUPS.get(ranks)
+    try:
+        if known is not None and torch.distributed.get_process_group_ranks(known) == [*ranks]:
+            return known
+    except (KeyError, ValueError):  # destroyed since
+        pass
+    _GROUPS[ranks] = torch.distributed.new_group([*ranks], use_local_synchronization=True)
+    return _GROUPS[ranks]
+
+
+def in_rows(p: Tensor) -> Tensor:
+    """The rows of :func:`rows_of`: what this rank holds, not a copy, or what is exchanged for it; a
+    collective operation.
+    """
+    if held(p):
+        return local(p)
+    with torch.no_grad():
+        return local(_dtensor(p).redistribute(placements=_by_rows(_dtensor(p)))).contiguous()
+
+
+def put_rows(p: Tensor, x: Tensor) -> None:
+    """Write rows of :func:`in_rows` back to p, where they are copies; a collective operation."""
+    if not held(p):
+        local(p).copy_(local(like(p, x)))
 
 
 def share(p: Tensor, rows: Rows | None) -> int:
@@ -270,14 +400,18 @@ def share(p: Tensor, rows: Rows | None) -> int:
 
 
 def like(p: Tensor, part: Tensor) -> Tensor:
-    """A tensor placed as p is, of which ``part`` is what this rank holds."""
+    """A tensor placed as p is, of which ``part`` is this rank's :func:`in_rows`; collective where
+    these are not what it holds.
+    """
     if not is_sharded(p):
         return part
     from torch.distributed.tensor import DTensor
 
     d = _dtensor(p)
-    return DTensor.from_local(part, d.device_mesh, d.placements, run_check=False, shape=d.shape,
+    places = _by_rows(d) or d.placements
+    rows = DTensor.from_local(part, d.device_mesh, places, run_check=False, shape=d.shape,
                               stride=d.stride())
+    return rows if held(p) else rows.redistribute(placements=d.placements)
 
 
 def placed(x: Tensor, p: Tensor) -> Tensor:

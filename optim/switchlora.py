@@ -243,13 +243,15 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         left = torch.cat([all_b[:, _sent(i, b.device)].to(wide), out_b.mT.to(wide)], 1)
         right = torch.cat([out_a.to(wide), all_a[_sent(j, a.device)].to(wide)])
         rows = sharding.rows_of(base)
-        gather = sharding.whole if rows is None else sharding.local
+        gather = sharding.whole if rows is None else sharding.in_rows
         w, first = gather(base), 0 if rows is None else rows.start
         _add(w, left[first:first + len(w)], right, {"key": sb["key"] ^ _BASE}, o,
              int(sb["step"]) + 1, first * base.shape[1])
         for p, value in ((a, all_a), (b, all_b), *(((base, w),) if rows is None else ())):
             if sharding.is_sharded(p):
                 sharding.keep(p, value)
+        if rows is not None:
+            sharding.put_rows(base, w)
         return True
 
     # ---------------------------------------------------------------- the update
