@@ -9,6 +9,7 @@ From gradient to weight a step is here: checks of all, then batch by batch a met
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections import defaultdict
@@ -362,7 +363,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         if o["shards"] == "whole":
             able = False
         elif self.own_rule(p, o):
-            able = self.by_rows(p, self.state[p], o, int(self.state[p]["step"]) + 1)
+            rows = rows._replace(stack=self.stacked(p, o))
+            able = rows.stack or self.by_rows(p, self.state[p], o, int(self.state[p]["step"]) + 1)
         else:  # the quantization blocks of a vector cross the cuts between ranks
             able = p.ndim > 1 or not any(slot.bits for slot in self._layouts[p].values())
         return self._gradients.rows(p, rows if able else None)
@@ -423,8 +425,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             g = g if g.shape == shape else g.reshape(shape)
             u = self.update(negated(g, o), s, o, t)
         if isinstance(u, Generator):
-            u = yield from requested(u, rows)
-        apply(matrix, u, stored, o, t, 0 if rows is None else rows.start * shape[-1])
+            u = yield from requested(u, codec.rows_of(s))
+        apply(matrix, u, stored, o, t, 0 if rows is None else rows.start * math.prod(shape[1:]))
         if matrix is not x and matrix.untyped_storage()._cdata != x.untyped_storage()._cdata:
             x.copy_(matrix.view(x.shape))
         codec.encode(s, stored, slots, o, t)

@@ -162,8 +162,8 @@ def _held(optimizer: MatrixOptimizer, w: Work, p: Tensor, g: Tensor, dense: bool
     rows = None
     if p is not w.p:
         rows = optimizer._rows(w.p, o)
-        if rows is None or not sharding.held(w.p) or optimizer._layouts.spread(w.p):  # gathered parameters go one by one
-            return 0, None
+        if rows is None or not sharding.held(w.p) or optimizer._layouts.spread(w.p):
+            return 0, None  # what is gathered or exchanged goes one by one
     common: Hashable = False
     if dense:  # 1 element: these updates have next to no temporaries
         size = int(p.dtype != torch.float64 and not o["amsgrad"] and p.numel() <= _LARGE)

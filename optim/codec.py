@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SMALL", "SPREAD", "Decoded", "Slot", "State", "Together", "basis", "counter",
            "encode", "fill", "moment", "one_of", "pieces", "read", "rounded", "row_sum", "rows_of",
-           "slots_of", "stored", "whole_shape", "wide", "write"]
+           "slots_of", "stack_of", "stored", "whole_shape", "wide", "write"]
 
 #: Moments of fewer elements are not quantized: their scales and their noise would not pay.
 SMALL = 4096
@@ -398,8 +398,15 @@ def one_of(s: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def rows_of(s: Mapping[str, Tensor]) -> Rows | None:
-    """Which rows of the parameter the state s is of, if not of all."""
-    return s.rows if isinstance(s, Decoded) else None
+    """Which rows of a matrix the state s is of, if not of all."""
+    rows = s.rows if isinstance(s, Decoded) else None
+    return None if rows is None or rows.stack else rows
+
+
+def stack_of(s: Mapping[str, Tensor]) -> Rows | None:
+    """Which matrices of a stack the state s is of, if not of all."""
+    rows = s.rows if isinstance(s, Decoded) else None
+    return rows if rows is not None and rows.stack else None
 
 
 def whole_shape(x: Tensor, s: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -32,11 +32,13 @@ def slots_of(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> dic
     slots = {"step": codec.counter(device=p.device if o["capturable"] else None),
              "index": codec.counter(torch.int64),
              "key": codec.counter(torch.int64), **weights.master_slots(p, o)}
-    if optimizer.own_rule(p, o):
-        slots |= optimizer.slots(p, o)
-    else:
-        slots |= adam_slots(tuple(p.shape), p, o)
-    return slots | optimizer._gradients.slots(p, o)
+    own = optimizer.own_rule(p, o)
+    slots |= optimizer.slots(p, o) if own else adam_slots(tuple(p.shape), p, o)
+    slots |= optimizer._gradients.slots(p, o)
+    if own and optimizer.stacked(p, o):  # what belongs to a matrix is where that is
+        slots = {k: x._replace(rows=True, spread=False) if x.shape[:1] == p.shape[:1] else x
+                 for k, x in slots.items()}
+    return slots
 
 
 def stored_slots(optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> dict[str, Slot]:

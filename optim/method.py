@@ -115,12 +115,21 @@ class Method:
         not whole already. If not, every rank gathers the whole matrix.
 
         Args:
-            p: the parameter, a DTensor cut by rows.
+            p: the parameter, a DTensor that has rows.
             s: its state as it is kept.
             o: options of its group.
             t: 1-based count of the update.
         """
         return False
+
+    def stacked(self, p: Tensor, o: Mapping[str, Any]) -> bool:
+        """Whether p is a stack of matrices, which are updated each alone.
+
+        Then a sharded p is updated where its matrices are, whatever :meth:`by_rows` says: g, state
+        and ``s["weight"]`` are of some matrices, which :func:`lissom.optim.codec.stack_of` tells.
+        A number of the state that all of them share must become the same on all ranks.
+        """
+        return p.ndim == 3 and len(self.matrix_shape(p, o)) == 3
 
     def while_waiting(self, p: Tensor, o: Mapping[str, Any], rows: Rows | None) -> int:
         """Elements that an update keeps while it waits for functions of whole matrices.

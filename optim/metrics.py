@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from .base import MatrixOptimizer
     from .batches import Work
     from .project import Bases
+    from .sharding import Rows
 
-__all__ = ["Before", "after", "before", "energy", "metrics_of", "share"]
+__all__ = ["Before", "after", "before", "energy", "metrics_of", "most", "share"]
 
 #: What was there before a step: copies of a weight and of its limiter.
 Before = Mapping[Tensor, tuple[Tensor, Tensor | None]]
@@ -35,7 +36,8 @@ def before(optimizer: MatrixOptimizer, window: Sequence[Work]) -> Before:
     for w in window:
         if w.o["metrics"]:
             last = optimizer.state[w.p].get("limiter")
-            copies[w.p] = (w.p.detach().clone(), None if last is None else last.clone())
+            copies[w.p] = (w.p.detach().clone(),
+                           None if last is None else sharding.local(last).clone())
     return copies
 
 
@@ -50,7 +52,8 @@ def after(optimizer: MatrixOptimizer, window: Sequence[Work], copies: Before) ->
         if last is not None:
             # |S_t| / (gamma |S_{t-1}|), the largest of a batch
             now = optimizer.state[w.p]["limiter"]
-            found["limiter"] = (now / (w.o["limiter"] * last)).amax()
+            found["limiter"] = most(sharding.local(now) / (w.o["limiter"] * last),
+                                    sharding.rows_of(now))
 
 
 def _ratio(new: Tensor, old: Tensor) -> Tensor:
@@ -71,7 +74,24 @@ def energy(optimizer: MatrixOptimizer, s: Mapping[str, Tensor], low: Tensor, g: 
            bases: Bases) -> None:
     """Keep |R|^2 / |G|^2, the smallest of a batch; of a zero gradient it is NaN."""
     found = optimizer._measured.setdefault(int(s["index"]), {})
-    found["energy"] = share(low, g, bases).amin().to(torch.float32)
+    least = -most(-share(low, g, bases), codec.stack_of(s))
+    found["energy"] = least.to(torch.float32)
+
+
+def most(x: Tensor, stack: Rows | None) -> Tensor:
+    """The largest number of several matrices; NaN where one is.
+
+    Args:
+        x: a number of each matrix.
+        stack: which matrices of a stack they are, if not all; then a collective operation.
+    """
+    if stack is None:
+        return x.amax()
+    nan = x.isnan()
+    here = torch.stack([nan.any().to(x.dtype), *(
+        [x.masked_fill(nan, -torch.inf).amax()] if x.numel() else [x.new_tensor(-torch.inf)])])
+    any_nan, largest = stack.max(here).unbind()
+    return torch.where(any_nan > 0, torch.nan, largest)
 
 
 def share(low: Tensor, g: Tensor, bases: Bases) -> Tensor:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .sharding import Rows
 
 __all__ = ["FINDERS", "Bases", "Gradient", "Turn", "find", "gaussian", "gaussian_basis",
-           "generator", "random_basis", "side_of", "sides", "turn"]
+           "generator", "learnt", "random_basis", "side_of", "sides", "turn"]
 
 # torch.linalg.LinAlgError, which torch's annotations do not export.
 _NOT_CONVERGED: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009
@@ -346,7 +346,7 @@ FINDERS: dict[str, Callable[[Gradient, int, Tensor | None, Callable[..., Tensor]
 
 def find(
     g: Tensor, r: int, side: str, projection: str, old: Tensor | None, key: tuple[int, int],
-    stream: int,
+    stream: int, stack: Rows | None = None,
 ) -> Tensor | None:
     """A basis for one side of the gradient, in its arithmetic; None where the gradient has none.
 
@@ -359,36 +359,55 @@ def find(
         old: the last basis, or None at the first refresh.
         key: seed and parameter, from which a random start is drawn.
         stream: a number that differs between steps and sides, for the same purpose.
+        stack: which matrices of a stack g has, if not all; then a collective operation.
 
     Returns:
         (..., n, r) on the right, (..., m, r) on the left; None when every matrix of g is zero or
         one entry is not finite, or when the decomposition does not converge: the caller keeps
         the basis it has. In a batch, zero matrices keep theirs.
     """
-    if g.numel() == 0:
+    if g.numel() == 0 and stack is None:
         return None
     g = g.detach()
     high, low = g.amax((-2, -1), keepdim=True), g.amin((-2, -1), keepdim=True)
     largest = codec.wide(torch.maximum(high, -low))
-    if not (truth(largest.isfinite().all(), True) and truth(largest.any(), True)):
+    if not learnt(largest, stack):
         return None
     seen = Gradient(g if side == "right" else g.mT, largest)
 
     def noise(rows: int, columns: int) -> Tensor:
-        drawn = gaussian((*seen.shape[:-2], rows, columns), key, stream, g)
-        return drawn.to(seen.divisor)
+        batch = seen.shape[:-2] if stack is None else (stack.total,)
+        drawn = gaussian((*batch, rows, columns), key, stream, g).to(seen.divisor)
+        return drawn if stack is None else stack.own(drawn)
 
     old = None if old is None else codec.wide(old)
+    found: Tensor | None = largest.new_empty((0, seen.shape[-1], r))
     try:
-        found = FINDERS[projection](seen, r, old, noise)
+        if g.numel():
+            found = FINDERS[projection](seen, r, old, noise)
     except _NOT_CONVERGED:
-        return None
-    if old is None:
+        found = None
+    if stack is not None and truth(stack.max(largest.new_full((), found is None)).any(), False):
+        found = None  # all find new bases, or none does
+    if old is None or found is None:
         return found
     # Every decomposition leaves the signs of its columns open, and moments that are kept are
     # carried column by column: take the signs that agree with the last basis.
     agree = torch.where((found * old).sum(-2, keepdim=True) < 0, -1.0, 1.0)
     return torch.where(largest > 0, found * agree, old)
+
+
+def learnt(sizes: Tensor, stack: Rows | None = None) -> bool:
+    """Whether gradients of these sizes, all >= 0, say something: all finite, and not all zero.
+
+    Args:
+        sizes: of each matrix.
+        stack: which matrices of a stack they are, if not all; then a collective operation.
+    """
+    there, spoilt = sizes.any(), ~sizes.isfinite().all()
+    if stack is not None:
+        there, spoilt = stack.max(torch.stack([there, spoilt]).float()).bool().unbind()
+    return not truth(spoilt, False) and truth(there, True)
 
 
 def random_basis(

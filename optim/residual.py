@@ -249,7 +249,7 @@ def gains(size_n: Tensor, size_r: Tensor, size_g: Tensor, more: float, rows: Row
         leak: the factors are for G - R + leak R; None for G.
     """
     batch = math.prod(size_n.shape[:-2])
-    n, r, g = (x.reshape(batch, -1) for x in (size_n, size_r, size_g))
+    n, r, g = (x.reshape(batch, math.prod(x.shape[-2:])) for x in (size_n, size_r, size_g))
     last: Matrices | None = s.get("limiter")
     if isinstance(last, Tensor):
         last = last.view(-1)

@@ -6,15 +6,16 @@ pieces of another. Two ways to update it:
 
 - **by rows**: the arithmetic runs on this rank's rows, and sums over all rows (:meth:`Rows.sum`)
   are the only thing that is exchanged. Element-wise rules, and projections: R = G Q is a product of
-  rows, R = P^T G a sum over them. Where columns are cut too, as by tensor parallelism, gradient and
-  weight are exchanged for as many elements in rows, and the weight is sent back.
+  rows, R = P^T G a sum over them. The rows of a stack of matrices are matrices. Where columns are
+  cut too, as by tensor parallelism, gradient and weight are exchanged for as many elements in rows,
+  and the weight is sent back.
 - **whole**: gradient, weight and the sharded state are gathered, every rank does what one process
   would do, bit for bit, and keeps its rows of the result. Any rule and any placement.
 
 State is sharded by one rule: a slot whose rows are the parameter's (:attr:`Slot.rows`) is a
-DTensor of the rows on which a rank works; another large one (:attr:`Slot.spread`: moments of r rows, the basis of a
-right side) is a DTensor of which each rank has some rows, and is gathered for the update of its
-parameter; all else is a plain tensor that is equal on all ranks.
+DTensor of the rows on which a rank works; another large one (:attr:`Slot.spread`: moments of r
+rows, the basis of a right side) is a DTensor of which each rank has some rows, and is gathered for
+the update of its parameter; all else is a plain tensor that is equal on all ranks.
 
 Without ``torch.distributed`` nothing here does anything.
 """
@@ -43,8 +44,6 @@ __all__ = ["Rows", "agreed", "bytes_of", "check_placements", "gathered", "held",
 
 # Tensors of more bytes are gathered alone, without the copies of a common buffer.
 _SMALL = 1 << 20
-# Groups of ranks that are no dimension of a mesh.
-_GROUPS: dict[tuple[int, ...], ProcessGroup] = {}
 
 T = TypeVar("T")
 
@@ -59,6 +58,7 @@ class Rows(NamedTuple):
         rank: this rank's number among them.
         group: the ranks among which the matrix is cut.
         order: the ranks in the order of their rows; () where that is the group's.
+        stack: they are matrices of a stack, each of which is updated alone: nothing is summed.
     """
 
     start: int
@@ -67,6 +67,7 @@ class Rows(NamedTuple):
     rank: int
     group: ProcessGroup
     order: tuple[int, ...] = ()
+    stack: bool = False
 
     def sorted(self, pieces: Sequence[T]) -> list[T]:
         """What each rank has, from top to bottom."""
@@ -156,7 +157,7 @@ def bytes_of(x: Tensor) -> Tensor:
 def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     """:func:`whole` of each; small ones that are cut by rows among the same ranks go together."""
     out: list[Any] = [None] * len(tensors)
-    together: dict[Any, list[tuple[int, Tensor, Rows, int]]] = {}
+    together: dict[tuple[Any, int | None], list[tuple[int, Tensor, Rows, int]]] = {}
     for i, x in enumerate(tensors):
         rows = rows_of(x)
         if rows is None:
@@ -169,7 +170,8 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
         if large and len(_cuts(_dtensor(x))) == 1 and held(x):
             out[i] = whole(x)
         else:
-            together.setdefault((rows.group, i if large else None), []).append((i, part, rows, each))
+            alone = i if large else None
+            together.setdefault((rows.group, alone), []).append((i, part, rows, each))
     for (group, _), members in together.items():
         # Each begins at an aligned address.
         starts = [*itertools.accumulate((-(-max(rows.counts) * each // 16) * 16
@@ -291,12 +293,13 @@ def _in_turn(d: DTensor) -> list[int] | None:
 
 def _by_rows(d: DTensor) -> tuple[Placement, ...] | None:
     """Placements of which each rank has some consecutive rows of d: d's own, or others with as many
-    cuts. None where nothing is cut, or where torch has no exchange of the two.
+    cuts. None where nothing is cut, where torch has no exchange of the two, or where the ranks have
+    no group of their own.
     """
     from torch.distributed.tensor import Replicate, Shard
 
     cut = _cuts(d)
-    if not cut:
+    if not cut or _group_of(d.device_mesh, cut) is None:
         return None
     if _in_turn(d) is not None:
         return tuple(d.placements)
@@ -312,7 +315,7 @@ def held(p: Tensor) -> bool:
 
 def rows_of(p: Tensor) -> Rows | None:
     """The rows of p on which this rank works, those of :func:`in_rows`; None where it has all or
-    where p is not cut in a way that has rows.
+    where they are not to be had.
     """
     if not is_sharded(p):
         return None
@@ -323,7 +326,8 @@ def rows_of(p: Tensor) -> Rows | None:
     dims, here = sorted(turn), mesh.get_coordinate()
     assert here is not None
     ranks = _line(mesh, tuple(-1 if i in dims else place for i, place in enumerate(here)))
-    group = mesh.get_group(dims[0]) if len(dims) == 1 else _group_of(tuple(sorted(ranks)))
+    group = _group_of(mesh, dims)
+    assert group is not None
     pieces = _pieces(int(d.shape[0]), tuple(mesh.size(i) for i in dims),
                      tuple(dims.index(i) for i in turn))
     of = dict(zip(ranks, pieces, strict=True))
@@ -362,20 +366,20 @@ def _pieces(total: int, sizes: tuple[int, ...], turn: tuple[int, ...]) -> list[t
     return found
 
 
-def _group_of(ranks: tuple[int, ...]) -> ProcessGroup:
-    """A group of these ranks: that of all if these are all, else one of its own, made when these
-    ranks first ask for it.
+def _group_of(mesh: DeviceMesh, dims: Sequence[int]) -> ProcessGroup | None:
+    """The ranks that differ from this one in some dimensions of a mesh: the group of one dimension,
+    or that of all ranks of the job if they are all.
+
+    None for others. A new group would need all ranks of the job at once, or, with
+    ``use_local_synchronization``, ranks that have been in equally many groups before (torch 2.13
+    names it after that number, and hangs).
     """
-    if len(ranks) == torch.distributed.get_world_size():
-        return torch.distributed.group.WORLD  # type: ignore[no-any-return]
-    known = _GROUPS.get(ranks)
-    try:
-        if known is not None and torch.distributed.get_process_group_ranks(known) == [*ranks]:
-            return known
-    except (KeyError, ValueError):  # destroyed since
-        pass
-    _GROUPS[ranks] = torch.distributed.new_group([*ranks], use_local_synchronization=True)
-    return _GROUPS[ranks]
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
+    if math.prod(map(mesh.size, dims)) < torch.distributed.get_world_size():
+        return None
+    able = f"{mesh.device_type}:" in torch.distributed.get_backend_config()
+    return torch.distributed.group.WORLD if able else None
 
 
 def in_rows(p: Tensor) -> Tensor:
@@ -425,6 +429,8 @@ def summed(p: Tensor, x: Tensor) -> Tensor:
 
     Unlike :meth:`Rows.sum`, for any placements of p.
     """
+    if (rows := rows_of(p)) is not None:
+        return rows.sum(x)
     if not is_sharded(p):
         return x
     from torch.distributed.tensor import DTensor, Partial, Replicate

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.apart import Apart, stack
-from ..kernels.fakes import scalar, truth
+from ..kernels.fakes import scalar
 from . import codec, dct, metrics, project
-from .coordinates import shift
+from .coordinates import chosen, shift
 from .keys import key_of, keys_of
 from .project import Bases, Turn
 from .ranked import Ranked
@@ -66,7 +67,7 @@ class Subspace(Ranked):
         last = self.bases(g, s, o) if born and not (spared and o["keep_energy"] is None) else None
         if last is not None and o["keep_energy"] is not None and s["basis_energy"].item() > 0:
             low = last.down(g)
-            if _energy(low, g, last) >= o["keep_energy"] * s["basis_energy"].item():
+            if _energy(low, g, last, s) >= o["keep_energy"] * s["basis_energy"].item():
                 return Projected(last, low)
         new = self._cosines(g, s, o, born) if cosines else self._found(g, last, s, o, int(t))
         if new is None:  # zero or not finite gradient: keep the basis until the next refresh
@@ -77,7 +78,7 @@ class Subspace(Ranked):
         if not (born and isinstance(t, Tensor)):  # in a CUDA graph every step is a refresh
             writes["basis_step"] = torch.tensor(float(t), **host)
         if o["keep_energy"] is not None:
-            writes["basis_energy"] = torch.tensor(_energy(new.low, g, new.bases), **host)
+            writes["basis_energy"] = torch.tensor(_energy(new.low, g, new.bases, s), **host)
         # not _replace, which dynamo does not trace in torch 2.9
         return Projected(new.bases, new.low, new.turns if born else None, writes, new.more)
 
@@ -117,12 +118,18 @@ class Subspace(Ranked):
                o: Mapping[str, Any], born: int | None, number: int, g: Any) -> Any:
         """A random basis, or one for each of several matrices."""
         steps: Any = s["basis_step"] if born is None else born
+        some = codec.stack_of(s)
         if isinstance(steps, Apart):
             keys: Any = keys_of(s, o)
             like = g.parts[0]
             return Apart([self.draw(length, r, batch[1:], key, 2 * int(at) + number, like)
                           for key, at in zip(keys, steps, strict=True)])
-        return self.draw(length, r, batch, key_of(s, o), 2 * int(steps) + number, g)
+        key, stream = key_of(s, o), 2 * int(steps) + number
+        if some is None:
+            return self.draw(length, r, batch, key, stream, g)
+        basis = self.draw(length, r, (some.total,), key, stream, g)
+        among = chosen(basis)
+        return some.own(basis) if among is None else replace(among, index=some.own(among.index))
 
     draw: ClassVar[Callable[..., Any]] = staticmethod(project.random_basis)
 
@@ -148,7 +155,7 @@ class Subspace(Ranked):
             basis = None if last is None else last.left if side == "left" else last.right
             if not random:
                 found = project.find(g, r, side, o["projection"], basis, key_of(s, o),
-                                     2 * t + number)
+                                     2 * t + number, codec.stack_of(s))
                 if found is None:
                     return None
                 writes[f"basis_{side}"] = found
@@ -180,7 +187,8 @@ class Subspace(Ranked):
                                       old=old if born else None, held=rows)
             if o["moments"] == "rotate" and born:
                 turns[number] = shift(old, index, left)
-            if not born and not _learnt(part, s):
+            if not born and not project.learnt(
+                    codec.row_sum(part.double().abs().sum((-2, -1)), s), codec.stack_of(s)):
                 return None
             basis = dct.columns(index, length, o["dct_basis"], g)
             new[number] = rows.own(basis) if left and rows is not None else basis
@@ -215,12 +223,7 @@ def _coprime(gap: int) -> int:
     return c
 
 
-def _learnt(low: Tensor, s: Mapping[str, Tensor]) -> bool:
-    """Whether R is finite and not all zero, so that the choice of columns means something."""
-    size = codec.row_sum(low.double().abs().sum((-2, -1)), s)
-    return truth(size.isfinite().all(), True) and truth(size.any(), True)
-
-
-def _energy(low: Tensor, g: Tensor, bases: Bases) -> float:
+def _energy(low: Tensor, g: Tensor, bases: Bases, s: Mapping[str, Tensor]) -> float:
     """|R|^2 / |G|^2, the smallest of a batch; 0 for a zero gradient."""
-    return scalar(metrics.share(low, g, bases).nan_to_num(0.0).min(), 0.0)
+    found = -metrics.most(-metrics.share(low, g, bases).nan_to_num(0.0), codec.stack_of(s))
+    return scalar(found, 0.0)

@@ -81,8 +81,19 @@ def plain(x: Tensor) -> Tensor:
 
 def trained(mesh: DeviceMesh | None, name: str, steps: int = 20, dtype: torch.dtype = torch.float32,
             shapes: Any = SHAPES, places: list[Placement] | None = None, spread: int = 1,
-            small: int | None = None, **more: Any) -> dict[str, Any]:
-    """Weights and state after some steps with the same gradients on any number of ranks."""
+            small: int | None = None, still: bool = False, others: bool = False, **more: Any
+            ) -> dict[str, Any]:
+    """Weights and state after some steps with the same gradients on any number of ranks.
+
+    With ``still`` the last matrix of each stack has none; with ``others`` there seem to be more
+    ranks than those of the mesh.
+    """
+    if others:
+        with pytest.MonkeyPatch.context() as patch:
+            everyone = torch.distributed.get_world_size
+            patch.setattr(torch.distributed, "get_world_size", lambda group=None: (
+                everyone(group) + (group is None)))
+            return trained(mesh, name, steps, dtype, shapes, places, spread, small, still, **more)
     if mesh is not None:
         quantize_small(spread)
         if small is not None:
@@ -92,7 +103,7 @@ def trained(mesh: DeviceMesh | None, name: str, steps: int = 20, dtype: torch.dt
           for p in case.parameters(shapes, dtype=dtype)]
     optimizer = case(named(ps), **{"lr": 1e-2, **more})
     for i in range(steps):
-        give(ps, i, mesh, places)
+        give(ps, i, mesh, places, still)
         optimizer.step()
     return outcome(optimizer, ps)
 
@@ -133,13 +144,14 @@ def temporaries(mesh: DeviceMesh, make: Any, shape: tuple[int, int]) -> int:
     return int(live.peak)
 
 
-def exchanged(mesh: DeviceMesh, name: str, shape: tuple[int, int], steps: int, **more: Any
+def exchanged(mesh: DeviceMesh, name: str, shape: tuple[int, ...], steps: int,
+              places: list[Placement] | None = None, **more: Any
               ) -> list[tuple[list[int], list[int]]]:
     """For each step the elements of each tensor that was gathered, and of each sum over the ranks.
     """
     quantize_small()
     case = case_of(name)
-    p = torch.nn.Parameter(placed(tensors([shape])[0], mesh))
+    p = torch.nn.Parameter(placed(tensors([shape])[0], mesh, places))
     optimizer = case([("w", p)], metrics=False, **more)
     gathers: list[int] = []
     sums: list[int] = []
@@ -158,7 +170,7 @@ def exchanged(mesh: DeviceMesh, name: str, shape: tuple[int, int], steps: int, *
         patch.setattr(sharding, "gathered", gathering)
         patch.setattr(torch.distributed, "all_reduce", reducing)
         for i in range(steps):
-            give([p], i, mesh)
+            give([p], i, mesh, places)
             optimizer.step()
             found.append(([*gathers], [*sums]))
             gathers.clear()
@@ -167,9 +179,11 @@ def exchanged(mesh: DeviceMesh, name: str, shape: tuple[int, int], steps: int, *
 
 
 def give(ps: list[Any], step: int, mesh: DeviceMesh | None,
-         places: list[Placement] | None = None) -> None:
-    """The gradients of a step, the same on any number of ranks."""
+         places: list[Placement] | None = None, still: bool = False) -> None:
+    """The gradients of a step, the same on any number of ranks; ``still``: see :func:`trained`."""
     for p, g in zip(ps, tensors([p.shape for p in ps], 100 + step), strict=True):
+        if still and p.ndim > 2:
+            g[-1] = 0
         if p.requires_grad:
             p.grad = placed(g.to(p.dtype), mesh, places)
 
@@ -184,6 +198,26 @@ def outcome(optimizer: Any, ps: list[Any]) -> dict[str, Any]:
             "slots": [optimizer.stored_slots(p, of[p]) if p in optimizer.state else {} for p in ps],
             "bytes": [{k: (x.to_local() if isinstance(x, DTensor) else x).nbytes
                        for k, x in s.items()} for s in states]}
+
+
+def rows_and_back(mesh: DeviceMesh, places: list[Placement], sizes: list[int]) -> list[Any]:
+    """Of matrices of so many rows, what this rank has as rows, and what one that it changes
+    becomes.
+    """
+    found = []
+    for size in sizes:
+        x = torch.arange(5.0 * size).view(size, 5)
+        p = placed(x.clone(), mesh, places)
+        rows, part = sharding.rows_of(p), sharding.in_rows(p).clone()
+        assert rows is not None
+        (whole,) = sharding.gathered([p])
+        sharding.put_rows(p, part + 1000)
+        found.append({"start": rows.start, "counts": rows.counts, "rank": rows.rank,
+                      "right": torch.equal(part, rows.own(x)), "whole": torch.equal(whole, x),
+                      "back": sharding.held(p) or torch.equal(plain(p), x + 1000),
+                      "sum": rows.sum(part.sum()).item() == x.sum().item(),
+                      "columns": torch.equal(rows.joined(rows.columns(part), 5), x)})
+    return found
 
 
 def with_nan(mesh: DeviceMesh, name: str, nonfinite: str) -> dict[str, Any]:

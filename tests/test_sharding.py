@@ -207,6 +207,113 @@ def test_what_ranks_exchange_between_refreshes(pool, name, more, gathers, sums):
         assert found[1:] == [(gathers, sums)] * 3
 
 
+# Cuts along two dimensions of a mesh, and of columns.
+CUTS = [[Shard(0), Shard(1)], [Shard(0), Shard(0)], [Shard(1), Shard(0)], [Shard(1), Shard(1)],
+        [_StridedShard(0, split_factor=2), Shard(0)], [Replicate(), Shard(1)]]
+
+
+@pytest.mark.parametrize("places", CUTS, ids=str)
+def test_rows_are_found_and_put_back_however_a_matrix_is_cut(pool, places):
+    """With fewer rows than ranks too."""
+    sizes = [8, 9, 7, 5, 3, 1]
+    outs = pool.run(jobs.rows_and_back, (2, 2), places=places, sizes=sizes)
+    for size, *found in zip(sizes, *outs, strict=True):
+        for out in found:
+            right = [out.pop(key) for key in ("right", "whole", "back", "sum", "columns")]
+            assert right == [True] * 5
+        counts = found[0]["counts"]
+        assert all(out["counts"] == counts for out in found)
+        assert sum(counts) == size
+        starts = sorted({(out["start"], counts[out["rank"]]) for out in found})
+        assert sum(count for _, count in starts) == size
+        if Replicate() not in places:
+            assert [out["rank"] for out in found] == [0, 1, 2, 3]
+            assert max(counts) <= -(-size // 2) if size < 4 else max(counts) <= -(-size // 4) + 1
+
+
+@pytest.mark.parametrize("places", CUTS[:5], ids=str)
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "galoreadamw", "trion", "muon"])
+def test_no_rank_gathers_what_two_dimensions_cut(pool, name, places):
+    """The basis of a right side at most, between refreshes."""
+    most = 8 * 3 if name == "galoreadamw" else 0
+    given = {"name": name, "shape": (11, 8), "steps": 4, "places": places}
+    for found in pool.run(jobs.exchanged, (2, 2), **given):
+        for gathers, sums in found[1:]:
+            assert sum(gathers) == most
+            assert sum(sums) <= 11
+
+
+@pytest.mark.parametrize("places", [CUTS[0], CUTS[4]], ids=str)
+@pytest.mark.parametrize("name", ["adamw", "galoreadamw", "muon"])
+def test_ranks_without_a_group_of_their_own_gather(pool, name, places):
+    """Those that two dimensions of a larger mesh hold: every one does all, bit for bit."""
+    given = {"name": name, "shapes": [(10, 6), (6, 10), (1, 5)], "steps": 5}
+    outs = pool.run(jobs.trained, (2, 2), **given, places=places, others=True)
+    assert_close(jobs.trained(None, **given), outs, True)
+
+
+STACKS = [case.name for case in CLASSES if case.option("matricize")]
+
+
+@pytest.mark.parametrize("places", [None, *CUTS[:5]], ids=str)
+@pytest.mark.parametrize("name", all_slow_but(STACKS, [
+    "galoreadamw", "dctadamw", "muon", "frugal"]))
+def test_matrices_of_a_stack_are_updated_where_they_are(pool, name, places):
+    """As one process does it, with measurements of all; some ranks have none, and one matrix has no
+    gradient. A product's rounding may depend on how many matrices there are.
+    """
+    given = {"name": name, "shapes": [(5, 6, 4), (2, 4, 6), (1, 5, 5), (2, 2, 5, 3), (7, 7)],
+             "steps": 6, "matricize": "batch", "metrics": True, "still": True}
+    one = jobs.trained(None, **given)
+    outs = pool.run(jobs.trained, 3 if places is None else (2, 2), **given, places=places)
+    assert_close(one, outs, False)
+    for out in outs:
+        for key, x in one["metrics"][0].items():
+            torch.testing.assert_close(out["metrics"][0][key], x, rtol=1e-4, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("name", "more"), [
+    ("galoreadamw", {"keep_energy": 0.7, "update_proj_gap": 1, "projection": "svd"}),
+    ("galoreadamw", {"projection": "randomized", "moments": "rotate", "update_proj_gap": 2}),
+    ("galoreadamw", {"dtype": torch.bfloat16, "state_bits": 8, "basis_bits": 4, "master_bits": 8}),
+    ("firaadamw-svd", {"projection": "dct", "residual_scale": "released"}),
+    ("gradnormlorpadamw-svd", {"axis": "output", "proj_type": "full"}),
+    ("apollo", {"scale_type": "tensor"})], ids=str)
+def test_stacks_with_options_are_the_same_on_any_ranks(pool, name, more):
+    given = {"name": name, "shapes": [(4, 6, 4), (2, 4, 6)], "steps": 6, "matricize": "batch",
+             "still": True, **more}
+    one = jobs.trained(None, **given)
+    for ranks in (2, 3):
+        outs = pool.run(jobs.trained, ranks, **given)
+        assert_close(one, outs, "basis_bits" in more)
+        for out in outs:
+            for a, b in zip(one["state"], out["state"], strict=True):
+                assert a["basis_step"] == b["basis_step"]
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_of_stacks_nothing_is_gathered(pool, name):
+    """At refreshes ranks agree that there is a gradient, and that a basis was found: few numbers.
+    """
+    for found in pool.run(jobs.exchanged, 2, name=name, shape=(4, 11, 8), steps=4,
+                          matricize="batch"):
+        for gathers, sums in found:
+            assert gathers == []
+            assert sum(sums) <= 2 * 3
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="needs triton's interpreter")
+@pytest.mark.parametrize("name", all_slow_but(["galoreadamw-8bit", "dctadamw", "firaadamw-svd",
+                                               "muon-8bit"], ["galoreadamw-8bit", "dctadamw"]))
+def test_kernels_take_the_matrices_of_a_rank(pool, name):
+    """Which may be none."""
+    given = {"name": name, "dtype": torch.bfloat16, "together": True, "matricize": "batch",
+             "shapes": [(3, 7, 5), (2, 5, 7), (1, 6, 6)]}
+    one = jobs.by_kernels(None, **given)
+    for out in pool.run(jobs.by_kernels, 3, **given):
+        assert_same([one["weights"], one["state"]], [out["weights"], out["state"]])
+
+
 def test_temporaries_of_shards_are_bounded_by_the_largest_matrix(pool):
     """R is whole on each rank, so few of these may wait for their polar factors at once."""
     peaks = pool.run(jobs.temporaries, 4, make=functools.partial(Trion, rank=128),
