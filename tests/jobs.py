@@ -24,6 +24,7 @@ from lissom.optim import (
 )
 from lissom.optim.ddp import projected_allreduce
 from lissom.optim.layers import LoRALinear
+from lissom.optim.owners import exchanged as exchanged_whole
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -211,10 +212,12 @@ def rows_and_back(mesh: DeviceMesh, places: list[Placement], sizes: list[int]) -
         rows, part = sharding.rows_of(p), sharding.in_rows(p).clone()
         assert rows is not None
         (whole,) = sharding.gathered([p])
+        (sums,) = exchanged_whole([part], [rows], lambda _, some: [a.cumsum(0) for a in some])
         sharding.put_rows(p, part + 1000)
         found.append({"start": rows.start, "counts": rows.counts, "rank": rows.rank,
                       "right": torch.equal(part, rows.own(x)), "whole": torch.equal(whole, x),
                       "back": sharding.held(p) or torch.equal(plain(p), x + 1000),
+                      "owned": torch.equal(sums, rows.own(x.cumsum(0))),
                       "sum": rows.sum(part.sum()).item() == x.sum().item(),
                       "columns": torch.equal(rows.joined(rows.columns(part), 5), x)})
     return found

@@ -183,6 +183,65 @@ def projected_saved(mesh: DeviceMesh, name: str, folder: str, save: bool) -> dic
     return outcome(optimizer, list(model.parameters())) | {"waiting": waiting}
 
 
+class Stack(torch.nn.Module):
+    """Five experts in one stack of weights, of which a line uses the mean, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = torch.nn.Parameter(torch.randn(5, 8, 12) / 4)
+        self.head = torch.nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(torch.tanh(x @ self.experts.mT).mean(0)))
+
+
+def stacked(mesh: DeviceMesh | None, name: str, way: str = "step", steps: int = 6,
+            folder: str | None = None, resume: bool = False, **more: Any) -> dict[str, Any]:
+    """Experts under FSDP2, or on one device, where every rank sees the whole batch.
+
+    Args:
+        mesh: the ranks; None is one device.
+        name: of the case.
+        way: "step", or what works in the backward pass: "project", "update".
+        steps: how many.
+        folder: where the state is saved after three steps.
+        resume: the state there is loaded before the fourth step, the first.
+        more: options.
+    """
+    model = Stack()
+    if mesh is not None:
+        quantize_small()
+        fully_shard(model, mesh=mesh)
+    optimizer = case_of(name)([
+        {"params": [("experts", model.experts), ("head", model.head.weight)], "rank": 3,
+         "matricize": "batch"} if case_of(name).option("rank") else
+        {"params": [("experts", model.experts), ("head", model.head.weight)],
+         "matricize": "batch"}, {"params": [("bias", model.head.bias)]}], lr=1e-2, **more)
+    if way != "step":
+        {"project": project_in_backward, "update": update_in_backward}[way](optimizer)
+
+    def state() -> dict[str, Any]:
+        return {"model": get_model_state_dict(model),
+                "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+    if resume:
+        found = state()
+        assert mesh is not None
+        dcp.load(found, checkpoint_id=folder, process_group=mesh.get_group())
+        set_model_state_dict(model, found["model"])
+        set_optimizer_state_dict(model, optimizer, found["optimizer"])
+    for i in range(3 if resume else 0, steps):
+        if i == 3 and folder is not None and not resume:
+            assert mesh is not None
+            dcp.save(state(), checkpoint_id=folder, process_group=mesh.get_group())
+        x = torch.randn(7, 12, generator=torch.Generator().manual_seed(i))
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome(optimizer, list(model.parameters()))
+
+
 def gradient_bytes(mesh: DeviceMesh, way: str) -> int:
     """Peak of what this rank holds of gradients, as each is complete, in three steps under FSDP2.
 
