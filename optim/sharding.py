@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..kernels import fakes
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -342,8 +344,9 @@ def rows_of(p: Tensor) -> Rows | None:
 @functools.lru_cache(64)
 def _line(mesh: DeviceMesh, at: tuple[int, ...]) -> list[int]:
     """The ranks of a mesh at some coordinates, of which -1 is any."""
-    ranks: list[int] = mesh.mesh[tuple(slice(None) if i < 0 else i for i in at)].flatten().tolist()
-    return ranks
+    with fakes.real():
+        some = mesh.mesh[tuple(slice(None) if i < 0 else i for i in at)]
+        return [*map(int, some.flatten().tolist())]
 
 
 @functools.lru_cache(1024)
