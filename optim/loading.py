@@ -150,7 +150,10 @@ def agreed_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
     if some and others:
         raise ValueError(f"{type(optimizer).__name__}.load_state_dict: some ranks have got a state "
                          "that has not begun, others one that has; nothing was loaded on any")
-    return loaded
+    groups, states = loaded
+    # Exchanges come last: all ranks take part in them.
+    return groups, {p: {k: sharding.settled(x, p) for k, x in state.items()}
+                    for p, state in states.items()}
 
 
 def saved_groups(state_dict: Any, where: str) -> dict[str, Any]:
@@ -270,6 +273,9 @@ def checked_state(optimizer: MatrixOptimizer, p: Tensor, entry: Mapping[str, Any
             raise ValueError(f"{at}: {name} saved as a {value.layout} tensor on "
                              f"{value.device}, expected a dense one "
                              f"{'on meta' if slot.device.type == 'meta' else 'with values'}")
+        if sharding.as_parameter(value, p):
+            state[name] = value.detach().to(slot.dtype, copy=True)
+            continue
         state[name] = sharding.new(slot, p)
         try:
             sharding.put(state[name], value.detach())

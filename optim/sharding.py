@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
     from .codec import Slot
 
-__all__ = ["Rows", "agreed", "bytes_of", "check_placements", "gathered", "held", "in_rows",
-           "is_sharded", "keep", "like", "local", "new", "norm_of", "offloaded", "part_of",
-           "placed", "put", "put_rows", "rows_of", "share", "summed", "whole"]
+__all__ = ["Rows", "agreed", "as_parameter", "bytes_of", "check_placements", "gathered", "held",
+           "in_rows", "is_sharded", "keep", "like", "local", "new", "norm_of", "offloaded",
+           "part_of", "placed", "put", "put_rows", "rows_of", "settled", "share", "summed", "whole"]
 
 # Tensors of more bytes are gathered alone, without the copies of a common buffer.
 _SMALL = 1 << 20
@@ -401,6 +401,25 @@ def put_rows(p: Tensor, x: Tensor) -> None:
         local(p).copy_(local(like(p, x)))
 
 
+def as_parameter(x: Tensor, p: Tensor) -> bool:
+    """Whether x is placed as p, but p is updated by other rows: states of torch.optim's are."""
+    return not held(p) and is_sharded(x) and (
+        _dtensor(x).device_mesh, tuple(_dtensor(x).placements)) == (
+        _dtensor(p).device_mesh, tuple(_dtensor(p).placements))
+
+
+def settled(x: Tensor, p: Tensor) -> Tensor:
+    """x as a slot of p is placed; a collective operation where it is placed as p itself."""
+    if not as_parameter(x, p):
+        return x
+    from torch.distributed.tensor import DTensor
+
+    d, places = _dtensor(x), _by_rows(_dtensor(x))
+    assert places is not None
+    return DTensor.from_local(in_rows(x), d.device_mesh, places, run_check=False, shape=d.shape,
+                              stride=d.stride())
+
+
 def share(p: Tensor, rows: Rows | None) -> int:
     """Elements of p that a rank works on, as a number that is equal on all ranks."""
     return p.numel() if rows is None else max(rows.counts) * math.prod(p.shape[1:])
@@ -432,7 +451,7 @@ def summed(p: Tensor, x: Tensor) -> Tensor:
 
     Unlike :meth:`Rows.sum`, for any placements of p.
     """
-    if (rows := rows_of(p)) is not None:
+    if (rows := rows_of(p)) is not None and not offloaded(p):
         return rows.sum(x)
     if not is_sharded(p):
         return x

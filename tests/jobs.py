@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lissom.bench.livebytes import LiveBytes
 from lissom.optim import (
+    AdamW,
     adapter_groups,
     batches,
     codec,
@@ -269,6 +270,23 @@ def refusals(mesh: DeviceMesh, name: str) -> list[str]:
         except ValueError as error:
             messages.append(str(error))
     return messages
+
+
+def from_torch(mesh: DeviceMesh, places: list[Placement]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights after steps of torch's AdamW, and where ours has taken over its state halfway."""
+    found = []
+    for cls in (torch.optim.AdamW, AdamW):
+        ps = [torch.nn.Parameter(placed(x, mesh, places)) for x in tensors([(6, 9), (7, 4)])]
+        optimizer: Any = torch.optim.AdamW(ps, lr=1e-2)
+        for i in range(6):
+            if i == 3 and cls is AdamW:
+                saved = optimizer.state_dict()
+                optimizer = AdamW(ps, lr=1e-2)
+                optimizer.load_state_dict(saved)
+            give(ps, i, mesh, places)
+            optimizer.step()
+        found.append([plain(p) for p in ps])
+    return found[0], found[1]
 
 
 # ---- real models

@@ -503,6 +503,14 @@ def test_fsdp2_over_tensor_parallelism_goes_on(pool, straight, name, tmp_path):
     assert_close(straight(name, 2)[0], outs, False, 1e-4)
 
 
+@pytest.mark.parametrize("places", [[Shard(0), Shard(1)], [Shard(1), Shard(1)],
+                                    [Shard(0), Shard(0)]], ids=str)
+def test_a_state_of_torch_is_loaded_wherever_its_columns_are(pool, places):
+    for theirs, ours in pool.run(jobs.from_torch, (2, 2), places=places):
+        for a, b in zip(theirs, ours, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 def test_what_split_weights_lack_is_in_a_whole_state(pool):
     for straight, resumed in pool.run(jobs.masters_in_a_whole_state, 2):
         assert_same(straight, resumed)
