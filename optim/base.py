@@ -426,7 +426,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             u = self.update(negated(g, o), s, o, t)
         if isinstance(u, Generator):
             u = yield from requested(u, codec.rows_of(s))
-        apply(matrix, u, stored, o, t, 0 if rows is None else rows.start * math.prod(shape[1:]))
+        apply(matrix, u, stored, o, t, 0 if rows is None else rows.start * math.prod(p.shape[1:]))
         if matrix is not x and matrix.untyped_storage()._cdata != x.untyped_storage()._cdata:
             x.copy_(matrix.view(x.shape))
         codec.encode(s, stored, slots, o, t)
