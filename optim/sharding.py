@@ -410,14 +410,7 @@ def as_parameter(x: Tensor, p: Tensor) -> bool:
 
 def settled(x: Tensor, p: Tensor) -> Tensor:
     """x as a slot of p is placed; a collective operation where it is placed as p itself."""
-    if not as_parameter(x, p):
-        return x
-    from torch.distributed.tensor import DTensor
-
-    d, places = _dtensor(x), _by_rows(_dtensor(x))
-    assert places is not None
-    return DTensor.from_local(in_rows(x), d.device_mesh, places, run_check=False, shape=d.shape,
-                              stride=d.stride())
+    return _of_rows(x, in_rows(x)) if as_parameter(x, p) else x
 
 
 def share(p: Tensor, rows: Rows | None) -> int:
@@ -431,13 +424,17 @@ def like(p: Tensor, part: Tensor) -> Tensor:
     """
     if not is_sharded(p):
         return part
+    rows = _of_rows(p, part)
+    return rows if held(p) else placed(rows, p)
+
+
+def _of_rows(p: Tensor, part: Tensor) -> Tensor:
+    """A DTensor of p's shape and mesh, of which ``part`` is what :func:`in_rows` gives."""
     from torch.distributed.tensor import DTensor
 
     d = _dtensor(p)
-    places = _by_rows(d) or d.placements
-    rows = DTensor.from_local(part, d.device_mesh, places, run_check=False, shape=d.shape,
-                              stride=d.stride())
-    return rows if held(p) else rows.redistribute(placements=d.placements)
+    return DTensor.from_local(part, d.device_mesh, _by_rows(d) or d.placements, run_check=False,
+                              shape=d.shape, stride=d.stride())
 
 
 def placed(x: Tensor, p: Tensor) -> Tensor:
