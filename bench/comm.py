@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +30,7 @@ from ..optim.ddp import projected_allreduce
 from . import names
 from .backward import held
 from .llama import Llama
+from .ranks import on_ranks
 from .shapes import LLAMA, PAPER_RANK
 
 __all__ = ["WAYS", "main"]
@@ -44,12 +43,9 @@ _HANDLES: dict[str, Any] = {"project_in_backward": project_in_backward,
                             "update_in_backward": update_in_backward}
 
 
-def _train(rank: int, ranks: int, folder: str, size: str, vocabulary: int, r: int, steps: int,
-           way: str) -> None:
-    """One rank; rank 0 leaves a row per step in the folder."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
-                            world_size=ranks)
+def _train(rank: int, size: str, vocabulary: int, r: int, steps: int, way: str
+           ) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """A row per step, and the weights after the last."""
     model = Llama(replace(LLAMA[size], vocabulary=vocabulary))
     model.initialize(torch.Generator().manual_seed(0))
     engine, _, work = way.rpartition(", ")
@@ -94,11 +90,7 @@ def _train(rank: int, ranks: int, folder: str, size: str, vocabulary: int, r: in
             sent = None
         rows.append({"step": step, "bytes_sent": sent, "bytes_plain": whole,
                      "share": None if sent is None else sent / whole, "gradient_bytes": peak})
-    weights = [sharding.whole(p.detach()) for p in model.parameters()]
-    if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps(rows))
-        torch.save(weights, Path(folder, "weights.pt"))
-    dist.destroy_process_group()
+    return rows, [sharding.whole(p.detach()) for p in model.parameters()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,12 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for vocabulary in args.vocabulary:
         plain: list[Tensor] = []
         for way in WAYS:
-            with tempfile.TemporaryDirectory() as folder:
-                mp.start_processes(  # type: ignore[attr-defined, no-untyped-call]
-                    _train, (args.ranks, folder, args.size, vocabulary, r, args.steps, way),
-                    nprocs=args.ranks)
-                weights = torch.load(Path(folder, "weights.pt"), weights_only=True)
-                rows = json.loads(Path(folder, "rows.json").read_text())
+            rows, weights = on_ranks(args.ranks, _train, args.size, vocabulary, r, args.steps,
+                                     way)[0]
             plain = plain or weights
             off = max(float((a - b).norm() / a.norm()) for a, b in zip(plain, weights, strict=True))
             for row in rows:

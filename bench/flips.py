@@ -14,15 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -37,6 +34,7 @@ from torch.nn import functional
 from ..optim.sharding import whole
 from . import names, text
 from .llama import Llama
+from .ranks import on_ranks
 from .shapes import LLAMA, PAPER_RANK
 
 __all__ = ["main", "units_apart"]
@@ -57,11 +55,8 @@ def _backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
     functional.cross_entropy(model(x).flatten(0, 1).float(), y.flatten()).backward()
 
 
-def _worker(rank: int, args: argparse.Namespace, count: int, name: str, folder: str) -> None:
-    """One rank; rank 0 is the one process too, and leaves a row per step in the folder."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
-                            world_size=count)
+def _worker(rank: int, args: argparse.Namespace, count: int, name: str) -> list[dict[str, int]]:
+    """A row per step from rank 0, which is the one process too."""
     r, lr = args.rank or PAPER_RANK[args.size], names.OPTIMIZERS[name].lr
     models, optimizers = [], []
     kind = _DTYPES[args.reduce]
@@ -112,9 +107,7 @@ def _worker(rank: int, args: argparse.Namespace, count: int, name: str, folder: 
                          "gradients_apart": sum(int(x.sum()) for x in other)})
         for optimizer in optimizers:
             optimizer.zero_grad()
-    if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps(rows))
-    dist.destroy_process_group()
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,10 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: list[dict[str, Any]] = []
     for name in args.optimizers.split(","):
         for count in args.ranks:
-            with tempfile.TemporaryDirectory() as folder:
-                mp.start_processes(  # type: ignore[attr-defined, no-untyped-call]
-                    _worker, (args, count, name, folder), nprocs=count)
-                rows = json.loads(Path(folder, "rows.json").read_text())
+            rows = on_ranks(count, _worker, args, count, name)[0]
             total = sum(row["elements"] for row in rows)
             out.append({
                 "optimizer": name, "ranks": count, "state_bits": args.state_bits,

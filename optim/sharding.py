@@ -371,18 +371,33 @@ def _pieces(total: int, sizes: tuple[int, ...], turn: tuple[int, ...]) -> list[t
 
 def _group_of(mesh: DeviceMesh, dims: Sequence[int]) -> ProcessGroup | None:
     """The ranks that differ from this one in some dimensions of a mesh: the group of one dimension,
-    or that of all ranks of the job if they are all.
+    or a group of just these ranks that the job has, as that of all.
 
-    None for others. A new group would need all ranks of the job at once, or, with
+    None where there is none. A new one would need all ranks of the job at once, or, with
     ``use_local_synchronization``, ranks that have been in equally many groups before (torch 2.13
     names it after that number, and hangs).
     """
     if len(dims) == 1:
         return mesh.get_group(dims[0])
-    if math.prod(map(mesh.size, dims)) < torch.distributed.get_world_size():
-        return None
-    able = f"{mesh.device_type}:" in torch.distributed.get_backend_config()
-    return torch.distributed.group.WORLD if able else None
+    here = mesh.get_coordinate()
+    assert here is not None
+    ranks = _line(mesh, tuple(-1 if i in dims else place for i, place in enumerate(here)))
+    return _group_among(tuple(sorted(ranks)), mesh.device_type, torch.distributed.group.WORLD)
+
+
+@functools.lru_cache(64)
+def _group_among(ranks: tuple[int, ...], device: str, job: ProcessGroup) -> ProcessGroup | None:
+    """A group of these ranks that works on a kind of device, the first that was made.
+
+    Cached: one that is made when state exists already comes too late.
+    """
+    from torch.distributed.distributed_c10d import _world
+
+    for group, places in _world.pg_group_ranks.items():
+        if tuple(sorted(places)) == ranks and (
+                f"{device}:" in torch.distributed.get_backend_config(group)):
+            return group
+    return None
 
 
 def in_rows(p: Tensor) -> Tensor:
@@ -392,7 +407,9 @@ def in_rows(p: Tensor) -> Tensor:
     if held(p):
         return local(p)
     with torch.no_grad():
-        return local(_dtensor(p).redistribute(placements=_by_rows(_dtensor(p)))).contiguous()
+        x = local(_dtensor(p).redistribute(placements=_by_rows(_dtensor(p)))).contiguous()
+    # gloo gathers and cuts, which leaves a view of all
+    return x if x.untyped_storage().nbytes() <= x.nbytes else x.clone()
 
 
 def put_rows(p: Tensor, x: Tensor) -> None:

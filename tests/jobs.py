@@ -87,14 +87,12 @@ def trained(mesh: DeviceMesh | None, name: str, steps: int = 20, dtype: torch.dt
             ) -> dict[str, Any]:
     """Weights and state after some steps with the same gradients on any number of ranks.
 
-    With ``still`` the last matrix of each stack has none; with ``others`` there seem to be more
-    ranks than those of the mesh.
+    With ``still`` the last matrix of each stack has none; with ``others`` the ranks have no group
+    of their own, as if there were more of them.
     """
     if others:
         with pytest.MonkeyPatch.context() as patch:
-            everyone = torch.distributed.get_world_size
-            patch.setattr(torch.distributed, "get_world_size", lambda group=None: (
-                everyone(group) + (group is None)))
+            patch.setattr(sharding, "_group_among", lambda *_: None)
             return trained(mesh, name, steps, dtype, shapes, places, spread, small, still, **more)
     if mesh is not None:
         quantize_small(spread)
@@ -466,6 +464,27 @@ def tensor_parallel(mesh: DeviceMesh | None, name: str, way: str = "step", limit
     with handle:  # ends here, and its buffers
         pass
     return outcome(optimizer, list(model.parameters())) | {"norms": norms}
+
+
+def eight(rank: int, names: list[str], places: list[Placement], shapes: Any
+          ) -> list[list[dict[str, Any]]]:
+    """Weights that a square of four of eight ranks shares, the other four being replicas.
+
+    For each name what :func:`trained` gives, of ranks without a group of their own, then of others
+    that made one, and what was gathered in the last of two steps.
+    """
+    near = DeviceMesh("cpu", torch.arange(8).view(2, 2, 2))
+    far = DeviceMesh("cpu", torch.arange(8).view(2, 2, 2).permute(2, 0, 1))
+    torch.distributed.new_subgroups_by_enumeration(far.mesh.flatten(1).tolist())  # as the docs say
+    found = []
+    for name in names:
+        outs: list[dict[str, Any]] = []
+        for mesh in (near, far):
+            out = trained(mesh, name, 5, shapes=shapes, places=[Replicate(), *places])
+            gathers, _ = exchanged(mesh, name, (11, 8), 2, [Replicate(), *places])[-1]
+            outs.append({"weights": out["weights"], "state": out["state"], "gathers": sum(gathers)})
+        found.append(outs)
+    return found
 
 
 def fsdp1(mesh: DeviceMesh, cls: type, views: bool) -> dict[str, Any]:

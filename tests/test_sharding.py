@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lissom.bench.ranks import on_ranks
 from lissom.kernels import _triton
 from lissom.optim import AdamW, GradNormLoRPAdamW, SwitchLoRAAdamW, Trion
 from torch.distributed.tensor import Replicate, Shard
@@ -250,6 +251,21 @@ def test_ranks_without_a_group_of_their_own_gather(pool, name, places):
     given = {"name": name, "shapes": [(10, 6), (6, 10), (1, 5)], "steps": 5}
     outs = pool.run(jobs.trained, (2, 2), **given, places=places, others=True)
     assert_close(jobs.trained(None, **given), outs, True)
+
+
+@pytest.mark.parametrize("places", [CUTS[0], pytest.param(CUTS[4], marks=pytest.mark.slow)],
+                         ids=str)
+def test_ranks_of_a_larger_mesh_work_by_rows_once_they_have_a_group(places):
+    """As of a mesh of three dimensions, the first of which has replicas."""
+    shapes, names = [(10, 6), (6, 10), (1, 5)], ["adamw", "galoreadamw", "muon"]
+    ranks = on_ranks(8, jobs.eight, names, places, shapes)
+    for name, *outs in zip(names, *ranks, strict=True):
+        one = jobs.trained(None, name, 5, shapes=shapes)
+        without, with_ = zip(*outs, strict=True)
+        assert_close(one, list(without), True)
+        assert_close(one, list(with_), exact(name))
+        assert min(out["gathers"] for out in without) >= 11 * 8
+        assert max(out["gathers"] for out in with_) <= 8 * 3 * (name == "galoreadamw")
 
 
 STACKS = [case.name for case in CLASSES if case.option("matricize")]
