@@ -520,7 +520,8 @@ def project_in_backward(
         accumulation: micro-batches whose gradients are summed before a step, >= 1. Default 1.
             A step may come earlier, not later.
         max_grad_norm: clip to this joint norm in each step, > 0; see
-            :meth:`ProjectInBackward.clip_grad_norm_`. Default None: not clipped.
+            :meth:`ProjectInBackward.clip_grad_norm_`, which scales in place what is left in
+            ``p.grad``, as torch's function does. Default None: not clipped.
         exact_norm: clip by the norm of the full gradients, which is kept as the hooks see them;
             for one micro-batch. Default False: by the norm of what is left of them.
         grad_scaler: the ``torch.amp.GradScaler`` that takes the steps; with it, call

@@ -560,8 +560,9 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         ``group["metrics"] = step % 100 == 0``. A parameter that a step did not move, or whose
         group did not ask, keeps the numbers of the last one that did. Measuring takes a copy of
         one parameter at a time (of a few, where matrices are worked on in batches) and two passes
-        over it. All are tensors on the device of their parameters; nothing waits for it until one
-        is read, with ``float(m["energy"].nanmean())``, say.
+        over it. All are tensors on the device of the group's parameters, of the first where they
+        are on several; nothing waits for it until one is read, with
+        ``float(m["energy"].nanmean())``, say.
 
         Returns:
             By name, a vector with an entry for each parameter of the group, NaN where it has

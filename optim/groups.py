@@ -35,12 +35,13 @@ def _has_matrix(module: nn.Module, short: str) -> bool:
                                   or f"{kind.__module__}.{kind.__qualname__}" in _LINEAR_NAMES)
 
 
-def _rank_of(rank: int | float | None, p: Tensor, name: str) -> int | None:
-    """The rank of one matrix; a fraction is of its shorter side, at least 1."""
+def _rank_of(rank: int | float | None, p: Tensor, name: str, stack: bool) -> int | None:
+    """The rank of a matrix, or of each of a stack; a fraction is of a shorter side, at least 1."""
     checked: int | float | None = _RANK.check("rank", rank, f"param_groups, {name!r}")
     if not isinstance(checked, float):
         return checked
-    return max(1, round(checked * min(p.shape[0], p[0].numel())))
+    side = min(p.shape[-2:] if stack else (p.shape[:1].numel(), p.shape[1:].numel()))
+    return max(1, round(checked * side))
 
 
 def param_groups(
@@ -134,7 +135,8 @@ def param_groups(
                         chosen |= {"rank": rank, **options}
                         del chosen["algorithm"]
                     chosen |= own
-            chosen["rank"] = _rank_of(chosen["rank"], p, name)
+            stack = chosen.get("matricize") == "batch" and p.ndim > 2
+            chosen["rank"] = _rank_of(chosen["rank"], p, name, stack)
             key = tuple(sorted((k, repr(v)) for k, v in chosen.items()))
             groups.setdefault(key, {"params": [], **chosen})["params"].append((name, p))
     if not groups:

@@ -238,7 +238,10 @@ def _followed(optimizer: MatrixOptimizer, p: Tensor, state: dict[str, Tensor],
     """The state of a parameter that may have changed under it."""
     check_masters(o, [p], repr(name))
     slots = stored_slots(optimizer, p, o)
-    if "master" in state and p.dtype != torch.bfloat16:  # p now holds all bits itself
+    if "master" in state and p.dtype != torch.bfloat16:
+        warnings.warn(f"{type(optimizer).__name__}: {name!r} is in {p.dtype} now, but more bits of "
+                      "its bf16 values were in the state (master_bits), and are dropped; before "
+                      "such a change, full_precision(p) gives all of them", stacklevel=4)
         state = {k: x for k, x in state.items() if k not in weights.MASTERS}
     if state.keys() == slots.keys() and all(
             (*state[k].shape, state[k].dtype, state[k].device) == (*x.shape, x.dtype, x.device)

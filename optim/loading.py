@@ -114,6 +114,10 @@ def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[
     if ours and isinstance(rule, str) and rule not in ("adamw", optimizer.algorithm):
         raise ValueError(f"{at}: saved with algorithm={rule!r}, but {type(optimizer).__name__} "
                          f"has {optimizer.algorithm!r} ({REMEDY})")
+    if not ours and options.get("decoupled_weight_decay") is False and options.get("weight_decay"):
+        raise ValueError(f"{at}: saved with decoupled_weight_decay=False and weight_decay="
+                         f"{options['weight_decay']}, but it must be True, or no decay: decay is "
+                         f"decoupled here ({REMEDY})")
     if not ours and "nonfinite" in options:
         raise ValueError(f"{at}: has options of lissom's but no format")
     return checked_group(optimizer, {**mine, **options, "params": mine["params"]}, at,

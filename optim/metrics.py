@@ -131,4 +131,5 @@ def _column(values: Iterable[Tensor | None]) -> Tensor | None:
         return None
     like = there[0]
     nan = torch.full_like(like, torch.nan)
-    return torch.stack([nan if x is None else x.to(like, non_blocking=True) for x in listed])
+    ahead = like.device.type != "cpu"  # the host reads a stack there at once
+    return torch.stack([nan if x is None else x.to(like, non_blocking=ahead) for x in listed])

@@ -69,7 +69,8 @@ class Muon(MatrixOptimizer):
             ``"spectral_unclamped"``, sqrt(m / n); ``"unscaled"`` 1.
         polar: the oracle: ``"newton-schulz"`` (default), ``"polar-express"``, ``"qdwh"``,
             ``"zolo-pd"``, ``"svd"``; see :func:`lissom.optim.polar.polar`.
-        polar_steps: of any oracle. Default None: ``ns_steps``, or to convergence.
+        polar_steps: of any iteration; ``"svd"`` is none. Default None: ``ns_steps``, or to
+            convergence.
         polar_dtype: of the products of the first two: ``"bfloat16"`` (default), ``"float16"``,
             ``"float32"``.
         lower_bound: see :func:`lissom.optim.polar.polar`. Default None: estimated.

@@ -96,6 +96,7 @@ class Plan:
 def plan_of(optimizer: MatrixOptimizer) -> Plan:
     """See :meth:`lissom.optim.base.MatrixOptimizer.plan`."""
     rows = []
+    listed: set[int] = set()
     for name, p, o in optimizer._named():
         reason = optimizer.why_adamw(p, o)
         rule, rank, side = "adamw", None, ""
@@ -106,5 +107,8 @@ def plan_of(optimizer: MatrixOptimizer) -> Plan:
         if not held:
             reason = f"{reason}; frozen: no state"
         size = sum(x.nbytes for x in optimizer.stored_slots(p, o).values()) if held else 0
+        if id(p) in listed:  # torch allows it, and updates it twice
+            size, reason = 0, f"{reason}; listed before, with its state"
+        listed.add(id(p))
         rows.append(Row(name, tuple(p.shape), rule, rank, side, size, reason))
     return Plan(tuple(rows))

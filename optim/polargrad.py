@@ -58,8 +58,8 @@ class PolarGrad(MatrixOptimizer):
         polar: the oracle: ``"qdwh"`` (default), ``"zolo-pd"``, ``"svd"``, ``"polar-express"``,
             ``"newton-schulz"``; see :func:`lissom.optim.polar.polar`. On matrices without full rank
             they differ: the rational ones bring directions of rounding noise to 1.
-        polar_steps: of the oracle. Default None: to convergence. The released default is
-            ``polar="qdwh", polar_steps=2, lower_bound="eps"``, which does not converge.
+        polar_steps: of the iteration; ``"svd"`` is none. Default None: to convergence. The released
+            default is ``polar="qdwh", polar_steps=2, lower_bound="eps"``, which does not converge.
         polar_dtype: of the products of the polynomial ones: ``"bfloat16"`` (default),
             ``"float16"``, ``"float32"``. ``"qdwh"`` is fp32 for 16-bit weights, ``"zolo-pd"``
             float64.

@@ -135,7 +135,11 @@ def report(optimizer: MatrixOptimizer) -> Report:
     alike: dict[tuple[object, ...], list[int]] = {}
     first: dict[tuple[object, ...], Line] = {}
     frozen = 0
+    seen: set[int] = set()
     for row, (_, p, _) in zip(optimizer.plan(), optimizer._named(), strict=True):
+        if id(p) in seen:  # a parameter that is listed twice is one
+            continue
+        seen.add(id(p))
         key = (row.rule, row.rank, row.side, row.shape, p.dtype)
         first.setdefault(key, Line(row.rule, row.rank, row.side, row.shape, 0, 0, 0, 0))
         sums = alike.setdefault(key, [0, 0, 0, 0])

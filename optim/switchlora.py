@@ -22,7 +22,7 @@ from .dense import adam_slots, averages, representable
 from .keys import key_of
 from .options import Option, choice, integer, optional, real
 from .pairs import bounds, check_base, check_factors, roles
-from .weights import write_weight
+from .weights import MASTERS, write_weight
 
 __all__ = ["SwitchLoRAAdamW"]
 
@@ -238,6 +238,8 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         all_a, all_b = sharding.whole(a), sharding.whole(b)
         out_a = _exchanged(all_a, sa, i, to_a)
         out_b = _exchanged(all_b.mT, sb, j, to_b)
+        _clear_masters(sa, i, 0)
+        _clear_masters(sb, j, 1)
         # W <- W + s (B_I (A_I - A'_I) + (B_J - B'_J) A_J); I and J have nothing in common
         wide = torch.promote_types(base.dtype, torch.float32)
         left = torch.cat([all_b[:, _sent(i, b.device)].to(wide), out_b.mT.to(wide)], 1)
@@ -245,8 +247,9 @@ class SwitchLoRAAdamW(MatrixOptimizer):
         rows = sharding.rows_of(base)
         gather = sharding.whole if rows is None else sharding.in_rows
         w, first = gather(base), 0 if rows is None else rows.start
-        _add(w, left[first:first + len(w)], right, {"key": sb["key"] ^ _BASE}, o,
-             int(sb["step"]) + 1, first * base.shape[1])
+        # The base has no state in which the bits that are cut off could be kept.
+        _add(w, left[first:first + len(w)], right, {"key": sb["key"] ^ _BASE},
+             {**o, "master_bits": None}, int(sb["step"]) + 1, first * base.shape[1])
         for p, value in ((a, all_a), (b, all_b), *(((base, w),) if rows is None else ())):
             if sharding.is_sharded(p):
                 sharding.keep(p, value)
@@ -358,6 +361,16 @@ def _exchanged(vectors: Tensor, s: Mapping[str, Tensor], order: Tensor, places: 
     vectors[rows] = new
     s["active"][order] = places.int()
     return codec.wide(old) - codec.wide(new)
+
+
+def _clear_masters(s: Mapping[str, Tensor], order: Tensor, dim: int) -> None:
+    """Vectors that were candidates have no bits but their own."""
+    for name in MASTERS:
+        if name in s and len(order):
+            bits = sharding.whole(s[name])
+            bits.index_fill_(dim, _sent(order, bits.device), 0)
+            if bits is not s[name]:
+                sharding.keep(s[name], bits)
 
 
 def _add(p: Tensor, left: Tensor, right: Tensor, kept: Mapping[str, Tensor], o: Mapping[str, Any],

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from lissom.bench.livebytes import LiveBytes
 from lissom.optim import (
     AdamW,
+    SwitchLoRAAdamW,
     adapter_groups,
     batches,
     codec,
@@ -388,6 +389,25 @@ def adapted(mesh: DeviceMesh | None, cls: type, engine: str = "fsdp", steps: int
     rank, ranks = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
     take(wrapped, optimizer, range(steps), rank, ranks)
     return {name: plain(p) for name, p in model.named_parameters()}
+
+
+def switched_bits(mesh: DeviceMesh | None) -> dict[str, Tensor]:
+    """Masters and weights of bf16 pairs that switches alone move, all in full by name."""
+    model = lora(network(torch.bfloat16), rank=4, target="[02]")
+    if mesh is not None:
+        fully_shard(model, mesh=mesh)
+    optimizer = SwitchLoRAAdamW(adapter_groups(model), lr=0.0, weight_decay=0.0, interval=8,
+                                freeze_steps=1, decay_steps=1000, master_bits=16)
+    for state in optimizer.state.values():
+        for x in state.values():
+            if x.dtype in (torch.int8, torch.uint8):
+                sharding.local(x).fill_(3)
+    rank, ranks = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
+    take(model, optimizer, range(4), rank, ranks, autocast=True)
+    found = {name: plain(p) for name, p in model.named_parameters()}
+    for name, p, _ in optimizer._named():
+        found |= {f"{name}.{k}": plain(x) for k, x in optimizer.state[p].items() if "master" in k}
+    return found
 
 
 def ddp(mesh: DeviceMesh, name: str, steps: int = 8, projected: bool = False, micro: int = 1,

@@ -477,9 +477,27 @@ def test_a_weight_that_lacks_nothing_any_more_has_no_missing_bits(dtype):
     optimizer = AdamW([p], master_bits=16)
     run(optimizer, [p], range(2))
     p.data, p.grad = p.data.to(dtype), None
-    run(optimizer, [p], range(2, 3))
+    with pytest.warns(UserWarning, match=r"0.* is in .* now.*are dropped"):
+        run(optimizer, [p], range(2, 3))
     assert set(optimizer.state[p]) == {"step", "index", "key", "exp_avg", "exp_avg_sq"}
     assert int(optimizer.state[p]["step"]) == 3
+
+
+def test_a_state_of_torchs_adam_with_decay_is_refused():
+    """Its decay is part of the gradient; without decay it is AdamW."""
+    for decay in (0.0, 0.1):
+        (p,) = parameters([(8, 6)])
+        other = torch.optim.Adam([p], weight_decay=decay)
+        run(other, [p], range(2))
+        optimizer = AdamW([p])
+        before = snapshot(optimizer)
+        if decay:
+            with pytest.raises(ValueError, match="decoupled_weight_decay=False and weight_decay=0"):
+                optimizer.load_state_dict(other.state_dict())
+            assert_same(before, snapshot(optimizer))
+        else:
+            optimizer.load_state_dict(other.state_dict())
+            assert torch.equal(optimizer.state[p]["exp_avg"], other.state[p]["exp_avg"])
 
 
 def test_a_number_in_two_groups_is_refused():

@@ -13,6 +13,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from lissom.optim import report
 
 from .cases import CASES, CONTRACT, SHAPES, WRITING
 from .helpers import assert_same, feed, moments, named, run, snapshot, through_disk, trained
@@ -315,6 +316,9 @@ def test_a_parameter_that_is_twice_in_a_group_is_saved_and_loaded(case):
     saved = through_disk(one.state_dict())
     other.load_state_dict(saved)
     assert_same(snapshot(one)["state"], snapshot(other)["state"])
+    kept = sum(x.nbytes for s in one.state.values() for x in s.values())
+    assert one.plan().state_bytes == report(one).state_bytes == kept
+    assert report(one).elements == 24
     two = case.parameters([(6, 4), (6, 4)])
     with pytest.raises(ValueError, match="saved twice"):
         case(two).load_state_dict(saved)
@@ -445,7 +449,8 @@ def test_master_bits_start_where_there_were_none(case):
     run(optimizer, ps, range(2, 4))
     for p in ps:
         p.data, p.grad = p.data.float(), None
-    run(optimizer, ps, range(4, 5))
+    with pytest.warns(UserWarning, match=r"in torch.float32 now.*are dropped"):
+        run(optimizer, ps, range(4, 5))
     assert "master" not in optimizer.state[ps[0]]
 
 

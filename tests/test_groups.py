@@ -272,6 +272,20 @@ def test_a_fraction_is_at_least_one_and_the_last_pattern_wins():
     assert (found["0.weight"].rank, found["1.weight"].rank) == (1, 2)
 
 
+def test_a_fraction_of_a_stack_is_of_each_matrix():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.zeros(8, 64, 32))
+            self.scale = nn.Parameter(torch.zeros(()))
+
+    for matricize, rank in (("batch", 8), ("flatten", 2)):
+        groups = param_groups(Experts(), overrides={"up": {"matricize": matricize, "rank": 0.25},
+                                                    "scale": {"rank": 0.25}})
+        assert {name: g["rank"] for g in groups for name, _ in g["params"]} == {
+            "up": rank, "scale": 1}
+
+
 def test_names_are_those_of_the_model_without_wrappers():
     """As torch.distributed.checkpoint has them: a checkpoint needs no wrappers to be loaded."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))

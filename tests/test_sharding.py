@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 from typing import Any
 
@@ -429,6 +430,20 @@ def test_pairs_in_a_real_model_train_as_in_one_process(pool, cls, engine):
     assert ("0.weight" in moved) == (cls is SwitchLoRAAdamW)
     assert {"0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B", "4.weight"} <= moved
     assert ("2.magnitude" in moved) == (cls is GradNormLoRPAdamW)
+
+
+def test_vectors_that_are_switched_have_no_bits_of_those_before(pool):
+    """A candidate is bf16, and has nothing below."""
+    one = jobs.switched_bits(None)
+    for dim, factor in enumerate("AB"):
+        values = set()
+        for layer, name in itertools.product("02", ("master", "master_low")):
+            vectors = one[f"{layer}.lora_{factor}.{name}"].unbind(dim)
+            assert all(len(set(x.tolist())) == 1 for x in vectors)
+            values |= {int(x[0]) for x in vectors}
+        assert values == {0, 3}
+    for out in pool.run(jobs.switched_bits, 3):
+        assert_same(one, out)
 
 
 @pytest.mark.parametrize(("name", "more"), [

@@ -46,6 +46,22 @@ def test_a_switch_keeps_the_function(dtype, factors, bound, where):
     assert switched >= 8
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_masters_of_the_factors_do_not_round_the_base_otherwise(bits):
+    """It has none, so what a switch adds to it is rounded at random."""
+    found = []
+    layer = nn.Linear(40, 64, dtype=torch.bfloat16)
+    for kept in (None, bits):
+        model = lora(nn.Sequential(copy.deepcopy(layer)), 8)
+        optimizer = SwitchLoRAAdamW(adapter_groups(model), lr=0.0, interval=8, freeze_steps=1,
+                                    seed=1, master_bits=kept)
+        for _ in range(4):
+            model(tensors([(5, 40)])[0].bfloat16()).sum().backward()
+            optimizer.step()
+        found.append(model[0].weight.detach().clone())
+    assert torch.equal(*found)
+
+
 def change_ranks(cls, **options):
     """Numerical rank of the change of each weight after training."""
     model = net(rank=None)
