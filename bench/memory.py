@@ -3,7 +3,8 @@
 Model and real optimizer are built on the meta device, so that no memory is needed, and what they
 would keep is added up. Weights, gradients and state follow the accounting of the GaLore tables:
 bfloat16 (2 bytes), 1 GB = 1e9 bytes; those tables leave gradients and activations out of their
-totals. ``--measure`` takes real steps instead.
+totals. ``--state-bits 32`` counts the state that the classes have by default. ``--measure`` takes
+real steps instead.
 
     python -m lissom.bench.memory --model llama-7b --state-bits 8
     python -m lissom.bench.memory --model llama-7b --budget 24GiB
@@ -230,7 +231,8 @@ def _estimated(source: Source, args: argparse.Namespace, chosen: Sequence[str],
                             in_backward=args.in_backward or "none", **own):
             rows.append({**about, "rank": rank, **row, "options": _own(name, own)})
     if args.json != "-":
-        print(f"{source.name}, {args.dtype} weights, rank {rank}"
+        bits = options.get("state_bits", "16 as in the papers (the classes' default is 32)")
+        print(f"{source.name}, {args.dtype} weights, rank {rank}, state_bits {bits}"
               + (f"; activations of {args.batch} x {args.length} tokens"
                  if any(row["activations"] for row in rows) else ""))
         if len(rows) == 1:

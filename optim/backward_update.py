@@ -127,7 +127,7 @@ class UpdateInBackward(InBackward):
         if work and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.name}: step() found gradients that no backward pass had put there, of "
+                f"{self.name}: step() found gradients that no hook has seen, of "
                 f"{', '.join(repr(w.name) for w in work[:3])}; it applies them as always",
                 stacklevel=5)
 

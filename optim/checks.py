@@ -72,6 +72,9 @@ def check_parameter(p: Any, name: str, where: str) -> None:
     if not (p.is_leaf or p.retains_grad):
         raise ValueError(f"{where}: {name} is computed from other tensors, but it must be a leaf "
                          "of the graph, as parameters of modules are")
+    if p.is_inference():
+        raise TypeError(f"{where}: {name} was made in inference mode, but it must be an ordinary "
+                        "tensor, which may be written to: make the model outside of it")
     if p.layout != torch.strided:
         raise TypeError(f"{where}: {name} has layout {p.layout}, but it must be dense")
     if p.numel() and any(step == 0 and size > 1

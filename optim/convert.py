@@ -148,6 +148,10 @@ def _matched(saved: Mapping[str, Any], optimizer: MatrixOptimizer, names: Sequen
     known = [plain_name(name) for group in saved["param_groups"]
              for name in group.get("param_names") or ()]
     if names is not None:
+        names = [*names]
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise TypeError(f"{where}: names has {type(wrong[0]).__name__} {str(wrong[0])[:40]!r}, "
+                            "but it must be a list of strings")
         known = [plain_name(name) for name in names]
         if len(known) != len(entries):
             raise ValueError(f"{where}: names has {len(known)} entries, but {len(entries)} "

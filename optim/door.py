@@ -44,17 +44,21 @@ def constructor_options(cls: type[Method], given: Mapping[str, Any]
     """
     table, where = cls.table(), f"{cls.__name__}()"
     _refuse_torch_only(given, where)
-    dense = {k: v for k, v in given.items() if k in ADAMW_PART}
-    known = {k: v for k, v in given.items() if k not in TORCH_ONLY and k not in dense}
+    dense = {k: v for k, v in given.items() if k in ADAMW_PART and v is not None}
+    if dense and cls.algorithm == "adamw":
+        name, value = next(iter(dense.items()))
+        raise TypeError(f"{where}: {name}={value!r}, but {cls.__name__} has no such option: all "
+                        f"parameters get {ADAMW_PART[name]}, or that of their own group")
+    known = {k: v for k, v in given.items() if k not in {*TORCH_ONLY, *ADAMW_PART}}
     for name in known:
         if name not in table or name in BOOKKEEPING:
             # a TypeError, as Python's for an argument that there is not
-            raise TypeError(unknown(name, known[name], {*table, *ADAMW_PART} - BOOKKEEPING.keys(),
+            parts = ADAMW_PART if cls.algorithm != "adamw" else ()
+            raise TypeError(unknown(name, known[name], {*table, *parts} - BOOKKEEPING.keys(),
                                     where))
     defaults = {name: option.default for name, option in table.items()}
     return defaults | checked(known, table, where), {
-        ADAMW_PART[k]: table[ADAMW_PART[k]].check(k, v, where)
-        for k, v in dense.items() if v is not None}
+        ADAMW_PART[k]: table[ADAMW_PART[k]].check(k, v, where) for k, v in dense.items()}
 
 
 def checked_group(optimizer: MatrixOptimizer, group: Mapping[str, Any], where: str, *,

@@ -96,7 +96,7 @@ class Layouts:
         """Whether p has state, or will have once that is made."""
         if self.made:
             return bool(optimizer._held.get(p))
-        return _trained(p) or optimizer._first.get(id(p)) is p
+        return _trained(p) or id(p) in optimizer._first
 
     def stale(self, p: Tensor, o: Mapping[str, Any]) -> bool:
         """Whether p or its options have changed since :meth:`sync`."""
@@ -149,7 +149,7 @@ class Layouts:
         if count >= self.size:
             self._drop([p for p in states if p not in present], states, optimizer)
         # Parameters that were trained from the start are numbered first, whenever state is made.
-        missing.sort(key=lambda entry: optimizer._first.get(id(entry[1])) is not entry[1])
+        missing.sort(key=lambda entry: id(entry[1]) not in optimizer._first)
         for name, p, group, form in missing:
             if not states.get(p):
                 states[p] = self._created(optimizer, p, group, name)

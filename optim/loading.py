@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import sharding
-from .common import BOOKKEEPING, COMMON, LAYOUT
+from .common import BOOKKEEPING, FOREIGN, OF_SOME
 from .door import checked_group
 from .keys import names_of, plain_name
+from .method import Method
 from .weights import MASTERS
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def checked_load(optimizer: MatrixOptimizer, state_dict: Mapping[str, Any]
                 hint = "" if state_dict["state"] else (
                     ", as that of all is: torch.distributed.checkpoint reads what state_dict() "
                     "has before, so read optimizer.state first, which makes it")
-                raise ValueError(f"{at}, {name!r}: its state is missing{hint} ({REMEDY})")
+                raise ValueError(f"{at}, {name!r}: its state is missing{hint} ({REMEDY}; a "
+                                 "parameter that was frozen then is to be unfrozen after loading)")
     return groups, states
 
 
@@ -120,8 +122,21 @@ def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[
                          f"decoupled here ({REMEDY})")
     if not ours and "nonfinite" in options:
         raise ValueError(f"{at}: has options of lissom's but no format")
+    strange = options.keys() - optimizer.table().keys() - mine.keys() - {*FOREIGN, *OF_SOME} if (
+        ours) else set()
+    of_others = strange & set().union(*(cls.table().keys() | cls.spellings.keys()
+                                        for cls in _classes(Method)))
+    if of_others:
+        name = min(of_others)
+        raise ValueError(f"{at}: saved with {name}={options[name]!r}, which is no option of "
+                         f"{type(optimizer).__name__}, but of another class ({REMEDY})")
     return checked_group(optimizer, {**mine, **options, "params": mine["params"]}, at,
-                         entering=False, foreign=mine)
+                         entering=False, foreign={*mine, *strange})
+
+
+def _classes(cls: type[Method]) -> list[type[Method]]:
+    """The class and all that are derived from it."""
+    return [cls, *(x for child in cls.__subclasses__() for x in _classes(child))]
 
 
 def _numbered(entry: Mapping[str, Any], optimizer: MatrixOptimizer, p: Tensor, ours: bool
@@ -214,9 +229,9 @@ def overruled(optimizer: MatrixOptimizer, groups: list[dict[str, Any]]) -> str:
     Returns:
         ``"rank=4 (group 0: 8)"`` and so on, the saved values first; empty where there are none.
     """
-    # Options that say what the state holds or how it is found; not rates.
-    structural = [k for k, x in optimizer.table().items() if not x.number and k not in BOOKKEEPING
-                  and (k not in COMMON or k in LAYOUT)]
+    # Not numbers, which schedules change, nor what is switched on and off in a run.
+    structural = [k for k, x in optimizer.table().items() if not x.number
+                  and k not in {*BOOKKEEPING, "metrics", "capturable"}]
     found: dict[str, None] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         for name in structural:

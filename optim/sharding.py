@@ -387,15 +387,19 @@ def _group_of(mesh: DeviceMesh, dims: Sequence[int]) -> ProcessGroup | None:
 
 @functools.lru_cache(64)
 def _group_among(ranks: tuple[int, ...], device: str, job: ProcessGroup) -> ProcessGroup | None:
-    """A group of these ranks that works on a kind of device, the first that was made.
+    """A group of these ranks, the first that was made with the job's backend for a kind of device:
+    torchtitan makes others, of a backend that sends nothing.
 
     Cached: one that is made when state exists already comes too late.
     """
     from torch.distributed.distributed_c10d import _world
 
+    def backend(group: ProcessGroup) -> list[str]:
+        kinds = torch.distributed.get_backend_config(group).split(",")
+        return [x for x in kinds if x.startswith(f"{device}:")]
+
     for group, places in _world.pg_group_ranks.items():
-        if tuple(sorted(places)) == ranks and (
-                f"{device}:" in torch.distributed.get_backend_config(group)):
+        if tuple(sorted(places)) == ranks and backend(group) == backend(job) != []:
             return group
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
+import re
 import weakref
 
 import pytest
@@ -498,6 +499,19 @@ def test_a_state_of_torchs_adam_with_decay_is_refused():
         else:
             optimizer.load_state_dict(other.state_dict())
             assert torch.equal(optimizer.state[p]["exp_avg"], other.state[p]["exp_avg"])
+
+
+def test_adamw_has_no_part_of_another_rate():
+    """It would be the rate of everything."""
+    for cls, name, value in ((AdamW, "lr_adamw", 1e-2), (AdamW8bit, "betas_adamw", (0.8, 0.9)),
+                             (AdamW, "weight_decay_adamw", 0.0)):
+        with pytest.raises(TypeError, match=rf"{name}={re.escape(repr(value))}, but {cls.__name__}"
+                                            " has no such option"):
+            cls(parameters([(4, 2)]), **{name: value})
+        cls(parameters([(4, 2)]), **{name: None})
+    with pytest.raises(TypeError) as error:
+        AdamW(parameters([(4, 2)]), momentum=0.9)
+    assert "lr_adamw" not in str(error.value)
 
 
 def test_a_number_in_two_groups_is_refused():

@@ -45,6 +45,15 @@ def test_bad_options_are_refused(case, door):
             assert_same(before, snapshot(optimizer))
 
 
+def test_parameters_of_inference_mode_are_refused_by_name(case):
+    with torch.inference_mode():
+        ps = case.parameters([(6, 4)])
+    if case.roles:
+        pytest.skip("its groups are of three")
+    with pytest.raises(TypeError, match=r"p0 was made in inference mode, but it must be"):
+        case(named(ps))
+
+
 def test_misspelt_options_name_the_nearest(case):
     ps = case.parameters([(6, 4)])
     for name in case.make.table():

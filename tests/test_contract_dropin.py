@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import typing
 from collections import UserList
@@ -253,6 +254,26 @@ def test_numbers_do_not_depend_on_when_the_state_is_read(case):
             optimizer.add_param_group(group)
         numbers.append([int(optimizer.state[p]["index"]) for p in trained([*ps, *new])])
     assert numbers[0] == numbers[1]
+
+
+def test_a_module_is_converted_by_exchanging_tensors(case):
+    """As torch converts those of FSDP2, and all where it is told so: no weak references to any."""
+    model = torch.nn.ParameterList(case.parameters([(6, 4), (5,)]))
+    ps = [*model]
+    optimizer = case(ps, lr=1e-2)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+        run(optimizer, ps, range(1))
+        gc.collect()
+        for p in ps:
+            p.grad = None
+        model.to(torch.float32)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(p is q and p.dtype == torch.float32 for p, q in zip(ps, model, strict=True))
+    run(optimizer, ps, range(1, 2))
+    assert all(int(optimizer.state[p]["step"]) == 2 for p in trained(ps))
 
 
 def test_parameters_without_gradient_frozen_and_late(case):
