@@ -108,8 +108,9 @@ def _measured(rank: int, cut: str, name: str, shape: tuple[int, int, int], r: in
               ) -> dict[str, Any]:
     """One rank: both ways in turn. The first and the third step have their bytes counted."""
     entry = names.OPTIMIZERS[name]
-    more: dict[str, Any] = {"rank": r} if "rank" in entry.make.table() else {}
-    if "experts" in cut:
+    table = entry.make.table()
+    more: dict[str, Any] = {"rank": r} if "rank" in table else {}
+    if "experts" in cut and "matricize" in table:
         more["matricize"] = "batch"
     make: Callable[..., MatrixOptimizer] = entry.make
     out: dict[str, Any] = {}
