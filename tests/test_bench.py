@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lissom.bench import flips, memory, names, polargrad, projections, reparam, step, text, train
+from lissom.bench import (
+    flips,
+    memory,
+    names,
+    polargrad,
+    projections,
+    reparam,
+    shards,
+    step,
+    text,
+    train,
+)
 from lissom.bench.llama import Llama
 from lissom.bench.shapes import LLAMA, PAPER_RANK, Shape
 from torch import nn
@@ -324,6 +335,22 @@ def test_flipped_roundings_are_counted(tmp_path, capsys):
         assert row["flipped"] <= 1e-4 * row["elements"]
         assert row["beyond_one"] <= row["flipped"]
         assert f"{row['flipped']} of {row['elements']} roundings" in out
+
+
+@pytest.mark.slow
+def test_steps_by_rows_and_gathered_are_compared(tmp_path, capsys):
+    file = tmp_path / "shards.json"
+    assert shards.main(["--optimizers", "adamw,galore", "--cuts", "fsdp2 over row-wise tp",
+                        "--shape", "2", "32", "24", "--rank", "4", "--steps", "5",
+                        "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [(row["optimizer"], row["shards"]) for row in rows] == [
+        (name, way) for name in ("adamw", "galore") for way in ("rows", "whole")]
+    for ours, gathered in zip(rows[::2], rows[1::2], strict=True):
+        assert 0 < ours["temporaries_share"] < gathered["temporaries_share"]
+        assert ours["weights_apart"] <= 1e-6
+    assert rows[0]["state_share"] == pytest.approx(2 / 4, rel=0.05)  # two moments, on four ranks
+    assert capsys.readouterr().out.count("temporaries") == 4
 
 
 def test_units_apart():

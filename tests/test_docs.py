@@ -543,6 +543,19 @@ def lines_of_communication() -> Iterator[str]:
     assert not any(rows["update_in_backward", size, 3]["weights_off"] for size in (256, 32000))
 
 
+def lines_of_shards() -> Iterator[str]:
+    rows = {(row["cut"], row["optimizer"], row["shards"]): row for row in rows_of("shards-cpu")}
+    assert max(row["weights_apart"] for row in rows.values()) <= 1e-7
+    for cut in dict.fromkeys(cut for cut, _, _ in rows):
+        cells = []
+        for name in ("adamw", "galore", "dct-adamw", "fira", "muon"):
+            ours, gathered = (rows[cut, name, way] for way in ("rows", "whole"))
+            shares = [f"{100 * row['temporaries_share']:.0f}" for row in (ours, gathered)]
+            cells.append(f"{' / '.join(shares)} %, {ours['seconds'] / gathered['seconds']:.2f}")
+        label = cut.replace("fsdp2", "FSDP2").replace("tp", "TP")
+        yield f"| {label} | {' | '.join(cells)} |"
+
+
 def lines_of_bits() -> Iterator[str]:
     file = ROOT / "bench/results/train-tiny-state-cpu.json"
     rows = {(row["optimizer"], row["state_bits"], row["dtype"]): row
@@ -582,6 +595,7 @@ def lines_of_flips() -> Iterator[str]:
 
 @pytest.mark.parametrize(("page", "lines"), [
     ("distributed.md", lines_of_flips), ("distributed.md", lines_of_communication),
+    ("distributed.md", lines_of_shards),
     ("memory.md", lines_of_ranks), ("results.md", lines_of_machine_code),
     ("results.md", lines_of_host), ("results.md", lines_of_4000_steps),
     ("results.md", lines_of_classes),
