@@ -80,10 +80,10 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         Only the two arguments go into a pickle.
         """
         self._adamw, self._rates = dense, rates
-        # Ids of parameters that needed gradients when they were added: they get state even if they
-        # are frozen before it is made. Not the parameters, which others may replace, and no weak
-        # references, with which torch cannot move the weights of FSDP2.
-        self._first: set[int] = set()
+        # By group and place, whether a parameter needed a gradient when it was added: it gets state
+        # even if it is frozen before that is made. No weak references, with which torch cannot move
+        # the weights of FSDP2.
+        self._first: list[list[bool]] = []
         # p.grad, or a handle that works in the backward pass: :mod:`lissom.optim.backward`.
         self._gradients = Gradients()
         self._layouts = Layouts(self.table())
@@ -159,7 +159,8 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
         try:
             for part in self._split(group, explicit):
                 super().add_param_group(part)
-            self._first.update(id(p) for _, p in named if p.requires_grad)
+            self._first += [[p.requires_grad for p in g["params"]]
+                            for g in self.param_groups[count:]]
             if self._layouts.made:
                 self._sync_state()
         except BaseException:
@@ -167,7 +168,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             for p in chain(*(g["params"] for g in self.param_groups[count:])):
                 if p not in old:
                     self._held.pop(p, None)
-            del self.param_groups[count:]
+            del self.param_groups[count:], self._first[count:]
             self._layouts.recount()
             raise
         self._remember(self.param_groups[count:])
@@ -476,7 +477,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
                   for i, g in enumerate(state["param_groups"])]
         super().__setstate__({**state, "param_groups": groups})
         self._held = self.__dict__.pop("state")
-        self._first.update(map(id, self.__dict__.pop("first", ())))
+        self._first += self.__dict__.pop("first", ())
         self._count(self.param_groups)
         self._remember(self.param_groups)
 
@@ -486,8 +487,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
             self._sync_state()
         self._gradients.check_saved()
         return {"defaults": self.defaults, "state": self._held, "param_groups": self.param_groups,
-                "_adamw": self._adamw, "_rates": self._rates,
-                "first": [p for _, p, _ in self._named() if id(p) in self._first]}
+                "_adamw": self._adamw, "_rates": self._rates, "first": self._first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, bit for bit; moments stay in the dtypes they were saved in.

@@ -21,6 +21,7 @@ from .inner import RULES
 from .lowrank import LowRankOptimizer, SubspaceOptions
 from .options import Option, choice, real
 from .pairs import check_factors, roles
+from .project import wide_product
 from .residual import RESIDUALS, Residual
 from .sharding import Rows
 from .subspace import Projected
@@ -33,6 +34,8 @@ _MAGNITUDE = "magnitude_"
 _STREAM = 6
 # The buffer of dL/dmu, where gradients are projected in the backward pass.
 _SLOPE = "projected_slope"
+# Where a step keeps c between its halves.
+_NORMS = "column_norms"
 # A column's direction step may shorten it to this share; below, it would be all rounding.
 _SHORTEST = 1e-6
 
@@ -129,10 +132,6 @@ class GradNormLoRPAdamW(LowRankOptimizer):
     def projects_weight(self, o: Mapping[str, Any]) -> bool:
         return o["roles"] is None
 
-    def by_rows(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> bool:
-        # Column norms of a plain weight are sums over rows, which this code does not exchange.
-        return o["roles"] is not None and super().by_rows(p, s, o, t)
-
     def together(self, p: Tensor, s: Mapping[str, Tensor], o: Mapping[str, Any], t: int,
                  rows: Rows | None) -> tuple[int, Hashable]:
         # With a plain weight the update reads W itself, so it is not batched.
@@ -148,7 +147,9 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if o["roles"] is None:
             *batch, m, n = self.matrix_shape(p, o)
             count = (*batch, n if o["axis"] == "input" else m)
-            slots |= {_MAGNITUDE + k: slot for k, slot in adam_slots(count, p, o, _STREAM).items()}
+            # Of a matrix cut by rows each rank has all of these.
+            slots |= {_MAGNITUDE + k: slot if batch else slot._replace(rows=False)
+                      for k, slot in adam_slots(count, p, o, _STREAM).items()}
         return slots
 
     def buffers(self, p: Tensor, o: Mapping[str, Any], sums: bool = True) -> dict[str, Slot]:
@@ -156,7 +157,8 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if o["roles"] is None:
             *batch, m, n = self.matrix_shape(p, o)
             count = (1, n) if o["axis"] == "input" else (m, 1)
-            slots[_SLOPE] = codec.buffer((*batch, *count), p)
+            slope = codec.buffer((*batch, *count), p)
+            slots[_SLOPE] = slope if batch else slope._replace(rows=o["axis"] == "output")
         return slots
 
     def project_gradient(self, g: Tensor, s: State, o: Mapping[str, Any], t: int
@@ -164,9 +166,12 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if o["roles"] is not None:
             return super().project_gradient(g, s, o, t)
         w = s["weight"]
-        dim, _, inverse = _columns(w, o)
+        dim = _dim(o)
+        s[_NORMS], dots = _norms(w, codec.rows_of(s), dim, g)
+        inverse = _inverse(s[_NORMS])
+        assert dots is not None
         # dL/dmu = <G_j, V^_j>
-        slope = _dots(g, w, dim) * inverse
+        slope = dots * inverse
         # D = G - V^ diag(V^^T G), as mu = c
         d = _minus(g, w, slope * inverse)
         d, space = super().project_gradient(d, s, o, t)
@@ -178,15 +183,21 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         if o["roles"] is not None:
             return u
         w, slope, columns = s["weight"], space.more[_SLOPE], o["axis"] == "input"
-        dim, c, inverse = _columns(w, o)
+        rows, dim = codec.rows_of(s), _dim(o)
+        c = s[_NORMS] if _NORMS in s else _norms(w, rows, dim)[0]
+        inverse = _inverse(c)
         assert u.left is not None
         assert u.right is not None
         # L and R with entries up to 1, so that their squares are in range.
-        (left, one), (right, other) = _scaled(u.left), _scaled(u.right)
+        (left, one), (right, other) = _scaled(u.left, rows), _scaled(u.right)
         if columns:
-            along = (codec.wide(matmul(left.mT, w.to(left.dtype))) * right).sum(dim, keepdim=True)
+            along = (_product(left, w.to(left.dtype), rows) * right).sum(dim, keepdim=True)
             left, right = codec.wide(left), codec.wide(right)
-            square = (right * (left.mT @ left @ right)).sum(dim, keepdim=True)
+            gram = left.mT @ left
+            if rows is not None:
+                along, gram = rows.sums(along, gram)
+            along = along.to(c.dtype)
+            square = (right * (gram @ right)).sum(dim, keepdim=True)
         else:
             along = (left * codec.wide(matmul(w.to(right.dtype), right.mT))).sum(dim, keepdim=True)
             left, right = codec.wide(left), codec.wide(right)
@@ -194,8 +205,10 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         length = _length(o["lr"] * u.factor * one * other * inverse, along * inverse, square)
         # mu' / mu
         moments = {k: s[_MAGNITUDE + k] for k in RULES["adamw"].powers if _MAGNITUDE + k in s}
-        n = adam(slope.squeeze(dim), moments, o, t)
-        ratio = (n.numerator / n.denominator).unsqueeze(dim) * inverse
+        own = None if columns else rows
+        n = adam((slope if own is None else own.all(slope)).squeeze(dim), moments, o, t)
+        direction = n.numerator / n.denominator
+        ratio = (direction if own is None else own.own(direction)).unsqueeze(dim) * inverse
         decay = 1 - o["lr"] * o["weight_decay"]
         growth = decay - o["lr"] * o["magnitude_scale"] * n.factor * ratio
         # W' = W diag(a) - lr f L R diag(a), a = (mu' / mu) / (|V'| / c)
@@ -205,9 +218,17 @@ class GradNormLoRPAdamW(LowRankOptimizer):
         return Update((u.left * a).to(u.left.dtype), u.right, u.factor, keep=a)
 
 
-def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x over its largest entry, and that as (..., 1, 1); 1 where all are zero."""
-    most = codec.wide(x.abs().amax((-2, -1), keepdim=True))
+def _scaled(x: Tensor, rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+    """x over its largest entry, and that as (..., 1, 1); 1 where all are zero.
+
+    With ``rows`` x has some of a matrix, or none of them.
+    """
+    if x.numel():
+        most = codec.wide(x.abs().amax((-2, -1), keepdim=True))
+    else:
+        most = codec.wide(x.new_zeros(*x.shape[:-2], 1, 1))
+    if rows is not None:
+        most = rows.max(most)
     most = torch.where(most == 0, 1.0, most)
     return (x / most).to(x.dtype), most
 
@@ -227,21 +248,43 @@ def _length(step: Tensor, along: Tensor, square: Tensor) -> Tensor:
         _SHORTEST**2).sqrt()
 
 
-def _columns(w: Tensor, o: Mapping[str, Any]) -> tuple[int, Tensor, Tensor]:
-    """The dimension that c is a norm along, c of each column (row), and 1 / c or 0."""
-    dim = -2 if o["axis"] == "input" else -1
-    if dim == -2 and w.device.type == "cpu":  # where vector_norm is slow along columns
-        c = _dots(w, w, dim).sqrt()
-    else:
-        c = torch.linalg.vector_norm(w, dim=dim, keepdim=True,
-                                     dtype=torch.promote_types(w.dtype, torch.float32))
-    return dim, c, torch.where(c > 0, 1 / c, 0.0)
+def _product(left: Tensor, w: Tensor, rows: Rows | None) -> Tensor:
+    """L^T W of these rows; in fp32 at least, as the sum over ranks is to be rounded once."""
+    if rows is None and (by_kernel(w) or w.device.type != "cpu"):
+        return codec.wide(matmul(left.mT, w))
+    return wide_product(left, w)
+
+
+def _dim(o: Mapping[str, Any]) -> int:
+    """The dimension that c is a norm along."""
+    return -2 if o["axis"] == "input" else -1
+
+
+def _inverse(c: Tensor) -> Tensor:
+    """1 / c, or 0 for a column of zeros."""
+    return torch.where(c > 0, 1 / c, 0.0)
+
+
+def _norms(w: Tensor, rows: Rows | None, dim: int, g: Tensor | None = None
+           ) -> tuple[Tensor, Tensor | None]:
+    """c of the columns (dim -2) or rows (-1), and <G_j, W_j> where G is given."""
+    rows, kind = rows if dim == -2 else None, codec.wide(w[:0]).dtype
+    dots = [] if g is None else [_dots(g, w, dim)]
+    if rows is None and (dim == -1 or w.device.type != "cpu"):
+        c = torch.linalg.vector_norm(w, dim=dim, keepdim=True, dtype=kind)
+    else:  # where vector_norm is slow, or has not all rows
+        dots.append(_dots(w, w, dim))
+        dots = dots if rows is None else rows.sums(*dots)
+        c = dots.pop().to(kind).sqrt()
+    return c, dots[0].to(kind) if dots else None
 
 
 def _dots(g: Tensor, w: Tensor, dim: int) -> Tensor:
-    """<G_j, W_j> of the columns (dim -2) or rows (-1) of both, in blocks of rows."""
+    """<G_j, W_j> of these columns (dim -2) or rows (-1) of both, in blocks of rows."""
     rows = block_rows(g)
-    parts = [(codec.wide(g_) * w_).sum(dim, keepdim=True)
+    # On a CPU in float64, so that a sum hardly depends on which rows are added up first.
+    kind = torch.float64 if g.device.type == "cpu" else codec.wide(g[:0]).dtype
+    parts = [(codec.wide(g_) * w_).sum(dim, keepdim=True, dtype=kind)
              for g_, w_ in zip(g.split(rows, -2), w.split(rows, -2), strict=True)]
     return torch.cat(parts, -2) if dim == -1 else torch.stack(parts).sum(0)
 

@@ -92,11 +92,11 @@ class Layouts:
         """All of a group's options that slots depend on."""
         return tuple([o[k] is None if number else o[k] for k, number in self._kinds])
 
-    def keeps(self, optimizer: MatrixOptimizer, p: Tensor) -> bool:
-        """Whether p has state, or will have once that is made."""
+    def kept(self, optimizer: MatrixOptimizer) -> set[Tensor]:
+        """The parameters that have state, or will have once that is made."""
         if self.made:
-            return bool(optimizer._held.get(p))
-        return _trained(p) or id(p) in optimizer._first
+            return {p for p, state in optimizer._held.items() if state}
+        return _first(optimizer) | {p for _, p, _ in optimizer._named() if _trained(p)}
 
     def stale(self, p: Tensor, o: Mapping[str, Any]) -> bool:
         """Whether p or its options have changed since :meth:`sync`."""
@@ -130,12 +130,13 @@ class Layouts:
         states = optimizer._held
         structures = {id(group): self._structure(group) for group in optimizer.param_groups}
         missing, count, present = [], 0, set()
+        begun = set() if self.made else self.kept(optimizer)
         for name, p, group in optimizer._named():
             count += 1
             present.add(p)
             form, last = _form(p, structures[id(group)]), self._forms.get(p)
             if not states.get(p):  # reading state[p] of a defaultdict leaves an empty entry
-                if _trained(p) or (not self.made and self.keeps(optimizer, p)):
+                if _trained(p) or p in begun:
                     missing.append((name, p, group, form))
             elif last != form:
                 shape = p.shape if last is None else last[0]
@@ -149,7 +150,9 @@ class Layouts:
         if count >= self.size:
             self._drop([p for p in states if p not in present], states, optimizer)
         # Parameters that were trained from the start are numbered first, whenever state is made.
-        missing.sort(key=lambda entry: id(entry[1]) not in optimizer._first)
+        if missing:
+            first = _first(optimizer)
+            missing.sort(key=lambda entry: entry[1] not in first)
         for name, p, group, form in missing:
             if not states.get(p):
                 states[p] = self._created(optimizer, p, group, name)
@@ -216,6 +219,13 @@ def _check_replaced(optimizer: MatrixOptimizer) -> None:
         f"is one (shapes {shapes}): what FSDP1 and stages 1 to 3 of DeepSpeed's ZeRO flatten "
         "has lost its matrix shape; use FSDP2 (torch.distributed.fsdp.fully_shard), which "
         "keeps it, DDP or stage 0, or AdamW, for which vectors will do")
+
+
+def _first(optimizer: MatrixOptimizer) -> set[Tensor]:
+    """What is now where a parameter was added that needed a gradient."""
+    return {p for flags, group in zip(optimizer._first, optimizer.param_groups, strict=False)
+            if len(flags) == len(group["params"])
+            for p, flag in zip(group["params"], flags, strict=True) if flag}
 
 
 def _trained(p: Tensor) -> bool:

@@ -97,13 +97,14 @@ def plan_of(optimizer: MatrixOptimizer) -> Plan:
     """See :meth:`lissom.optim.base.MatrixOptimizer.plan`."""
     rows = []
     listed: set[int] = set()
+    kept = optimizer._layouts.kept(optimizer)
     for name, p, o in optimizer._named():
         reason = optimizer.why_adamw(p, o)
         rule, rank, side = "adamw", None, ""
         if reason is None:
             rule = optimizer.algorithm
             rank, side, reason = optimizer.describe(p, o)
-        held = optimizer._layouts.keeps(optimizer, p)
+        held = p in kept
         if not held:
             reason = f"{reason}; frozen: no state"
         size = sum(x.nbytes for x in optimizer.stored_slots(p, o).values()) if held else 0

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .sharding import Rows
 
 __all__ = ["FINDERS", "Bases", "Gradient", "Turn", "find", "gaussian", "gaussian_basis",
-           "generator", "learnt", "random_basis", "side_of", "sides", "turn"]
+           "generator", "learnt", "random_basis", "side_of", "sides", "turn",
+           "wide_product"]
 
 # torch.linalg.LinAlgError, which torch's annotations do not export.
 _NOT_CONVERGED: type[RuntimeError] = getattr(torch.linalg, "LinAlgError")  # noqa: B009
@@ -82,7 +83,7 @@ class Bases(NamedTuple):
             if self.rows is not None:  # one entry and zeros of other ranks
                 g = self.rows.sum(codec.wide(g)).to(g.dtype)
         elif self.left is not None and self.rows is not None:
-            g = self.rows.sum(_wide_product(self.left, g)).to(g.dtype)
+            g = self.rows.sum(wide_product(self.left, g)).to(g.dtype)
         elif self.left is not None:
             g = matmul(self.left.mT, g)
         if columns is not None:
@@ -124,7 +125,7 @@ def sides(m: int, n: int, proj_type: str) -> list[tuple[int, str, int]]:
     return [x for x in both if side in (x[1], "full")]
 
 
-def _wide_product(left: Tensor, g: Tensor) -> Tensor:
+def wide_product(left: Tensor, g: Tensor) -> Tensor:
     """P^T G over this rank's rows, kept in more than 16 bits for the sum over ranks."""
     if by_kernel(g) and g.numel() and g.element_size() == 2:
         return product(left.mT, g)[0]

@@ -136,6 +136,7 @@ def report(optimizer: MatrixOptimizer) -> Report:
     first: dict[tuple[object, ...], Line] = {}
     frozen = 0
     seen: set[int] = set()
+    kept = optimizer._layouts.kept(optimizer)
     for row, (_, p, _) in zip(optimizer.plan(), optimizer._named(), strict=True):
         if id(p) in seen:  # a parameter that is listed twice is one
             continue
@@ -145,7 +146,7 @@ def report(optimizer: MatrixOptimizer) -> Report:
         sums = alike.setdefault(key, [0, 0, 0, 0])
         for i, x in enumerate((1, p.numel(), p.nbytes, row.state_bytes)):
             sums[i] += x
-        frozen += not optimizer._layouts.keeps(optimizer, p)
+        frozen += p not in kept
     lines = [Line(line.rule, line.rank, line.side, line.shape, *alike[key])
              for key, line in first.items()]
     lines.sort(key=lambda line: -line.state_bytes)

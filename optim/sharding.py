@@ -81,9 +81,21 @@ class Rows(NamedTuple):
         torch.distributed.all_reduce(total, group=self.group)
         return total
 
+    def sums(self, *tensors: Tensor) -> list[Tensor]:
+        """:meth:`sum` of each, in one exchange."""
+        total = self.sum(torch.cat([x.flatten() for x in tensors]))
+        parts = total.split([x.numel() for x in tensors])
+        return [part.view(x.shape).to(x.dtype) for x, part in zip(tensors, parts, strict=True)]
+
     def own(self, x: Tensor) -> Tensor:
         """Cut the rows of this rank out of a whole matrix."""
         return x[self.start:self.start + self.counts[self.rank]]
+
+    def all(self, x: Tensor) -> Tensor:
+        """All rows on every rank, from this rank's rows x, of few numbers."""
+        whole = x.new_zeros((self.total, *x.shape[1:]))
+        self.own(whole).copy_(x)
+        return self.sum(whole)
 
     def columns(self, x: Tensor) -> Tensor:
         """From row shards x (m_i, n) to column shards: all rows of this rank's columns, (m, c) with

@@ -87,7 +87,7 @@ def test_ranks_choose_the_columns_of_one_process_in_one_pass(pool, norm):
 
 def exact(name: str) -> bool:
     """Whether the class reduces nothing: element by element, or as a whole on every rank."""
-    return name.startswith(("adamw", "switchlora", "gradnormlorp")) and "pairs" not in name
+    return name.startswith(("adamw", "switchlora"))
 
 
 # ---- sharded by hand: the same gradients
@@ -198,6 +198,10 @@ def test_metrics_are_of_whole_matrices(pool, name, ranks, places):
     ("firaadamw-svd", {"proj_type": "right"}, [8 * 3], [1, 1]),  # a mean, the residual's size
     ("firaadamw-svd", {"proj_type": "left"}, [3 * 8] * 2, [3 * 8, 8]),  # norms of G's columns
     ("frugal", {"proj_type": "left"}, [3 * 8] * 2, [3 * 8]),
+    # slopes and norms of columns, a scale, products of the factors; or slopes of rows
+    ("gradnormlorpadamw-svd", {"proj_type": "right"}, [8 * 3], [2 * 8, 1, 8 + 3 * 3]),
+    ("gradnormlorpadamw-svd", {"proj_type": "left"}, [3 * 8] * 2, [2 * 8, 3 * 8, 1, 8 + 3 * 3]),
+    ("gradnormlorpadamw-svd", {"proj_type": "right", "axis": "output"}, [8 * 3], [1, 11]),
     ("apollo", {"proj_type": "left"}, [3 * 8] * 2, [3 * 8, 8]),
     ("apollo", {"proj_type": "left", "scale_type": "tensor"}, [3 * 8] * 2, [3 * 8, 1])], ids=str)
 def test_what_ranks_exchange_between_refreshes(pool, name, more, gathers, sums):
