@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizers", default="adamw,galore,dct-adamw,fira,muon")
+    parser.add_argument("--optimizers", default="adamw,galore,dct-adamw,fira,gradnormlorp,muon")
     parser.add_argument("--cuts", nargs="+", choices=[*CUTS], default=[*CUTS])
     parser.add_argument("--shape", type=int, nargs=3, default=[8, 1024, 768],
                         metavar=("COUNT", "ROWS", "COLUMNS"), help="of the matrices")

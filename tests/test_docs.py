@@ -548,7 +548,7 @@ def lines_of_shards() -> Iterator[str]:
     assert max(row["weights_apart"] for row in rows.values()) <= 1e-7
     for cut in dict.fromkeys(cut for cut, _, _ in rows):
         cells = []
-        for name in ("adamw", "galore", "dct-adamw", "fira", "muon"):
+        for name in ("adamw", "galore", "dct-adamw", "fira", "gradnormlorp", "muon"):
             ours, gathered = (rows[cut, name, way] for way in ("rows", "whole"))
             shares = [f"{100 * row['temporaries_share']:.0f}" for row in (ours, gathered)]
             cells.append(f"{' / '.join(shares)} %, {ours['seconds'] / gathered['seconds']:.2f}")
