@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .options import Option, boolean, choice, integer, optional, real, several
 
-__all__ = ["ADAMW_PART", "BOOKKEEPING", "COMMON", "FOREIGN", "FORMAT", "LAYOUT", "OF_SOME",
+__all__ = ["ADAMW_PART", "BOOKKEEPING", "COMMON", "FOREIGN", "FORMAT", "OF_SOME",
            "AdamWPart", "CommonOptions"]
 
 #: Version of the state dict, kept in every group.
@@ -33,8 +33,6 @@ COMMON: dict[str, Option] = {
 }
 #: Kept in the groups by this package, not given by users.
 BOOKKEEPING = {"format": integer(FORMAT, 1), "skipped_steps": integer(0, 0)}
-#: Options of every class that decide which slots there are, or their dtype.
-LAYOUT = {"amsgrad", "state_bits", "master_bits"}
 #: Written into groups by torch's schedulers, or by people for their own use.
 FOREIGN = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum",
             "param_names", "name", "lr_scale"}

@@ -122,11 +122,9 @@ def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[
                          f"decoupled here ({REMEDY})")
     if not ours and "nonfinite" in options:
         raise ValueError(f"{at}: has options of lissom's but no format")
-    strange = options.keys() - optimizer.table().keys() - mine.keys() - {*FOREIGN, *OF_SOME} if (
-        ours) else set()
-    of_others = strange & set().union(*(cls.table().keys() | cls.spellings.keys()
-                                        for cls in _classes(Method)))
-    if of_others:
+    # Keys of users' own, which are none of any class's options, go on.
+    strange = options.keys() - {*optimizer.table(), *mine, *FOREIGN, *OF_SOME} if ours else set()
+    if of_others := strange & {k for cls in _classes(Method) for k in cls.table()}:
         name = min(of_others)
         raise ValueError(f"{at}: saved with {name}={options[name]!r}, which is no option of "
                          f"{type(optimizer).__name__}, but of another class ({REMEDY})")
