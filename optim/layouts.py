@@ -223,7 +223,9 @@ def _check_replaced(optimizer: MatrixOptimizer) -> None:
 
 def _first(optimizer: MatrixOptimizer) -> set[Tensor]:
     """What is now where a parameter was added that needed a gradient."""
-    return {p for flags, group in zip(optimizer._first, optimizer.param_groups, strict=False)
+    if len(optimizer._first) != len(optimizer.param_groups):  # a group was taken away
+        return set()
+    return {p for flags, group in zip(optimizer._first, optimizer.param_groups, strict=True)
             if len(flags) == len(group["params"])
             for p, flag in zip(group["params"], flags, strict=True) if flag}
 

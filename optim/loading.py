@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["UPGRADES", "REMEDY", "agreed_load", "checked_load", "checked_state",
            "overruled", "saved_groups"]
 
+# Keys of every group of torch's Adam and AdamW, not all of which others' groups have.
+_TORCH_ADAMW = {"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach",
+                "capturable", "differentiable", "fused"}
+
 #: How a state dict of an older format becomes one of the next: {format: function}, new dicts each.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 #: For messages about a state that is whole but of something else.
@@ -122,12 +126,15 @@ def _merged(optimizer: MatrixOptimizer, mine: Mapping[str, Any], saved: Mapping[
                          f"decoupled here ({REMEDY})")
     if not ours and "nonfinite" in options:
         raise ValueError(f"{at}: has options of lissom's but no format")
-    # Keys of users' own, which are none of any class's options, go on.
-    strange = options.keys() - {*optimizer.table(), *mine, *FOREIGN, *OF_SOME} if ours else set()
-    if of_others := strange & {k for cls in _classes(Method) for k in cls.table()}:
-        name = min(of_others)
-        raise ValueError(f"{at}: saved with {name}={options[name]!r}, which is no option of "
-                         f"{type(optimizer).__name__}, but of another class ({REMEDY})")
+    # Keys of users' own go on, but not the options of another class, which are all there.
+    known = {*optimizer.table(), *OF_SOME}
+    strange = (options.keys() - known - mine.keys() - FOREIGN
+               if ours or saved.keys() >= _TORCH_ADAMW else set())
+    for others in (cls.table().keys() - known for cls in _classes(Method)):
+        if others and others <= strange:
+            name = min(others)
+            raise ValueError(f"{at}: saved with {name}={options[name]!r}, which is no option of "
+                             f"{type(optimizer).__name__}, but of another class ({REMEDY})")
     return checked_group(optimizer, {**mine, **options, "params": mine["params"]}, at,
                          entering=False, foreign={*mine, *strange})
 
@@ -227,13 +234,15 @@ def overruled(optimizer: MatrixOptimizer, groups: list[dict[str, Any]]) -> str:
     Returns:
         ``"rank=4 (group 0: 8)"`` and so on, the saved values first; empty where there are none.
     """
-    # Not numbers, which schedules change, nor what is switched on and off in a run.
-    structural = [k for k, x in optimizer.table().items() if not x.number
-                  and k not in {*BOOKKEEPING, "metrics", "capturable"}]
+    # Not what is switched on and off in a run.
+    compared = {k: x for k, x in optimizer.table().items()
+                if k not in {*BOOKKEEPING, "metrics", "capturable"}}
     found: dict[str, None] = {}
     for i, (mine, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        for name in structural:
-            if group[name] != mine[name]:
+        for name, option in compared.items():
+            a, b = mine[name], group[name]
+            # Schedules change one number to another.
+            if a != b and not (option.number and a is not None and b is not None):
                 found[f"{name}={group[name]!r} (group {i}: {mine[name]!r})"] = None
     return ", ".join(found)
 

@@ -402,7 +402,7 @@ def _group_among(ranks: tuple[int, ...], device: str, job: ProcessGroup) -> Proc
     """A group of these ranks, the first that was made with the job's backend for a kind of device:
     torchtitan makes others, of a backend that sends nothing.
 
-    Cached: one that is made when state exists already comes too late.
+    Cached, as state is placed accordingly: one that is made later is passed over.
     """
     from torch.distributed.distributed_c10d import _world
 

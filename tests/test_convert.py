@@ -567,6 +567,9 @@ def test_loading_with_other_options_says_so():
     other = GaLoreAdamW(named(ps), lr=1e-2, rank=4, nonfinite="skip")
     with pytest.warns(UserWarning, match=r"go on: nonfinite='propagate' \(group 0: 'skip'\)\."):
         other.load_state_dict(optimizer.state_dict())
+    other = FiraAdamW(named(ps), lr=1e-2, rank=4, limiter=None)
+    with pytest.warns(UserWarning, match=r"go on: limiter=1.01 \(group 0: None\)\."):
+        other.load_state_dict(trained(FiraAdamW, rank=4)[0].state_dict())
     # schedules change numbers, and logging asks for metrics now and then
     same = GaLoreAdamW(named(ps), lr=2e-2, rank=4, scale=0.5, betas=(0.8, 0.9), metrics=True)
     with warnings.catch_warnings():
@@ -605,12 +608,21 @@ def test_keys_of_ones_own_in_groups_are_saved_and_loaded():
     """As in torch, also where the other optimizer has none."""
     for cls in (AdamW, GaLoreAdamW):
         optimizer, ps = trained(cls, **({"rank": 4} if cls is GaLoreAdamW else {}))
-        optimizer.param_groups[0]["tag"] = "body"
+        own = {"tag": "body", "roles": 1, "momentum": 0.5, "depth": None}
+        optimizer.param_groups[0] |= {k: x for k, x in own.items() if k not in cls.table()}
         run(optimizer, ps, range(4, 5))
         other = cls(named([torch.nn.Parameter(p.detach().clone()) for p in ps]),
                     **({"rank": 4} if cls is GaLoreAdamW else {}))
         other.load_state_dict(optimizer.state_dict())
-        assert other.param_groups[0]["tag"] == "body"
+        assert own.items() <= other.param_groups[0].items()
+    theirs = torch.optim.AdamW(ps)
+    theirs.param_groups[0]["tag"] = "body"
+    run(theirs, ps, range(2))
+    other = AdamW(ps)
+    other.load_state_dict(theirs.state_dict())
+    assert other.param_groups[0]["tag"] == "body"
+    with pytest.raises(ValueError, match="unknown option 'momentum_decay'"):
+        other.load_state_dict(torch.optim.NAdam(ps).state_dict())
 
 
 def test_an_older_format_is_upgraded(monkeypatch):
