@@ -130,13 +130,13 @@ class Layouts:
         states = optimizer._held
         structures = {id(group): self._structure(group) for group in optimizer.param_groups}
         missing, count, present = [], 0, set()
-        begun = set() if self.made else self.kept(optimizer)
+        early = set() if self.made else _first(optimizer)  # which may be frozen by now
         for name, p, group in optimizer._named():
             count += 1
             present.add(p)
             form, last = _form(p, structures[id(group)]), self._forms.get(p)
             if not states.get(p):  # reading state[p] of a defaultdict leaves an empty entry
-                if _trained(p) or p in begun:
+                if _trained(p) or p in early:
                     missing.append((name, p, group, form))
             elif last != form:
                 shape = p.shape if last is None else last[0]
