@@ -322,7 +322,7 @@ class MatrixOptimizer(Method, torch.optim.Optimizer):
 
     def _touched(self, p: Tensor) -> list[Tensor]:
         """What an update of p writes to: this rank's parts of p and its state."""
-        tensors = [p, *self.state[p].values()]
+        tensors = [p, *(x for x in self.state[p].values() if isinstance(x, Tensor))]
         return [*map(sharding.local, tensors)] if sharding.is_sharded(p) else tensors
 
     def _checked_work(self) -> list[Work]:

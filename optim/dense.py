@@ -45,8 +45,8 @@ def step_adamw(p: Tensor, g: Tensor, stored: Mapping[str, Tensor], slots: Mappin
                maximize=o["maximize"], stochastic=random_rounding(p, o),
                below=[*masters(p, stored).values()])
         return
-    names = [k for k in stored
-             if k in MASTERS or slots[k.partition(".")[0]].stream is not None]
+    entries = {k for k, slot in slots.items() if slot.stream is not None}
+    names = [k for k in stored if k in MASTERS or k.partition(".")[0] in entries]
     start = 0
     for p_, g_, *moments in _blocks(p, g, *(stored[k] for k in names)):
         block = {**stored, **dict(zip(names, moments, strict=True))}

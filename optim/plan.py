@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .sharding import lacks_group
+
 if TYPE_CHECKING:
     from .base import MatrixOptimizer
 
@@ -107,6 +109,8 @@ def plan_of(optimizer: MatrixOptimizer) -> Plan:
         held = p in kept
         if not held:
             reason = f"{reason}; frozen: no state"
+        elif lacks_group(p):
+            reason = f"{reason}; gathered on every rank: those that share it have no group"
         size = sum(x.nbytes for x in optimizer.stored_slots(p, o).values()) if held else 0
         if id(p) in listed:  # torch allows it, and updates it twice
             size, reason = 0, f"{reason}; listed before, with its state"

@@ -322,6 +322,15 @@ def _by_rows(d: DTensor) -> tuple[Placement, ...] | None:
     return tuple(Shard(0) if i in cut else Replicate() for i in range(d.device_mesh.ndim))
 
 
+def lacks_group(p: Tensor) -> bool:
+    """Whether p is gathered only because the ranks that share it have no group of their own."""
+    if not is_sharded(p):
+        return False
+    d = _dtensor(p)
+    cut = _cuts(d)
+    return bool(cut) and _group_of(d.device_mesh, cut) is None
+
+
 def held(p: Tensor) -> bool:
     """Whether :func:`in_rows` is what this rank holds of p, without an exchange."""
     return not is_sharded(p) or _by_rows(_dtensor(p)) in (None, tuple(_dtensor(p).placements))

@@ -196,6 +196,7 @@ def outcome(optimizer: Any, ps: list[Any]) -> dict[str, Any]:
     return {"weights": [plain(p) for p in ps],
             "state": [{k: plain(x) for k, x in s.items()} for s in states],
             "metrics": optimizer.metrics(),
+            "reasons": [row.reason for row in optimizer.plan()],
             "slots": [optimizer.stored_slots(p, of[p]) if p in optimizer.state else {} for p in ps],
             "bytes": [{k: (x.to_local() if isinstance(x, DTensor) else x).nbytes
                        for k, x in s.items()} for s in states]}
@@ -504,7 +505,8 @@ def eight(rank: int, names: list[str], places: list[Placement], shapes: Any
         for mesh in (near, far):
             out = trained(mesh, name, 5, shapes=shapes, places=[Replicate(), *places])
             gathers, _ = exchanged(mesh, name, (11, 8), 2, [Replicate(), *places])[-1]
-            outs.append({"weights": out["weights"], "state": out["state"], "gathers": sum(gathers)})
+            outs.append({"weights": out["weights"], "state": out["state"], "gathers": sum(gathers),
+                         "reasons": out["reasons"]})
         found.append(outs)
     return found
 

@@ -368,6 +368,20 @@ def test_state_of_others_may_be_read(case):
     assert all(int(optimizer.state[p]["step"]) == 1 for p in resting)
 
 
+def test_what_others_keep_beside_the_state_does_no_harm(case):
+    """Numbers and tensors of theirs, in the state of one parameter of several alike."""
+    def trained(*notes):
+        ps = case.parameters([(8, 6), (8, 6), (5,)])
+        optimizer = case(ps)
+        run(optimizer, ps, range(2))
+        optimizer.state[ps[0]].update((f"mine{i}", x) for i, x in enumerate(notes))
+        run(optimizer, ps, range(2, 4))
+        assert [optimizer.state[ps[0]].pop(f"mine{i}") for i in range(len(notes))] == [*notes]
+        return [p.detach() for p in ps], snapshot(optimizer)
+
+    assert_same(trained(), trained(3, "a word", None, torch.zeros(())))
+
+
 def test_numbers_in_any_sequence(case):
     """As readers of configuration files have them."""
     for betas in ([0.8, 0.9], UserList([0.8, 0.9]), (np.float64(0.8), torch.tensor(0.9).double())):

@@ -270,6 +270,8 @@ def test_ranks_of_a_larger_mesh_work_by_rows_once_they_have_a_group(places):
         assert_close(one, list(without), True)
         assert_close(one, list(with_), exact(name))
         assert min(out["gathers"] for out in without) >= 11 * 8
+        for outs, told in ((without, True), (with_, False)):
+            assert all(("have no group" in x) == told for out in outs for x in out["reasons"])
         assert max(out["gathers"] for out in with_) <= 8 * 3 * (name == "galoreadamw")
 
 
