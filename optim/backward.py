@@ -136,7 +136,7 @@ class InBackward(Gradients):
         name, o = self._places[p]
         optimizer = self.optimizer
         optimizer._check_changed(o)
-        if optimizer._layouts.stale(p, o):
+        if optimizer._layouts.stale(optimizer, p, o):
             optimizer._sync_state()
         return name, o
 

@@ -98,9 +98,10 @@ class Layouts:
             return {p for p, state in optimizer._held.items() if state}
         return _first(optimizer) | {p for _, p, _ in optimizer._named() if _trained(p)}
 
-    def stale(self, p: Tensor, o: Mapping[str, Any]) -> bool:
-        """Whether p or its options have changed since :meth:`sync`."""
-        return self._forms.get(p) != _form(p, self._structure(o))
+    def stale(self, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any]) -> bool:
+        """Whether p, its options or the place of its state have changed since :meth:`sync`."""
+        return (self._forms.get(p) != _form(p, self._structure(o))
+                or _carried_off(optimizer._held.get(p, {})))
 
     def forget(self) -> None:
         """Let :meth:`sync` look at every parameter again."""
@@ -121,7 +122,8 @@ class Layouts:
         """Make state for trainable parameters that have none, drop that of those that are gone.
 
         Accelerate and FSDP2 put other parameters into the groups after construction, and
-        ``model.to`` changes them in place: their state follows. DeepSpeed's ZeRO, stage 3, has one
+        ``model.to`` changes them in place: their state follows. Lightning moves all state to the
+        GPU but ``step``: what is read on the host comes back. DeepSpeed's ZeRO, stage 3, has one
         parameter at a time in the groups, so nothing is gone while they hold fewer than they had.
 
         Raises:
@@ -138,7 +140,7 @@ class Layouts:
             if not states.get(p):  # reading state[p] of a defaultdict leaves an empty entry
                 if _trained(p) or p in early:
                     missing.append((name, p, group, form))
-            elif last != form:
+            elif last != form or _carried_off(states[p]):
                 shape = p.shape if last is None else last[0]
                 if shape != p.shape and _count(states[p]):
                     raise ValueError(f"{name!r} has changed its shape from {tuple(shape)} to "
@@ -238,6 +240,11 @@ def _trained(p: Tensor) -> bool:
 def _form(p: Tensor, structure: tuple[Any, ...]) -> tuple[Any, ...]:
     """All that the slots of a parameter depend on, its options among it."""
     return (p.shape, p.dtype, p.device, structure)
+
+
+def _carried_off(state: Mapping[str, Tensor]) -> bool:
+    """Whether others have moved to a device what is read on the host."""
+    return "index" in state and state["index"].device.type != "cpu"
 
 
 def _count(state: Mapping[str, Tensor], name: str = "step") -> int:

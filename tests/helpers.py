@@ -11,6 +11,7 @@ import pytest
 import torch
 from lissom.optim import dct
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 def tensors(shapes: Iterable[tuple[int, ...]], seed: int = 0, scale: float = 1.0) -> list[Tensor]:
@@ -119,3 +120,25 @@ def tune(model: Any, optimizer: Any, steps: int = 20) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(input_ids=TOKENS).logits
     return logits
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a device, so that the host had to wait to read it."""
+
+    @staticmethod
+    def __new__(cls, x: Tensor) -> Elsewhere:
+        return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device="lazy")
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, lambda x: x.x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def carry_off(optimizer: Any) -> None:
+    """Move all state but ``step`` to another device, as Lightning does."""
+    for state in optimizer.state.values():
+        state.update({k: Elsewhere(x) for k, x in state.items() if k != "step"})

@@ -24,7 +24,7 @@ from lissom.optim.project import Bases
 from torch import nn
 
 from .backward import SHAPES, backward, train
-from .helpers import assert_same, parameters, snapshot, tensors
+from .helpers import assert_same, carry_off, parameters, snapshot, tensors
 
 pytestmark = pytest.mark.usefixtures("quantize_small")
 
@@ -68,6 +68,21 @@ def test_a_backward_pass_in_autocast_changes_nothing(attach):
         attach(optimizer)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             train(optimizer, ps, range(5), 1)
+        results.append(snapshot(optimizer))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("attach", [project_in_backward, update_in_backward])
+def test_state_that_others_have_carried_off_comes_back_in_the_backward_pass(attach):
+    results = []
+    for carried in (False, True):
+        ps = parameters(SHAPES)
+        optimizer = GaLoreAdamW(ps, rank=3, update_proj_gap=3)
+        attach(optimizer)
+        for i in range(3):
+            if carried:
+                carry_off(optimizer)
+            train(optimizer, ps, range(2 * i, 2 * i + 2), 1)
         results.append(snapshot(optimizer))
     assert_same(*results)
 

@@ -14,7 +14,17 @@ import torch
 from lissom.optim import dct, polar_polynomial
 
 from .cases import CONTRACT
-from .helpers import assert_same, feed, named, run, snapshot, tensors, through_disk, trained
+from .helpers import (
+    assert_same,
+    carry_off,
+    feed,
+    named,
+    run,
+    snapshot,
+    tensors,
+    through_disk,
+    trained,
+)
 
 pytestmark = CONTRACT
 
@@ -366,6 +376,21 @@ def test_state_of_others_may_be_read(case):
     feed([*first, *second], 2)
     optimizer.step()
     assert all(int(optimizer.state[p]["step"]) == 1 for p in resting)
+
+
+def test_state_that_others_have_carried_off_comes_back(case):
+    """Lightning does that at its start, and after loading."""
+    def trained(carried):
+        ps = case.parameters([(8, 6), (6, 8), (5,)])
+        optimizer = case(ps)
+        for i in range(3):
+            if carried:
+                carry_off(optimizer)
+            run(optimizer, ps, range(2 * i, 2 * i + 2))
+        assert {x.device.type for s in optimizer.state.values() for x in s.values()} == {"cpu"}
+        return [p.detach() for p in ps], snapshot(optimizer)
+
+    assert_same(trained(False), trained(True))
 
 
 def test_what_others_keep_beside_the_state_does_no_harm(case):
