@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import sharding
@@ -33,8 +34,9 @@ class UpdateInBackward(InBackward):
         super().__init__(optimizer, replicas)
         self.limit = limit
         self._done: set[Tensor] = set()
-        # With replicas: the parameter whose gradient is being averaged while the next is computed.
-        self._sent: tuple[Tensor, Sent] | None = None
+        # With replicas, by device, whose hooks have a thread of their own: the parameter whose
+        # gradient is being averaged while the next is computed.
+        self._sent: dict[torch.device, tuple[Tensor, Sent]] = {}
         self._warned = False
 
     def check(self, name: str, p: Tensor, o: Mapping[str, Any]) -> None:
@@ -49,7 +51,8 @@ class UpdateInBackward(InBackward):
         name, _ = self.place(p)
         if g is None:
             return
-        if p in self._done or (self._sent is not None and p is self._sent[0]):
+        waiting = self._sent.get(p.device)
+        if p in self._done or (waiting is not None and p is waiting[0]):
             how = ("call model.set_requires_gradient_sync(False) before all micro-batches but the "
                    "last, and (True) before that" if sharding.is_sharded(p) else
                    "use project_in_backward(optimizer, accumulation), or ordinary steps where it "
@@ -64,17 +67,17 @@ class UpdateInBackward(InBackward):
             self._update(p, g)
             return
         self.finish_later()
-        last, self._sent = self._sent, (p, self.replicas.send(p, g))
+        self._sent[p.device] = (p, self.replicas.send(p, g))
         p.grad = None  # the mean takes its place
-        if last is not None:
-            self._update(last[0], last[1].arrive())
+        if waiting is not None:
+            self._update(waiting[0], waiting[1].arrive())
 
     def finish(self) -> None:
         assert self.replicas is not None
         self.replicas.compare(self.optimizer)
-        last, self._sent = self._sent, None
-        if last is not None:
-            self._update(last[0], last[1].arrive())
+        while self._sent:
+            _, (p, sent) = self._sent.popitem()
+            self._update(p, sent.arrive())
 
     def _update(self, p: Tensor, g: Tensor) -> None:
         if not self.knows(p):
@@ -136,9 +139,9 @@ class UpdateInBackward(InBackward):
 
     def clear(self) -> None:
         self._queued = False
-        if self._sent is not None:  # where the backward pass failed
-            self._sent[1].arrive()
-            self._sent = None
+        for _, sent in self._sent.values():  # where the backward pass failed
+            sent.arrive()
+        self._sent.clear()
 
     def loaded(self) -> None:
         super().loaded()

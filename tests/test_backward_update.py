@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -174,3 +176,36 @@ def test_a_failed_measurement_brings_no_gradient_back(when, monkeypatch):
     assert (p.grad is None) == (when == "after")
     optimizer.step()  # which applies what has not been
     assert int(optimizer.state[p]["step"]) == 1
+
+
+def test_the_hooks_of_a_device_apply_its_own_means(monkeypatch):
+    """Each device's hooks run in a thread of their own: those of two must not take one mean."""
+    ps = [nn.Parameter(torch.zeros(2, device=d)) for d in ("cpu", "meta", "cpu", "meta")]
+    handle = update_in_backward(AdamW(ps))
+    applied: list[tuple[int, float]] = []
+    sent: list[int] = []
+
+    class Mean(NamedTuple):
+        number: int
+
+        def arrive(self):
+            return float(self.number)
+
+    def send(p, g):
+        sent.append(number(p))
+        return Mean(number(p))
+
+    def number(p):
+        return next(i for i, x in enumerate(ps) if x is p)
+
+    monkeypatch.setattr(handle, "replicas", SimpleNamespace(
+        send=send, compare=lambda optimizer: None, size=2))
+    monkeypatch.setattr(handle, "finish_later", lambda: None)
+    monkeypatch.setattr(handle, "_update", lambda p, mean: applied.append((number(p), mean)))
+    for p, before in zip(ps, ([], [], [0], [0, 1]), strict=True):
+        p.grad = torch.ones_like(p)
+        handle.ready(p)
+        assert [i for i, _ in applied] == before
+    handle.finish()
+    assert sent == [0, 1, 2, 3]
+    assert sorted(applied) == [(i, float(i)) for i in range(4)]
