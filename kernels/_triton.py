@@ -136,6 +136,8 @@ _DRIVER: list[str] = []
 def _driver() -> str:
     """Why Triton's driver does not load, which it compiles when it is first used; "" if it does."""
     if not _DRIVER:
+        if torch.compiler.is_compiling():  # which cannot trace it
+            return "triton's driver has not been loaded yet: take a step that is not compiled"
         try:
             triton.runtime.driver.active.utils  # noqa: B018
             _DRIVER.append("")

@@ -190,9 +190,10 @@ def _carries(bits: int, signed: bool, device: torch.device) -> Tensor:
 @table
 def _twos(bits: int, signed: bool, device: torch.device) -> Tensor:
     """The values of each pair of codes, two fp32 in one int64, at index low + high * 2^bits."""
-    book = codebook(bits, signed, device)
+    # On the host: work on a GPU would be ordered only on the first caller's stream.
+    book = codebook(bits, signed, torch.device("cpu"))
     low, high = book.repeat(len(book)), book.repeat_interleave(len(book))
-    return torch.stack([low, high], -1).view(torch.int64).view(-1)
+    return torch.stack([low, high], -1).view(torch.int64).view(-1).to(device)
 
 
 def quantize_dynamic_ref(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ def _packing(n: int, kind: int, dtype: torch.dtype, device: torch.device) -> tup
     k = torch.arange(n, device="cpu")
     if kind == 3:
         order, _ = _twiddles(n, kind, dtype, torch.device("cpu"))
-        return order.argsort().to(device), torch.ones(n, dtype=dtype, device=device)
+        return order.argsort().to(device), torch.ones(n, dtype=dtype, device="cpu").to(device)
     upper = k > n // 2
     place = torch.where(upper, 2 * (n - k) + 1, 2 * k)
     return place.to(device), (1 - 2 * upper.to(dtype)).to(device)

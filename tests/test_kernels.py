@@ -911,6 +911,11 @@ def test_without_a_c_compiler_torch_does_the_work(monkeypatch, caplog):
     monkeypatch.setattr(_triton, "_CAPABILITY", {cuda: (9, 0)})
     monkeypatch.setattr(_triton, "_DRIVER", [])
     monkeypatch.setattr(_triton, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=driver)))
+    with monkeypatch.context() as patch:  # no graph could have it
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        with pytest.raises(RuntimeError, match="has not been loaded yet: take a step that is not"):
+            _triton.use_triton("triton", cuda)
+        assert driver.tried == 0
     assert not _triton.use_triton(None, cuda)
     assert not _triton.use_triton(None, cuda)
     assert driver.tried == 1

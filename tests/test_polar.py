@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lissom.optim import polar_polynomial, polar_rational
 from lissom.optim.polar import METHODS, Oracle, polar
 from lissom.optim.polar_polynomial import polar_express_schedule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .helpers import tensors
 
@@ -115,6 +116,39 @@ def test_a_bound_is_of_the_norm_and_spares_steps():
         for scale in (1.0, 1e5):
             u = polar(scale * a, "qdwh", 4, lower_bound=1e-6)
             assert (u - exact).norm() < 1e-8
+
+
+class TF32(TorchDispatchMode):
+    """Products of fp32 factors with ten stored bits, as a GPU takes them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def cut(x):
+            if x.dtype != torch.float32:
+                return x
+            return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.bmm.default):
+            args = tuple(map(cut, args))
+        elif func is aten.baddbmm.default:
+            args = (args[0], *map(cut, args[1:3]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_right_bound_is_not_taken_for_a_wrong_one_in_tf32(monkeypatch):
+    """Which leaves a thousandth of U^T U - I in every entry; a wrong one costs more steps still."""
+    passes = []
+    weighted = polar_rational._weighted
+    monkeypatch.setattr(polar_rational, "_weighted",
+                        lambda *given: passes.append(1) or weighted(*given))
+    a = conditioned(400, 400, 1e3)[0].float()
+    for tf32, lower, count in ((True, 1e-3, 1), (False, 1e-3, 2), (True, 0.5, 2)):
+        monkeypatch.setattr(polar_rational, "_in_tf32", lambda x, tf32=tf32: tf32)
+        passes.clear()
+        with TF32():
+            u = polar(a, lower_bound=lower)
+        assert len(passes) == count
+        assert 1e-5 < (u.mT @ u - torch.eye(400)).abs().max() < 1e-3
 
 
 def test_every_method_on_zero_tiny_huge_and_spoiled_matrices():
