@@ -143,10 +143,13 @@ def _fp16_ref(x: Tensor, random: Tensor) -> Tensor:
     # one, none below 2^-24. Steps are put together as the bits of powers of two.
     step = (x.view(torch.int32) >> 23).bitwise_and_(255).clamp_min_(113).sub_(10)
     inverse = torch.sub(254, step).bitwise_left_shift_(23).view(torch.float32)
-    exact = random.float().mul_(2.0**-16).addcmul_(x, inverse)
+    part = random.float().mul_(2.0**-16)
+    scaled = inverse.mul_(x)
     # torch.floor would share even small pieces among threads.
-    floor = random.copy_(exact)
-    floor.add_(exact < floor, alpha=-1)
+    floor = random.copy_(scaled)
+    floor.add_(scaled < floor, alpha=-1)
+    # Of the sum of all three, fp32 would keep 13 bits behind the point, and round up.
+    floor.add_(part.add_(scaled.sub_(floor)) >= 1)
     rounded = floor * step.bitwise_left_shift_(23).view(torch.float32)
     largest = _LARGEST[torch.float16]
     if _bounded(x, largest):
@@ -296,9 +299,11 @@ def round_fp16(x: tl.tensor, random: tl.tensor) -> tl.tensor:
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
     step = tl.where(exponent < 113, 113, exponent) - 10
     inverse = ((254 - step) << 23).to(tl.float32, bitcast=True)
-    # Both products are exact, so that a fused multiply-add changes nothing.
-    rounded = tl.floor(x * inverse + random.to(tl.float32) * 1.52587890625e-05)
-    rounded = rounded * (step << 23).to(tl.float32, bitcast=True)
+    # All products are exact, so that a fused multiply-add changes nothing.
+    scaled = x * inverse
+    rounded = tl.floor(scaled)
+    up = (scaled - rounded) + random.to(tl.float32) * 1.52587890625e-05 >= 1.0
+    rounded = (rounded + tl.where(up, 1.0, 0.0)) * (step << 23).to(tl.float32, bitcast=True)
     rounded = tl.where(rounded > 65504.0, 65504.0, tl.where(rounded < -65504.0, -65504.0, rounded))
     return tl.where(tl.abs(x) <= 65504.0, rounded, x).to(tl.float16)
 

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
-from lissom.kernels.philox import random_bits16_ref, stochastic_bf16_ref, stochastic_fp16_ref
+from lissom.kernels.philox import (
+    _bf16_ref,
+    _fp16_ref,
+    random_bits16_ref,
+    stochastic_bf16_ref,
+    stochastic_fp16_ref,
+)
 from lissom.optim import AdamW
 
 from .helpers import parameters, run
@@ -43,6 +50,20 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_is_exact():
     exact = torch.tensor([0.0, -2.5, float("inf"), float("-inf"), 0.1875])
     assert torch.equal(stochastic_bf16_ref(exact, 0, (1, 2), (3, 4)).float(), exact)
     assert stochastic_bf16_ref(torch.tensor([float("nan")]), 0, (1, 2), (3, 4)).isnan().all()
+
+
+@pytest.mark.parametrize(("rounding", "last"), [(_bf16_ref, 2.0**-7), (_fp16_ref, 2.0**-10)])
+def test_of_all_random_bits_as_many_round_up_as_the_mean_asks_for(rounding, last):
+    """Of a number that is exact none does; of one a little above it few do."""
+    random = torch.arange(1 << 16, dtype=torch.int32)
+    for sign in (1.0, -1.0):
+        for kept in (1.0, 1 + last, 2 - last, 2.0**-9):
+            for part in (0.0, 2.0**-13, 0.25, 1 - 2.0**-13):
+                step = last * 2.0 ** math.floor(math.log2(kept))
+                x = torch.full((1 << 16,), sign * (kept + part * step))
+                rounded = rounding(x, random.clone())
+                assert set(rounded.tolist()) <= {sign * kept, sign * (kept + step)}
+                assert (rounded != sign * kept).double().mean() == part
 
 
 def test_stochastic_fp16_is_unbiased_and_keeps_what_is_exact():
