@@ -60,7 +60,7 @@ def _project_kernel(a_ptr: tl.tensor, b_ptr: tl.tensor, c_ptr: tl.tensor, scores
         if SCORES == 1:
             part = tl.sum(tl.abs(total), 0)
         else:
-            scaled = total * tl.load(largest_ptr)
+            scaled = total * tl.load(largest_ptr + batch)
             part = tl.sum(scaled * scaled, 0)
         tl.store(scores_ptr + (batch * tiles_m + tile_m) * n + column, part, mask=column < n)
 
@@ -100,7 +100,8 @@ def project(a: Matrices, b: Tensor, *, dtype: torch.dtype = torch.float32,
         dtype: of C.
         scores: 1 for the sums of absolute values of C's columns, 2 for the sums of their squares
             divided by ``largest`` squared, None for neither.
-        largest: a positive fp32 number on the device; keeps the squares in range.
+        largest: a positive fp32 number for each matrix, (..., 1, 1) on the device; keeps the
+            squares in range.
         transposed: lay C out so that its transpose is contiguous.
         backend: "torch", "triton", or None for Triton on CUDA and torch elsewhere.
 
@@ -122,7 +123,8 @@ def project(a: Matrices, b: Tensor, *, dtype: torch.dtype = torch.float32,
     if scores not in (None, 1, 2):
         raise ValueError(f"scores: expected None, 1 or 2, got {scores!r}")
     if largest is not None:
-        check("largest", largest, shape=(), dtypes=(torch.float32,), device=a.device)
+        check("largest", largest, shape=(*a.shape[:-2], 1, 1), dtypes=(torch.float32,),
+              device=a.device)
     if not use_triton(backend, a.device) or not a.numel() or not b.numel():
         c, columns = project_ref(stack(a), b, dtype=dtype, scores=scores, largest=largest)
         return c.mT.contiguous().mT if transposed else c, columns
@@ -135,8 +137,8 @@ def project(a: Matrices, b: Tensor, *, dtype: torch.dtype = torch.float32,
     sums = None
     if scores:
         sums = torch.empty((*lead, cdiv(m, t.rows), n), dtype=torch.float32, device=a.device)
-    inverse = largest if largest is None else 1 / largest
+    inverse = largest if largest is None else 1 / largest.contiguous()
     if scores == 2 and inverse is None:
-        inverse = torch.ones((), device=a.device)
+        inverse = torch.ones((*lead, 1, 1), device=a.device)
     (_project if isinstance(a, Apart) else _op)(a_, b_, c_, sums, inverse, scores or 0)
     return c, None if sums is None else sums.sum(-2)

@@ -175,7 +175,7 @@ def _project(x: Matrices, r: int, kind: int, dim: int, norm: int, similarity: st
     dtype = codec.wide(x[..., :0]).dtype
     kept: list[Tensor] = []
     scores: Tensor | float = 0.0
-    largest = _largest(x, cut).to(dtype) if norm == 2 else 1.0
+    largest = _largest(x, cut).to(dtype) if norm == 2 else x.new_ones(())
     place, sign = _packing(n, kind, dtype, x.device) if fast else (None, None)
     for part in map(codec.wide, _parts(x, other, fast)):
         if fast:
@@ -187,7 +187,7 @@ def _project(x: Matrices, r: int, kind: int, dim: int, norm: int, similarity: st
             part = part.to(q.dtype)
             full = (part @ q.mT if dim == -1 else q @ part).to(dtype).unsqueeze(-1)
         # (..., m, n, 1), or (..., m, n, 2) with n or m halved where the FFT has packed pairs
-        sizes = full.abs() if norm == 1 else (full / largest).square_()
+        sizes = full.abs() if norm == 1 else (full / largest.unsqueeze(-1)).square_()
         scores = scores + sizes.sum(other - 1).flatten(-2)
         kept.append(full)
     assert isinstance(scores, Tensor)
@@ -230,8 +230,14 @@ def _parts(x: Tensor, other: int, fast: bool) -> Sequence[Tensor]:
 
 
 def _largest(x: Tensor, cut: Rows | None) -> Tensor:
-    """The largest magnitude, to divide by so that squares of 1e30 or 1e-30 stay in range."""
-    low, high = torch.aminmax(x if x.numel() else x.new_zeros(1))
+    """Each matrix's largest magnitude (..., 1, 1), to divide by so that squares of 1e30 or 1e-30
+    stay in range.
+    """
+    x = x if x.numel() else x.new_zeros(*x.shape[:-2], 1, 1)
+    if x.ndim == 2:  # in one pass
+        low, high = (end.view(1, 1) for end in torch.aminmax(x))
+    else:
+        low, high = x.amin((-2, -1), keepdim=True), x.amax((-2, -1), keepdim=True)
     largest = torch.maximum(-low, high).clamp_min(torch.finfo(x.dtype).tiny)
     return largest if cut is None else cut.max(largest)
 

@@ -60,3 +60,22 @@ def test_one_entry_that_is_no_number_chooses_no_columns(similarity, norm):
             index, _ = dct.project(x, 2, kind=2, dim=-1, norm=norm, similarity=similarity,
                                    old=torch.tensor(old, dtype=torch.int32))
             assert index.tolist() == old
+
+
+@pytest.mark.parametrize("similarity", ["matmul", "fft", "kernel"])
+@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_a_matrix_of_a_stack_chooses_as_if_it_stood_alone(similarity, norm, dim, monkeypatch):
+    """However small it is beside the others; the kernel is given 16 bits."""
+    x = torch.stack([scale * g for scale, g in zip(
+        (1.0, 1e-30, 1e15), tensors([(8, 6)] * 3, 1), strict=True)])
+    if similarity == "kernel":
+        monkeypatch.setattr(dct, "use_triton", lambda backend, device: True)
+        x, similarity = x.bfloat16(), "matmul"
+    given = {"kind": 2, "dim": dim, "norm": norm, "similarity": similarity}
+    index, low = dct.project(x, 3, **given)
+    for i, g in enumerate(x):
+        alone, its = dct.project(g, 3, **given)
+        assert index[i].tolist() == alone.tolist()
+        assert torch.equal(low[i], its)
+    assert len({tuple(row) for row in index.tolist()}) > 1
