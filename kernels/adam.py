@@ -76,8 +76,8 @@ STREAMS = (0, 1)
 _RATES = (torch.float32, torch.float64)
 # What a moment is stored in, by bits.
 _KINDS = {32: torch.float32, 16: torch.bfloat16, 8: torch.uint8, 4: torch.uint8}
-# Squares of larger numbers are infinite in fp32.
-_LIMIT = math.sqrt(torch.finfo(torch.float32).max)
+# Squares of larger numbers are more than half of fp32's largest: a change of basis may round V up.
+_LIMIT = math.sqrt(torch.finfo(torch.float32).max / 2)
 # An epsilon beside which the roots of subnormal numbers have no weight.
 _LEAST = 1e-10
 # Elements that torch code works on at once: on a CPU so many that they stay in its cache.
@@ -353,7 +353,7 @@ def _adam_kernel(target_ptr: tl.tensor, g_ptr: tl.tensor, m_ptr: tl.tensor, v_pt
     g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     if MAXIMIZE:
         g = -g
-    limit = 1.8446742974197924e19  # the root of fp32's largest number
+    limit = 1.3043817436596711e19  # _LIMIT
     # Infinities and NaN stay.
     g = tl.where(tl.abs(g) < float("inf"), tl.clamp(g, -limit, limit), g)
 

@@ -106,11 +106,11 @@ def representable(g: Tensor, state_bits: int = 32, terms: int = 1) -> Tensor:
     """g, its finite entries clamped so that a sum of ``terms`` squares is finite in the state too.
 
     Adam's direction depends on the ratio of g to the root of its mean square, so an entry of
-    1e30 that enters as 1.8e19 still moves its weight by the learning rate, where the plain
+    1e30 that enters as 1.3e19 still moves its weight by the learning rate, where the plain
     formula gets g / inf = 0. Infinities and NaN stay what they are.
     """
-    # Squares of larger numbers are infinite. Moments of fewer bits have fp32's range.
-    largest = torch.finfo(g.dtype if state_bits == 32 else torch.float32).max
+    # Moments of fewer bits have fp32's range. Half of it, as a change of basis may round V up.
+    largest = torch.finfo(g.dtype if state_bits == 32 else torch.float32).max / 2
     return within(g, math.sqrt(largest / terms))
 
 

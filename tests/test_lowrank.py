@@ -105,6 +105,19 @@ def test_residuals_of_any_side_and_dtype_follow_fp32(residual, proj_type, dtype)
         assert float(one.norm() / other.norm()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_moment_at_its_limit_is_rotated(dtype):
+    """Whose entries a rotation's rounding may raise: of gradients in four dimensions."""
+    rows = torch.linalg.qr(tensors([(16, 4)])[0]).Q.mT
+    p = torch.nn.Parameter(tensors([(24, 16)], 1)[0].to(dtype))
+    optimizer = GaLoreAdamW([p], lr=1e-3, rank=4, betas=(0.9, 0.0), moments="rotate",
+                            update_proj_gap=1)
+    for i in range(40):
+        p.grad = (tensors([(24, 4)], 2 + i)[0] @ rows * 1e30).to(dtype)
+        optimizer.step()
+    assert p.isfinite().all()
+
+
 # ---- lazy refresh, stored bases
 
 
