@@ -70,8 +70,8 @@ def held(optimizer: MatrixOptimizer, handle: Any) -> int:
     if isinstance(handle, ProjectInBackward):
         found += [x for now in handle._now.values() if now.pending is not None
                   for x in _tensors(now.pending)]
-    if isinstance(handle, UpdateInBackward) and handle._sent is not None:
-        found.append(handle._sent[1].mean)
+    if isinstance(handle, UpdateInBackward):
+        found += [sent.mean for _, sent in handle._sent.values()]
     found = [*map(sharding.local, found)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
     return sum(storages.values())

@@ -101,6 +101,11 @@ def precision() -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
+def in_tf32(x: Tensor) -> bool:
+    """Whether torch may take products of x in TF32, which has three digits."""
+    return x.is_cuda and x.dtype == torch.float32 and precision() == "tf32"
+
+
 def widened(x: Matrices) -> bool:
     """Whether a kernel must multiply in fp32: the interpreter treats bf16 as integers."""
     return INTERPRETED and x.dtype == torch.bfloat16

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import cholesky_ex, qr, solve_triangular
 
 from ..kernels.fakes import scalar, truth
-from ..kernels.tiles import precision
+from ..kernels.tiles import in_tf32
 
 if TYPE_CHECKING:
     from .polar import Oracle
@@ -36,14 +36,9 @@ def qdwh(x: Tensor, oracle: Oracle) -> Tensor:
         # A given bound may be too large, which leaves singular values below 1: check for them.
         apart = torch.linalg.matrix_norm(out.mT @ out - _eye(out))
         # TF32 leaves 2^-11 sqrt(n) of U^T U - I: 0.03 of 4096 columns.
-        if truth((apart > (0.1 if _in_tf32(x) else eps**0.5)).any(), False):
+        if truth((apart > (0.1 if in_tf32(x) else eps**0.5)).any(), False):
             out = _weighted(out, _reduced(out, None, eps)[2], None, eps)
     return basis(_newton(out))
-
-
-def _in_tf32(x: Tensor) -> bool:
-    """Whether torch may take products of x in TF32, which has three digits."""
-    return x.is_cuda and x.dtype == torch.float32 and precision() == "tf32"
 
 
 def _weighted(x: Tensor, low: Tensor, steps: int | None, eps: float) -> Tensor:

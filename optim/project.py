@@ -17,7 +17,7 @@ from ..kernels._triton import by_kernel, use_triton
 from ..kernels.fakes import truth
 from ..kernels.narrow import exact, matmul
 from ..kernels.project import project as product
-from ..kernels.tiles import precision
+from ..kernels.tiles import in_tf32
 from . import codec
 from .coordinates import Coordinates, chosen, shift
 
@@ -210,8 +210,8 @@ def _over(q: Tensor, factor: Tensor) -> Tensor:
 
 
 def _exact(y: Tensor) -> Tensor:
-    """y, in float64 where its GPU may take fp32 products in TF32, which leave three digits."""
-    return y.double() if y.device.type == "cuda" and precision() == "tf32" else y
+    """y, in float64 where torch may take its products in TF32."""
+    return y.double() if in_tf32(y) else y
 
 
 def _independent(y: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..kernels._triton import by_kernel
 from ..kernels.apart import Matrices
 from ..kernels.lift import lift
 from ..kernels.limit import limited_gains
+from ..kernels.tiles import in_tf32
 from . import codec
 from .apply import Update
 from .codec import Slot
@@ -143,6 +144,8 @@ class Fira(Residual):
 class Sign(Residual):
     """u = scale * (P N + sign(G - P R)): the rest of the gradient moves by its sign, stateless.
 
+    A column (a row, a matrix: what norms are along) of which only rounding is left has no sign.
+
     Source: FRUGAL (Zmushko et al., arXiv 2411.07837), with one rate for both parts.
     """
 
@@ -154,7 +157,10 @@ class Sign(Residual):
         # A kernel rounds the difference once, which leaves its sign: 16 bits will do.
         kind = g.dtype if _by_lift(g, low, bases) else codec.wide(g[:0]).dtype
         rest = g.to(kind, copy=True, memory_format=torch.contiguous_format)
-        return _without(rest, low, bases).sign_()
+        _without(rest, low, bases)
+        side, rows = bases.side(), bases.rows
+        rounding = sizes(rest, side, rows) <= _rounding(low, bases) * sizes(g, side, rows)
+        return rest.sign_().masked_fill_(rounding, 0.0)
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
                 s: Mapping[str, Tensor], o: Mapping[str, Any], t: int) -> Update:
@@ -216,6 +222,15 @@ def _less(n: Tensor, low: Tensor, gain: Tensor) -> Tensor:
 def _by_lift(g: Tensor, low: Tensor, bases: Bases) -> bool:
     """Whether a kernel takes P R Q^T from G; with both bases its product would be rounded twice."""
     return by_kernel(g) and low.element_size() == 2 and bases.side() != "full"
+
+
+def _rounding(low: Tensor, bases: Bases) -> float:
+    """The share of G's norm that rounding leaves of G - P R where that is zero, at most."""
+    share = 2.0**-10 if in_tf32(low) else 0.0
+    for x in (low, *bases[:2]):
+        if isinstance(x, Tensor):  # what is rounded to 16 bits outweighs the rounding of sums
+            share = max(share, torch.finfo(x.dtype).eps * (1 if x.element_size() == 2 else 8))
+    return share
 
 
 def _without(g: Tensor, low: Tensor, bases: Bases) -> Tensor:

@@ -87,6 +87,29 @@ def test_the_sign_of_rounding_moves_nothing(projection):
     assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+@pytest.mark.parametrize(("make", "signs", "none"), [
+    (FRUGAL, {}, {"free_scale": 0.0}),
+    (GaLoreAdamW, {"residual": "sign"}, {})], ids=["frugal", "galore"])
+def test_nor_does_it_where_the_gradient_has_a_lower_rank(make, signs, none, shape, dtype):
+    """As that of few tokens has: all of it is in the subspace. Then one row or column has more."""
+    along, odd = min(shape), 5
+    u, v = (x.to(dtype) for x in tensors([(shape[0], 2), (2, shape[1])]))
+    ps = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for _ in range(2)]
+    both = [make([p], lr=1.0, rank=8, projection="svd", update_proj_gap=100,
+                 refresh="synchronous", **more) for p, more in zip(ps, (signs, none), strict=True)]
+    for more in (False, True):
+        for p, optimizer in zip(ps, both, strict=True):
+            p.grad = u @ v
+            if more:
+                line = p.grad[odd] if shape[0] > along else p.grad[:, odd]
+                line += 0.1 * tensors([(along,)], 7)[0].to(dtype)
+            optimizer.step()
+        apart = (ps[0] - ps[1]).abs().amax(-1 if shape[0] > along else -2)
+        assert apart.bool().tolist() == [more and i == odd for i in range(len(apart))]
+
+
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_coordinates_are_columns_of_the_identity(batch, dtype):
