@@ -75,8 +75,8 @@ class UpdateInBackward(InBackward):
     def finish(self) -> None:
         assert self.replicas is not None
         self.replicas.compare(self.optimizer)
-        while self._sent:
-            _, (p, sent) = self._sent.popitem()
+        last, self._sent = self._sent, {}
+        for p, sent in last.values():
             self._update(p, sent.arrive())
 
     def _update(self, p: Tensor, g: Tensor) -> None:

@@ -145,7 +145,9 @@ class Layouts:
                 if shape != p.shape and _count(states[p]):
                     raise ValueError(f"{name!r} has changed its shape from {tuple(shape)} to "
                                      f"{tuple(p.shape)} since its state was made")
-                states[p] = _followed(optimizer, p, states[p], group, name)
+                others = self._others(p, states[p])
+                own = {k: x for k, x in states[p].items() if k not in others}
+                states[p] = _followed(optimizer, p, own, group, name) | others
                 self._note(optimizer, p, group, form)
         if missing:
             _check_replaced(optimizer)
@@ -163,6 +165,13 @@ class Layouts:
             self._forms = {p: form for p, form in self._forms.items() if p in states}
             self._slots = {p: slots for p, slots in self._slots.items() if p in states}
         self.made = True
+
+    def _others(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What others have put into the state of p."""
+        if p not in self._slots:
+            return {}
+        own = {name for key, slot in self._slots[p].items() for name in codec.stored(key, slot)}
+        return {k: x for k, x in state.items() if k not in own}
 
     def _note(self, optimizer: MatrixOptimizer, p: Tensor, o: Mapping[str, Any],
               form: tuple[Any, ...]) -> None:

@@ -109,7 +109,7 @@ def plan_of(optimizer: MatrixOptimizer) -> Plan:
         held = p in kept
         if not held:
             reason = f"{reason}; frozen: no state"
-        elif lacks_group(p):
+        elif o["shards"] != "whole" and lacks_group(p, optimizer._layouts.made):
             reason = f"{reason}; gathered on every rank: those that share it have no group"
         size = sum(x.nbytes for x in optimizer.stored_slots(p, o).values()) if held else 0
         if id(p) in listed:  # torch allows it, and updates it twice

@@ -145,6 +145,7 @@ class Sign(Residual):
     """u = scale * (P N + sign(G - P R)): the rest of the gradient moves by its sign, stateless.
 
     A column (a row, a matrix: what norms are along) of which only rounding is left has no sign.
+    That of a basis in 4 bits is too large to tell apart.
 
     Source: FRUGAL (Zmushko et al., arXiv 2411.07837), with one rate for both parts.
     """
@@ -159,7 +160,7 @@ class Sign(Residual):
         rest = g.to(kind, copy=True, memory_format=torch.contiguous_format)
         _without(rest, low, bases)
         side, rows = bases.side(), bases.rows
-        rounding = sizes(rest, side, rows) <= _rounding(low, bases) * sizes(g, side, rows)
+        rounding = sizes(rest, side, rows) <= _rounding(g, low, bases, o) * sizes(g, side, rows)
         return rest.sign_().masked_fill_(rounding, 0.0)
 
     def combine(self, g: Tensor, low: Tensor, n: Tensor, bases: Bases, measured: Tensor | None,
@@ -224,12 +225,22 @@ def _by_lift(g: Tensor, low: Tensor, bases: Bases) -> bool:
     return by_kernel(g) and low.element_size() == 2 and bases.side() != "full"
 
 
-def _rounding(low: Tensor, bases: Bases) -> float:
+# The same of what bases lose that are stored in fewer bits, but for 4.
+_STORED = {16: 2.0**-7, 8: 2.0**-6}
+
+
+def _rounding(g: Tensor, low: Tensor, bases: Bases, o: Mapping[str, Any]) -> float:
     """The share of G's norm that rounding leaves of G - P R where that is zero, at most."""
-    share = 2.0**-10 if in_tf32(low) else 0.0
+    share: float = _STORED.get(o["basis_bits"], 0.0)
+    if low.is_cuda and low.dtype == torch.float32 and (
+            torch.compiler.is_compiling() or in_tf32(low)):  # no graph can tell
+        share = max(share, 2.0**-8)
+    # Errors of sums and of bases grow with the root of their length.
+    length = max(8.0, 2 * math.sqrt(max(bases.height(g), g.shape[-1])))
     for x in (low, *bases[:2]):
-        if isinstance(x, Tensor):  # what is rounded to 16 bits outweighs the rounding of sums
-            share = max(share, torch.finfo(x.dtype).eps * (1 if x.element_size() == 2 else 8))
+        if isinstance(x, Tensor):  # what is rounded to 16 bits outweighs sums
+            eps: float = torch.finfo(x.dtype).eps
+            share = max(share, eps if x.element_size() == 2 else eps * length)
     return share
 
 

@@ -322,13 +322,18 @@ def _by_rows(d: DTensor) -> tuple[Placement, ...] | None:
     return tuple(Shard(0) if i in cut else Replicate() for i in range(d.device_mesh.ndim))
 
 
-def lacks_group(p: Tensor) -> bool:
-    """Whether p is gathered only because the ranks that share it have no group of their own."""
+def lacks_group(p: Tensor, settled: bool) -> bool:
+    """Whether the ranks that share p have no group of their own.
+
+    Args:
+        p: any parameter.
+        settled: there is state, with which that was settled; else a group may yet be made.
+    """
     if not is_sharded(p):
         return False
     d = _dtensor(p)
     cut = _cuts(d)
-    return bool(cut) and _group_of(d.device_mesh, cut) is None
+    return bool(cut) and _group_of(d.device_mesh, cut, settled) is None
 
 
 def held(p: Tensor) -> bool:
@@ -390,7 +395,7 @@ def _pieces(total: int, sizes: tuple[int, ...], turn: tuple[int, ...]) -> list[t
     return found
 
 
-def _group_of(mesh: DeviceMesh, dims: Sequence[int]) -> ProcessGroup | None:
+def _group_of(mesh: DeviceMesh, dims: Sequence[int], settled: bool = True) -> ProcessGroup | None:
     """The ranks that differ from this one in some dimensions of a mesh: the group of one dimension,
     or a group of just these ranks that the job has, as that of all.
 
@@ -403,7 +408,10 @@ def _group_of(mesh: DeviceMesh, dims: Sequence[int]) -> ProcessGroup | None:
     here = mesh.get_coordinate()
     assert here is not None
     ranks = _line(mesh, tuple(-1 if i in dims else place for i, place in enumerate(here)))
-    return _group_among(tuple(sorted(ranks)), mesh.device_type, torch.distributed.group.WORLD)
+    look: Any = _group_among if settled else _group_among.__wrapped__
+    found: ProcessGroup | None = look(tuple(sorted(ranks)), mesh.device_type,
+                                      torch.distributed.group.WORLD)
+    return found
 
 
 @functools.lru_cache(64)

@@ -496,6 +496,9 @@ def eight(rank: int, names: list[str], places: list[Placement], shapes: Any
     """
     near = DeviceMesh("cpu", torch.arange(8).view(2, 2, 2))
     far = DeviceMesh("cpu", torch.arange(8).view(2, 2, 2).permute(2, 0, 1))
+    early = AdamW([("w", torch.nn.Parameter(placed(torch.zeros(11, 8), far, [Replicate(), *places]))
+                    )]).plan()  # which settles nothing
+    assert "have no group" in early["w"].reason
     for mesh, backend in ((near, "fake"), (far, "fake"), (far, None)):  # the last as the docs say
         torch.distributed.new_subgroups_by_enumeration(mesh.mesh.flatten(1).tolist(),
                                                        backend=backend)

@@ -15,6 +15,7 @@ from lissom.optim import dct, polar_polynomial
 
 from .cases import CONTRACT
 from .helpers import (
+    Elsewhere,
     assert_same,
     carry_off,
     feed,
@@ -395,16 +396,21 @@ def test_state_that_others_have_carried_off_comes_back(case):
 
 def test_what_others_keep_beside_the_state_does_no_harm(case):
     """Numbers and tensors of theirs, in the state of one parameter of several alike."""
-    def trained(*notes):
+    notes = {"number": 3, "word": "a", "nothing": None, "tensor": torch.zeros(())}
+
+    def trained(more):
         ps = case.parameters([(8, 6), (8, 6), (5,)])
         optimizer = case(ps)
         run(optimizer, ps, range(2))
-        optimizer.state[ps[0]].update((f"mine{i}", x) for i, x in enumerate(notes))
+        optimizer.state[ps[0]].update(more)
         run(optimizer, ps, range(2, 4))
-        assert [optimizer.state[ps[0]].pop(f"mine{i}") for i in range(len(notes))] == [*notes]
+        optimizer.state[ps[0]]["key"] = Elsewhere(optimizer.state[ps[0]]["key"])
+        optimizer.state[ps[0]]["index"] = Elsewhere(optimizer.state[ps[0]]["index"])
+        run(optimizer, ps, range(4, 6))
+        assert {k: optimizer.state[ps[0]].pop(k) for k in more} == more
         return [p.detach() for p in ps], snapshot(optimizer)
 
-    assert_same(trained(), trained(3, "a word", None, torch.zeros(())))
+    assert_same(trained({}), trained(notes))
 
 
 def test_numbers_in_any_sequence(case):

@@ -88,10 +88,13 @@ def test_the_sign_of_rounding_moves_nothing(projection):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (768, 512)])
 @pytest.mark.parametrize(("make", "signs", "none"), [
     (FRUGAL, {}, {"free_scale": 0.0}),
-    (GaLoreAdamW, {"residual": "sign"}, {})], ids=["frugal", "galore"])
+    (GaLoreAdamW, {"residual": "sign"}, {}),
+    (GaLoreAdamW, {"residual": "sign", "basis_bits": 16}, {"basis_bits": 16}),
+    (GaLoreAdamW, {"residual": "sign", "basis_bits": 8}, {"basis_bits": 8})],
+    ids=["frugal", "galore", "galore-16", "galore-8"])
 def test_nor_does_it_where_the_gradient_has_a_lower_rank(make, signs, none, shape, dtype):
     """As that of few tokens has: all of it is in the subspace. Then one row or column has more."""
     along, odd = min(shape), 5
