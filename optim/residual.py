@@ -225,7 +225,8 @@ def _by_lift(g: Tensor, low: Tensor, bases: Bases) -> bool:
     return by_kernel(g) and low.element_size() == 2 and bases.side() != "full"
 
 
-# The same of what bases lose that are stored in fewer bits, but for 4.
+# By bits of a stored basis, what its rounding leaves of G - P R, over G's norm. That of 4 bits
+# would hide a true rest.
 _STORED = {16: 2.0**-7, 8: 2.0**-6}
 
 
